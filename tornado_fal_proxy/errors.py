@@ -1,0 +1,159 @@
+"""Every way in which a call can end without the target's answer, on one screen.
+
+A :class:`ProxyError` carries what the caller gets (``status``, the stable sentence ``message``, ``headers``)
+and, apart from it, what the log gets (``detail``). Neither ever holds the key.
+
+::
+
+    ProxyError
+    ├── CallerGone            nobody is left to answer
+    ├── MethodNotAllowed      405
+    ├── TargetMissing         400   no x-fal-target-url, or several
+    ├── TargetRefused         412   not a URL of fal's
+    ├── UnsupportedMediaType  415   a body that is not JSON
+    ├── BodyTooLarge          413
+    ├── KeyMissing            500   the operator has set no key
+    ├── Misconfigured         500   the operator gave the handler wrong arguments
+    ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the caller may repeat
+    └── UpstreamError         502, or 500 where repeating could bill twice
+        ├── NameNotFound
+        ├── ConnectFailed
+        ├── TlsFailed
+        ├── ConnectionLost
+        ├── MalformedAnswer
+        └── UpstreamTimeout   504, or 500 likewise
+
+What a status makes fal's clients do decides it: they repeat 502, 503 and 504, and never 500.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BodyTooLarge",
+    "CallerGone",
+    "ConfigError",
+    "ConnectFailed",
+    "ConnectionLost",
+    "KeyMissing",
+    "MalformedAnswer",
+    "MethodNotAllowed",
+    "Misconfigured",
+    "NameNotFound",
+    "ProxyError",
+    "TargetMissing",
+    "TargetRefused",
+    "TlsFailed",
+    "TooManyCalls",
+    "UnsupportedMediaType",
+    "UpstreamError",
+    "UpstreamTimeout",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. ``problems`` names every fault found, not only the first."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class ProxyError(Exception):
+    """A call that ends without the target's answer."""
+
+    status = 500
+    message = "The proxy failed."
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(detail or self.message)
+        self.detail = detail
+
+
+class CallerGone(ProxyError):
+    status = 499  # what nginx logs for it; no caller ever sees it
+    message = "The caller went away."
+
+
+class MethodNotAllowed(ProxyError):
+    status = 405
+    message = "Only GET and POST are allowed."
+    headers = (("Allow", "GET, POST"),)
+
+
+class TargetMissing(ProxyError):
+    status = 400
+    message = "Exactly one x-fal-target-url header with a URL is needed."
+
+
+class TargetRefused(ProxyError):
+    status = 412
+    message = "The x-fal-target-url header must be an https URL of fal.ai, fal.run or a sub-domain of theirs."
+
+
+class UnsupportedMediaType(ProxyError):
+    status = 415
+    message = "The body must be JSON: content-type application/json, without content-encoding."
+
+
+class BodyTooLarge(ProxyError):
+    status = 413
+    message = "The body is larger than this proxy accepts."
+
+
+class KeyMissing(ProxyError):
+    message = "The proxy is not configured: it has no fal.ai key."
+
+
+class Misconfigured(ProxyError):
+    message = "The proxy is not configured correctly."
+
+
+class TooManyCalls(ProxyError):
+    status = 503
+    message = "The proxy is serving as many calls as it may; try again."
+    headers = (("Retry-After", "1"),)
+
+
+class UpstreamError(ProxyError):
+    """No usable answer came from fal.
+
+    ``may_have_run`` is true for a POST that may have reached fal. Such a call is answered 500, which fal's clients do
+    not repeat: a repeated ``run`` or ``submit`` would be executed, and paid, twice.
+    """
+
+    status = 502
+
+    def __init__(self, detail: str = "", *, may_have_run: bool = False) -> None:
+        super().__init__(detail)
+        self.may_have_run = may_have_run
+        if may_have_run:
+            self.status = 500
+            self.message = f"{self.message} The job may have run: check before sending it again."
+
+
+class NameNotFound(UpstreamError):
+    message = "The name of fal's server could not be looked up."
+
+
+class ConnectFailed(UpstreamError):
+    message = "No connection to fal's server could be made."
+
+
+class TlsFailed(UpstreamError):
+    message = "The TLS connection to fal's server could not be trusted or set up."
+
+
+class ConnectionLost(UpstreamError):
+    message = "The connection to fal's server broke before the answer was complete."
+
+
+class MalformedAnswer(UpstreamError):
+    message = "The answer of fal's server could not be understood."
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    message = "fal's server took too long."

@@ -1,0 +1,214 @@
+"""The rules of the relay, as pure functions: may this call pass, and which headers go which way.
+
+Strategy: the request's head is one list of pairs, read once. :func:`decide` refuses in the order of fal's proxy formula
+(405, 400, 412, 415, then 413) and otherwise returns a frozen :class:`Target`; the caller's URL string goes no further.
+Header building starts from nothing and adds what PROTOCOL's list allows, so that a header nobody thought of stays out.
+
+This module is the whole of the security review. It uses the standard library only and never does I/O, logs, looks at
+the clock or reads the environment.
+
+Sources: fal's "server-side integration" page (the formula), RFC 9110 sections 7.6.1 and 8.3, RFC 9112 section 5.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tornado_fal_proxy._version import __version__
+from tornado_fal_proxy.errors import (
+    BodyTooLarge,
+    MalformedAnswer,
+    MethodNotAllowed,
+    TargetMissing,
+    TargetRefused,
+    UnsupportedMediaType,
+)
+
+__all__ = ["Pairs", "ResponseHead", "Target", "decide", "parse_response_head", "parse_target", "request_headers"]
+
+Pairs = Sequence[tuple[str, str]]
+"""Header fields in the order received, duplicates included, names in lower case."""
+
+TARGET_HEADER = "x-fal-target-url"
+CLIENT_PROXY = f"tornado-fal-proxy/{__version__}"
+
+# Scheme, host, the one allowed port, path, query, fragment: each character class is a list of what may pass, so there
+# is nothing here for a second parser (a WHATWG one, libcurl, fal's server) to read in another way. No userinfo, no
+# backslash, no percent-encoding in the host, no upper case there, no punycode (a WHATWG parser decodes and checks it).
+# Path and query are any other printable ASCII.
+_LABEL = r"(?!xn--)[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_TARGET = re.compile(
+    rf"https://((?:{_LABEL}\.)*fal\.(?:ai|run))(?::443)?"
+    r"(/[!-\"$->@-\[\]-~]*)?(?:\?([!-\"$-\[\]-~]*))?(?:\#[!-\[\]-~]*)?"
+)
+_MAX_HOST = 253  # RFC 1035 section 2.3.4, without the root's dot
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_JSON = re.compile(r"application/json[ \t]*(?:;.*)?", re.IGNORECASE)
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+_FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
+# White space around the value is for strip(): as part of the pattern it takes quadratic time on a line that has much.
+_FIELD_LINE = re.compile(rf"({_NAME}):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
+_STATUS_LINE = re.compile(rb"HTTP/([0-9](?:\.[0-9])?) ([1-9][0-9]{2})(?: .*)?\r?\n?", re.DOTALL)
+
+# RFC 9110 section 7.6.1 and, for proxy-*, sections 11.7 and 7.6.1; what Connection lists is added for each message.
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+)
+# The formula: the server sets these two itself, for the body reaches the caller decoded.
+_SET_BY_SERVER = frozenset({"content-length", "content-encoding"})
+_RELAYED_BY_NAME = frozenset({"accept", "content-type", "user-agent"})
+_RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{_NAME}")
+_NEVER_RELAYED = frozenset({TARGET_HEADER, "x-fal-client-proxy"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL of fal's, taken apart. Only :func:`parse_target` makes one from a caller's string.
+
+    ``host`` is ``fal.ai``, ``fal.run`` or a name below them. ``path`` begins with a slash; ``query`` is None when the
+    URL had no question mark, which is not the same as an empty one. Both are byte for byte what the caller wrote.
+    """
+
+    host: str
+    path: str
+    query: str | None = None
+
+    @property
+    def request_target(self) -> str:
+        """Path and query as they stand in the request line (RFC 9112 section 3.2.1)."""
+        return self.path if self.query is None else f"{self.path}?{self.query}"
+
+    @property
+    def url(self) -> str:
+        """The whole URL, rebuilt from the checked parts."""
+        return f"https://{self.host}{self.request_target}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """The head of the target's answer, ready for the caller.
+
+    ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where the
+    target declared it and the body is not encoded, else None. ``protocol`` is ``"1.0"``, ``"1.1"`` or ``"2"``.
+    """
+
+    status: int
+    protocol: str
+    headers: list[tuple[str, str]]
+    length: int | None
+    event_stream: bool
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the status allows a body (RFC 9110 sections 15.3.5 and 15.4.5)."""
+        return self.status not in (204, 304)
+
+
+def parse_target(url: str) -> Target:
+    """``url`` as a Target. A fragment is allowed and dropped, as every HTTP client does. Raises TargetRefused."""
+    match = _TARGET.fullmatch(url)
+    if match is None or len(match[1]) > _MAX_HOST:
+        raise TargetRefused
+    return Target(match[1], match[2] or "/", match[3])
+
+
+def decide(method: str, headers: Pairs, *, max_body_bytes: int) -> Target:
+    """The target of a call that may pass, from nothing but its head.
+
+    Raises, in this order: MethodNotAllowed, TargetMissing, TargetRefused, UnsupportedMediaType, BodyTooLarge.
+    """
+    if method not in ("GET", "POST"):
+        raise MethodNotAllowed
+    urls = [value for name, value in headers if name == TARGET_HEADER]
+    if len(urls) != 1 or not urls[0]:
+        raise TargetMissing
+    target = parse_target(urls[0])
+    _check_body(headers, max_body_bytes)
+    return target
+
+
+def _check_body(headers: Pairs, max_body_bytes: int) -> None:
+    """Whether the declared body, if there is one, is JSON and small enough. Its length is proved while it is read."""
+    lengths = [value for name, value in headers if name == "content-length"]
+    chunked = any(name == "transfer-encoding" for name, _ in headers)
+    if not chunked and all(_length(length) == 0 for length in lengths):
+        return
+    types = [value for name, value in headers if name == "content-type"]
+    if not types or not all(map(_JSON.fullmatch, types)):
+        raise UnsupportedMediaType
+    if any(value.lower() != "identity" for name, value in headers if name == "content-encoding"):
+        raise UnsupportedMediaType
+    if any((length := _length(value)) is not None and length > max_body_bytes for value in lengths):
+        raise BodyTooLarge
+
+
+def _length(value: str) -> int | None:
+    """A content-length of up to 18 digits, more than any body has; anything else is the server's to refuse."""
+    return int(value) if _DIGITS.fullmatch(value) else None
+
+
+def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
+    """The header lines to send to fal for a call that came with ``headers``, in libcurl's notation.
+
+    That notation (CURLOPT_HTTPHEADER) writes ``name;`` for an empty value and ``name:`` to keep libcurl from adding a
+    header of its own.
+    """
+    lines = [authorization, b"x-fal-client-proxy: " + CLIENT_PROXY.encode(), b"Expect:"]
+    present = set()
+    never = _NEVER_RELAYED | _listed_by_connection(headers)
+    for name, value in headers:
+        if name not in never and (name in _RELAYED_BY_NAME or _RELAYED_BY_PREFIX.fullmatch(name)):
+            if not _FIELD_VALUE.fullmatch(value):
+                continue  # no control character may reach the wire
+            present.add(name)
+            lines.append(f"{name}: {value}".encode("latin-1") if value else f"{name};".encode("latin-1"))
+    lines.extend(f"{name}:".encode() for name in _RELAYED_BY_NAME - present)
+    return lines
+
+
+def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
+    """The head of an answer, from its lines as received: the status line and the fields, without the empty line.
+
+    A line that is not a valid field is left out rather than made the caller's problem: the result it came with is
+    paid for. A folded line continues the one before it (RFC 9112 section 5.2). Raises MalformedAnswer.
+    """
+    status_line = _STATUS_LINE.fullmatch(lines[0]) if lines else None
+    if status_line is None:
+        raise MalformedAnswer(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
+    fields = [
+        (match[1].lower().decode("ascii"), match[2].strip(b" \t").decode("latin-1"))
+        for match in _fields(lines[1:])
+        if match
+    ]
+    length, encoded, event_stream = None, False, False
+    for name, value in fields:
+        if name == "content-length":
+            length = _length(value)
+        elif name in ("content-encoding", "transfer-encoding"):
+            encoded = True  # by a transfer-encoding too a length is void (RFC 9112 section 6.3)
+        elif name == "content-type":
+            event_stream = value.lower().startswith("text/event-stream")
+    never = _HOP_BY_HOP | _SET_BY_SERVER | _listed_by_connection(fields)
+    headers = [(name, value) for name, value in fields if name not in never and not name.startswith("proxy-")]
+    return ResponseHead(
+        int(status_line[2]), status_line[1].decode(), headers, None if encoded else length, event_stream
+    )
+
+
+def _listed_by_connection(fields: Pairs) -> frozenset[str]:
+    """The names that only concern this hop because a Connection field says so (RFC 9110 section 7.6.1)."""
+    values = [value for name, value in fields if name == "connection"]
+    return frozenset(option.strip(" \t").lower() for value in values for option in value.split(","))
+
+
+def _fields(lines: Iterable[bytes]) -> Iterable[re.Match[bytes] | None]:
+    unfolded: list[bytes] = []
+    for line in lines:
+        if unfolded and line.startswith((b" ", b"\t")):
+            unfolded[-1] = unfolded[-1].rstrip(b"\r\n") + b" " + line.strip()
+        else:
+            unfolded.append(line)
+    return map(_FIELD_LINE.fullmatch, unfolded)
