@@ -1,0 +1,278 @@
+"""One call to fal, as libcurl's callbacks see it on one side and a coroutine on the other.
+
+Strategy. libcurl calls :class:`Transfer` while it moves bytes: a connection is ready, a line of the head, a piece of
+the body. These callbacks run inside libcurl's own code, so they only take notes, wake the coroutine that waits, and
+never raise or call back into libcurl. The coroutine takes the head and then the body piece by piece. When nobody takes
+the pieces libcurl is paused; when nobody wants them any more the transfer is removed at once.
+
+Only this module and ``upstream`` know libcurl. A transfer never decides which connection it uses; that is the client's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+import pycurl
+
+from tornado_fal_proxy.errors import (
+    CallerGone,
+    ConnectFailed,
+    ConnectionLost,
+    MalformedAnswer,
+    NameNotFound,
+    ProxyError,
+    TlsFailed,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from tornado_fal_proxy.policy import ResponseHead, parse_response_head
+
+__all__ = ["HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "Owner", "Transfer", "upstream_error"]
+
+# A piece of body is at most 16 kB, so a reader that keeps up is never paused, and one that does not costs little.
+HIGH_WATER_BYTES = 64 * 1024
+
+# Error numbers of libcurl (include/curl/curl.h) that pycurl gives no name.
+HTTP2_STREAM_ERROR, _E_PROXY, _E_TOO_LARGE = 92, 97, 100
+
+# What curl's error numbers mean here. One that is not listed is a broken connection, the case with the most caution.
+_ERRORS: dict[int, type[UpstreamError]] = {
+    pycurl.E_COULDNT_RESOLVE_HOST: NameNotFound,
+    pycurl.E_COULDNT_RESOLVE_PROXY: NameNotFound,
+    pycurl.E_COULDNT_CONNECT: ConnectFailed,
+    _E_PROXY: ConnectFailed,
+    pycurl.E_SSL_CONNECT_ERROR: TlsFailed,
+    pycurl.E_PEER_FAILED_VERIFICATION: TlsFailed,
+    pycurl.E_SSL_CACERT_BADFILE: TlsFailed,
+    pycurl.E_SSL_CERTPROBLEM: TlsFailed,
+    pycurl.E_SSL_CIPHER: TlsFailed,
+    pycurl.E_SSL_ISSUER_ERROR: TlsFailed,
+    pycurl.E_OPERATION_TIMEDOUT: UpstreamTimeout,
+    pycurl.E_UNSUPPORTED_PROTOCOL: MalformedAnswer,
+    pycurl.E_FTP_WEIRD_SERVER_REPLY: MalformedAnswer,
+    pycurl.E_BAD_CONTENT_ENCODING: MalformedAnswer,
+    _E_TOO_LARGE: MalformedAnswer,
+}
+
+_ALPN = b"ALPN: server "
+
+
+def upstream_error(number: int, text: str, *, may_have_run: bool) -> UpstreamError:
+    """libcurl's error as ours. The text goes to the log; it holds names and reasons, never a header."""
+    return _ERRORS.get(number, ConnectionLost)(f"curl error {number}: {text}", may_have_run=may_have_run)
+
+
+class Owner(Protocol):
+    """What a transfer needs of its client."""
+
+    def now(self) -> float:
+        """The loop's time, in seconds."""
+
+    def connected(self, transfer: Transfer, local_port: int) -> None:
+        """The transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
+
+    def learn(self, host: str, http2: bool) -> None:
+        """``host`` speaks, or does not speak, HTTP/2. Called inside libcurl."""
+
+    def resume(self, transfer: Transfer) -> None:
+        """The reader has caught up with a paused transfer."""
+
+    def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
+        """Take the transfer out of libcurl."""
+
+
+class Transfer:
+    """One call to fal. Made by ``UpstreamClient.start``; read by one coroutine at a time.
+
+    Every method that waits raises an UpstreamError when fal fails, and CallerGone after :meth:`cancel`. ``head`` is
+    None until it is known; ``complete`` is true when all of the body has arrived; ``high_water`` is the number of bytes
+    of body after which libcurl is paused until they are read; :data:`HIGH_WATER_BYTES` for what is streamed.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_chunks",
+        "_failure",
+        "_head_lines",
+        "_held",
+        "_owner",
+        "_retried",
+        "_waiter",
+        "complete",
+        "curl",
+        "fresh",
+        "head",
+        "high_water",
+        "host",
+        "leads",
+        "may_have_left",
+        "paused",
+        "pool",
+        "repeatable",
+        "touched",
+        "uploaded",
+    )
+
+    def __init__(
+        self, owner: Owner, curl: pycurl.Curl, pool: list[pycurl.Curl] | None, *, host: str, repeatable: bool
+    ) -> None:
+        self.curl: pycurl.Curl | None = curl  # None once libcurl is done with it
+        self.pool = pool
+        self.host = host
+        self.repeatable = repeatable
+        self.high_water = HIGH_WATER_BYTES
+        self.head: ResponseHead | None = None
+        self.complete = False
+        self.paused = False
+        # For the client.
+        self.may_have_left = False
+        self.leads = False
+        self.fresh = False
+        self.touched = owner.now()
+        self.uploaded = 0
+        self._owner = owner
+        self._failure: ProxyError | None = None
+        self._head_lines: list[bytes] = []
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._held = False
+        self._retried = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # For the coroutine that relays.
+
+    async def read_head(self) -> ResponseHead:
+        """The answer's head, as soon as it is known."""
+        while self.head is None:
+            await self._wait()
+        return self.head
+
+    async def hold(self) -> bool:
+        """Wait until the body is whole: True. False as soon as it turns out to be larger than ``high_water``."""
+        self._held = True
+        while not self.complete and not self.paused:
+            await self._wait()
+        self._held = False
+        self.high_water = HIGH_WATER_BYTES
+        return self.complete
+
+    async def read(self) -> bytes:
+        """The next piece of the body as it came from libcurl, or ``b""`` at its end."""
+        while not self._chunks:
+            if self.complete:
+                return b""
+            await self._wait()
+        return self._pop()
+
+    def read_rest_of_line(self, chunk: bytes) -> bytes:
+        """``chunk`` and the pieces behind it that are here already and that libcurl cut off in the middle of a line."""
+        while self._chunks and not chunk.endswith((b"\n", b"\r")):
+            chunk += self._pop()
+        return chunk
+
+    def take(self) -> bytes:
+        """All that has arrived and was not read, of a body that is complete."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        return data
+
+    def cancel(self) -> None:
+        """End the transfer now: libcurl closes the connection or resets the stream before this returns."""
+        self._owner.abandon(self, CallerGone())
+        self._chunks.clear()
+
+    def _pop(self) -> bytes:
+        chunk = self._chunks.popleft()
+        self._buffered -= len(chunk)
+        if self.paused and self._buffered <= self.high_water // 2:
+            self.paused = False
+            self.touched = self._owner.now()
+            self._owner.resume(self)
+        return chunk
+
+    async def _wait(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # For libcurl.
+
+    def on_connected(self, _remote_ip: str, _local_ip: str, _remote_port: int, local_port: int) -> int:
+        """PREREQFUNCTION: a connection is ready and the request is about to be written to it.
+
+        libcurl sends a request again by itself when a reused connection dies before the answer. A second time is
+        allowed only to what may be repeated.
+        """
+        if self.may_have_left and not self.repeatable:
+            return pycurl.PREREQFUNC_ABORT
+        self.may_have_left = True
+        self._owner.connected(self, local_port)
+        return pycurl.PREREQFUNC_OK
+
+    def on_debug(self, kind: int, text: bytes) -> None:
+        """DEBUGFUNCTION, of a call that leads: which protocol the handshake chose."""
+        if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
+            self._owner.learn(self.host, text.rstrip().endswith(b" h2"))
+
+    def on_header(self, line: bytes) -> None:
+        """HEADERFUNCTION: a line of the head, or of the trailers, which are not passed on."""
+        if self.head is not None or not self.may_have_left:
+            return  # a trailer, or what an egress proxy answered to CONNECT
+        if line not in (b"\r\n", b"\n"):
+            self._head_lines.append(line)
+            return
+        self.touched = self._owner.now()
+        lines, self._head_lines = self._head_lines, []
+        try:
+            head = parse_response_head(lines)
+        except MalformedAnswer as exc:
+            self._failure = MalformedAnswer(exc.detail, may_have_run=not self.repeatable)
+        else:
+            if head.status < 200:
+                return  # an interim answer (RFC 9110 section 15.2): the final one follows
+            self.head = head
+            if head.event_stream:
+                self.high_water = HIGH_WATER_BYTES
+            self._owner.learn(self.host, head.protocol == "2")
+        self._wake()
+
+    def on_body(self, data: bytes) -> int | None:
+        """WRITEFUNCTION: a piece of the body."""
+        if self.curl is None or self._failure is not None:
+            return None  # nobody wants it any more
+        if self._buffered >= self.high_water:
+            self.paused = True
+            self._wake()
+            return pycurl.WRITEFUNC_PAUSE
+        self.touched = self._owner.now()
+        self._chunks.append(data)
+        self._buffered += len(data)
+        if not self._held:
+            self._wake()
+        return None
+
+    # For the client.
+
+    def end(self, failure: ProxyError | None) -> None:
+        """The transfer is over. What has arrived can still be read, and then the failure is raised."""
+        if self._failure is None:
+            self._failure = failure
+            self.complete = failure is None
+        self._wake()
+
+    def may_retry(self, failure: UpstreamError) -> bool:
+        """Whether to send it once more, on a new connection: only what broke in the pool and cannot run twice."""
+        if self._retried or self.head is not None or self._head_lines or not isinstance(failure, ConnectionLost):
+            return False
+        self._retried = self.repeatable or not self.may_have_left
+        return self._retried

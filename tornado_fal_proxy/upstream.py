@@ -1,0 +1,380 @@
+"""Tornado's curl client, made to stream, pause, cancel and scale.
+
+Strategy. :class:`UpstreamClient` keeps everything of :class:`tornado.curl_httpclient.CurlAsyncHTTPClient` that drives
+libcurl from the IOLoop (sockets, timers, ``fetch()``) and adds a second, leaner way in: :meth:`UpstreamClient.start`
+takes an easy handle that is configured already, sets what differs for this call, and returns a
+:class:`~tornado_fal_proxy.transfer.Transfer`.
+
+What libcurl would do by itself and must not: it follows no redirect, speaks no protocol but https, reads no .netrc,
+keeps no cookie, and sends no POST a second time (``Transfer.on_connected``).
+
+It parses only ``https://<checked host>/``. Path and query go out byte for byte as CURLOPT_REQUEST_TARGET (with
+CURLOPT_PATH_AS_IS alone it rewrites ``%e6`` to ``%E6``), so it never sees a string of the caller's as a URL.
+
+HTTP/2: calls to a host known to speak it wait for a connection that is being made (PIPEWAIT) and share it. Against a
+host that speaks HTTP/1.1 PIPEWAIT would line up all calls behind the first answer, so while a host is unknown one call
+leads and the others wait for its handshake, at most :data:`HANDSHAKE_WAIT_S`. What the handshake negotiated (ALPN)
+libcurl tells only in its verbose text, before the request is written; where that text is missing the answer's status
+line tells it later.
+
+A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
+libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
+the pool of a host of which one was closed just now.
+
+Nothing here is called inside libcurl but ``connected``, ``learn`` and ``_handle_socket``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from typing import Any
+
+import pycurl
+from tornado.curl_httpclient import CurlAsyncHTTPClient
+
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import (
+    ConnectionLost,
+    MalformedAnswer,
+    ProxyError,
+    TooManyCalls,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from tornado_fal_proxy.hangup import HangupWatch
+from tornado_fal_proxy.policy import Target
+from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, HTTP2_STREAM_ERROR, Transfer, upstream_error
+
+__all__ = ["UpstreamClient"]
+
+# Long enough for any handshake that is going to succeed soon; past it calls make connections of their own.
+HANDSHAKE_WAIT_S = 1.0
+# Easy handles kept for the next call. A configured one saves 50 us and holds some 10 kB.
+IDLE_HANDLES = 512
+# Below the time after which common load balancers drop idle connections (60 s and more).
+IDLE_CONNECTION_S = 50
+# How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
+# After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
+# itself, which it does once a second, POSTs avoid them.
+SUSPICION_S = 1.1
+# Hosts whose protocol is remembered. A wildcard lets callers name any number.
+KNOWN_HOSTS = 1024
+
+
+class _Host:
+    """What is known of one host. ``http2`` is None while it is not known."""
+
+    __slots__ = ("called_at", "http2", "leader", "suspect_until", "timer", "waiting")
+
+    def __init__(self) -> None:
+        self.http2: bool | None = None
+        self.called_at = 0.0
+        self.suspect_until = 0.0
+        self.leader: Transfer | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.waiting: dict[Transfer, None] = {}  # in the order of their coming
+
+
+class UpstreamClient(CurlAsyncHTTPClient):
+    """Connections to fal for one :class:`~tornado_fal_proxy.config.ProxyConfig` on one IOLoop.
+
+    Make it inside the running loop and after any fork, with ``force_instance=True``. ``fetch()`` works as on its base
+    class, with none of this module's rules.
+    """
+
+    def initialize(self, config: ProxyConfig) -> None:  # type: ignore[override]
+        super().initialize()
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
+        self._multi.setopt(pycurl.M_MAXCONNECTS, config.max_in_flight)
+        self._hosts: dict[str, _Host] = {}
+        self._running: dict[pycurl.Curl, Transfer] = {}
+        self._handles: dict[str, list[pycurl.Curl]] = {"GET": [], "POST": []}
+        self._ports: dict[int, str] = {}  # which host a connection that leaves from this port goes to
+        self._idle = HangupWatch()
+        self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), 5.0)
+        self._in_flight = 0
+        self._shut = False
+
+    # For the handler.
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that were admitted and not released."""
+        return self._in_flight
+
+    def admit(self) -> None:
+        """Take one of ``max_in_flight`` places. Raises TooManyCalls; else :meth:`release` gives it back."""
+        if self._in_flight >= self._config.max_in_flight:
+            raise TooManyCalls(f"{self._in_flight} calls in flight")
+        self._in_flight += 1
+
+    def release(self) -> None:
+        """Give back a place."""
+        self._in_flight -= 1
+
+    def start(
+        self,
+        method: str,
+        target: Target,
+        headers: list[bytes],
+        body: bytes = b"",
+        *,
+        high_water: int = HIGH_WATER_BYTES,
+    ) -> Transfer:
+        """Begin a call and return at once. ``headers`` are lines as :func:`policy.request_headers` makes them.
+
+        ``high_water`` is the number of bytes after which libcurl is paused until they are read. Raises ConnectionLost
+        after :meth:`close`.
+        """
+        if self._shut:
+            raise ConnectionLost("the proxy is closing")
+        with_body = method == "POST" or bool(body)
+        # A handle stays of one kind: libcurl's options for bodies do not mix well on one that changes. A GET with a
+        # body, which no client of fal's sends, gets one of its own.
+        pool = None if with_body and method != "POST" else self._handles.get(method)
+        if pool:
+            curl = pool.pop()
+        else:
+            curl = self._configured_handle(with_body)
+            if pool is None:
+                curl.setopt(pycurl.CUSTOMREQUEST, method)
+        transfer = Transfer(self, curl, pool, host=target.host, repeatable=method == "GET")
+        transfer.high_water = high_water
+        curl.setopt(pycurl.URL, f"https://{target.host}/")
+        curl.setopt(pycurl.REQUEST_TARGET, target.request_target)
+        curl.setopt(pycurl.HTTPHEADER, headers)
+        curl.setopt(pycurl.PREREQFUNCTION, transfer.on_connected)
+        curl.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
+        curl.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
+        if with_body:
+            curl.setopt(pycurl.POSTFIELDS, body)
+        self._running[curl] = transfer
+        self._enqueue(transfer)
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(self._sweep_interval_s, self._end_idle_transfers)
+        return transfer
+
+    def close(self) -> None:
+        """End all transfers, answering their callers, and close all connections."""
+        if self._shut:
+            return
+        self._shut = True
+        for transfer in list(self._running.values()):
+            self.abandon(transfer, ConnectionLost("the proxy is closing", may_have_run=self._may_have_run(transfer)))
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for handles in self._handles.values():
+            for curl in handles:
+                curl.close()
+            handles.clear()
+        super().close()
+        self._idle.close()
+        if self._timeout is not None:  # closing libcurl may have asked for one more
+            self.io_loop.remove_timeout(self._timeout)
+
+    # For transfers.
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    def connected(self, transfer: Transfer, local_port: int) -> None:
+        self._ports[local_port] = transfer.host
+        if transfer.leads:
+            # Not now, for this runs inside libcurl.
+            self._loop.call_soon(self._end_lead, transfer)
+
+    def learn(self, host: str, http2: bool) -> None:
+        if (state := self._hosts.get(host)) is not None:
+            state.http2 = http2
+
+    def resume(self, transfer: Transfer) -> None:
+        if transfer.curl is None:
+            return
+        with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
+            transfer.curl.pause(pycurl.PAUSE_CONT)
+        self._set_timeout(0)
+
+    def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
+        """Take ``transfer`` out of libcurl, wherever it is, and let its reader know why."""
+        curl = transfer.curl
+        if curl is None:
+            return
+        transfer.curl = None  # on_body drops what comes from here on
+        del self._running[curl]
+        state = self._hosts.get(transfer.host)
+        if state is not None and transfer in state.waiting:
+            del state.waiting[transfer]
+        else:
+            if transfer.paused:
+                # Removing a paused HTTP/2 stream would leave its RST_STREAM unsent.
+                with contextlib.suppress(pycurl.error):
+                    curl.pause(pycurl.PAUSE_CONT)
+            self._multi.remove_handle(curl)
+            self._end_lead(transfer)
+        self._recycle(transfer, curl)
+        transfer.end(reason)
+
+    # Handles.
+
+    def _configured_handle(self, with_body: bool) -> pycurl.Curl:
+        config = self._config
+        curl = self._curl_create()
+        curl.setopt(pycurl.NOSIGNAL, 1)
+        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS)
+        curl.setopt(pycurl.FOLLOWLOCATION, 0)
+        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
+        curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
+        curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
+        curl.setopt(pycurl.MAXAGE_CONN, IDLE_CONNECTION_S)
+        curl.setopt(pycurl.TCP_KEEPALIVE, 1)
+        curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        curl.setopt(pycurl.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        if config.ca_certs is not None:
+            curl.setopt(pycurl.CAINFO, os.fspath(config.ca_certs))
+        if config.connect_to is not None:
+            curl.setopt(pycurl.CONNECT_TO, [f"::{config.connect_to}"])
+            curl.setopt(pycurl.NOPROXY, "*")
+        curl.setopt(pycurl.POST if with_body else pycurl.HTTPGET, 1)
+        return curl
+
+    def _recycle(self, transfer: Transfer, curl: pycurl.Curl) -> None:
+        transfer.curl = None
+        pool = transfer.pool
+        if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
+            curl.close()
+            return
+        if transfer.fresh:
+            curl.setopt(pycurl.FRESH_CONNECT, 0)
+        if transfer.leads:
+            curl.setopt(pycurl.VERBOSE, 0)
+        if pool is self._handles["POST"]:
+            curl.setopt(pycurl.POSTFIELDS, b"")  # let go of the body
+        pool.append(curl)
+
+    # Connections.
+
+    def _enqueue(self, transfer: Transfer) -> None:
+        """Give the transfer to libcurl, or let it wait for the handshake of the call that leads to the same host."""
+        self._look_at_idle_sockets()
+        state = self._host(transfer.host)
+        now = self.now()
+        if now - state.called_at > IDLE_CONNECTION_S:
+            state.http2 = None  # its connections have gone, and the next may be to another kind of server
+        state.called_at = now
+        if state.http2 is None:
+            if state.leader is not None:
+                state.waiting[transfer] = None
+                return
+            state.leader = transfer
+            state.timer = self._loop.call_later(HANDSHAKE_WAIT_S, self._end_lead, transfer)
+            transfer.leads = True
+        self._add(transfer, state)
+
+    def _add(self, transfer: Transfer, state: _Host) -> None:
+        curl = transfer.curl
+        assert curl is not None
+        curl.setopt(pycurl.PIPEWAIT, 1 if state.http2 else 0)
+        if transfer.leads:
+            curl.setopt(pycurl.DEBUGFUNCTION, transfer.on_debug)
+            curl.setopt(pycurl.VERBOSE, 1)
+        if not transfer.repeatable and self.now() < state.suspect_until:
+            transfer.fresh = True
+        if transfer.fresh:
+            curl.setopt(pycurl.FRESH_CONNECT, 1)
+        self._multi.add_handle(curl)
+
+    def _handle_socket(self, event: int, fd: int, multi: Any, data: Any) -> None:
+        """Tornado's SOCKETFUNCTION: libcurl wants to know of a socket, or no longer does."""
+        super()._handle_socket(event, fd, multi, data)
+        if event == pycurl.POLL_REMOVE:
+            self._idle.add(fd)
+        else:
+            self._idle.discard(fd)
+
+    def _look_at_idle_sockets(self) -> None:
+        for fd in self._idle.hung_up():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+                state = self._hosts.get(self._ports.get(duplicate.getsockname()[1], ""))
+                if state is not None:
+                    self._suspect(state)
+
+    def _suspect(self, state: _Host) -> None:
+        """A connection to this host broke; the next may also be to another kind of server."""
+        state.suspect_until = self.now() + SUSPICION_S
+        state.http2 = None
+
+    def _end_lead(self, transfer: Transfer) -> None:
+        """The leading call has its connection, failed, left, or took too long: the others need not wait for it."""
+        state = self._hosts.get(transfer.host)
+        if state is None or state.leader is not transfer:
+            return
+        assert state.timer is not None
+        state.timer.cancel()
+        state.leader = state.timer = None
+        waiting, state.waiting = state.waiting, {}
+        for waiter in waiting:
+            self._add(waiter, state)
+
+    def _host(self, name: str) -> _Host:
+        state = self._hosts.get(name)
+        if state is None:
+            if len(self._hosts) >= KNOWN_HOSTS:
+                # Forget the longer known half; what leads or waits there must be found again.
+                for old in [old for old, state in self._hosts.items() if state.leader is None][: KNOWN_HOSTS // 2]:
+                    del self._hosts[old]
+            state = self._hosts[name] = _Host()
+        return state
+
+    # Ends.
+
+    def _finish(self, curl: pycurl.Curl, curl_error: int | None = None, curl_message: str | None = None) -> None:
+        """Tornado calls this for each handle that libcurl is done with, ours and those of ``fetch()``."""
+        transfer = self._running.get(curl)
+        if transfer is None:
+            super()._finish(curl, curl_error, curl_message)
+            return
+        failure: UpstreamError | None = None
+        if curl_error is not None:
+            # A connection may have been ready and nothing yet written to it.
+            transfer.may_have_left = transfer.may_have_left and curl.getinfo(pycurl.REQUEST_SIZE) > 0
+            failure = upstream_error(curl_error, curl_message or "", may_have_run=self._may_have_run(transfer))
+        elif transfer.head is None:
+            failure = MalformedAnswer("no head", may_have_run=self._may_have_run(transfer))
+        if failure is not None and curl_error != HTTP2_STREAM_ERROR:
+            self._suspect(self._host(transfer.host))
+        self._multi.remove_handle(curl)
+        self._end_lead(transfer)
+        if failure is not None and transfer.may_retry(failure):
+            transfer.fresh = True
+            self._enqueue(transfer)
+            return
+        del self._running[curl]
+        self._recycle(transfer, curl)
+        transfer.end(failure)
+
+    def _may_have_run(self, transfer: Transfer) -> bool:
+        return transfer.may_have_left and not transfer.repeatable
+
+    def _end_idle_transfers(self) -> None:
+        """End the transfers on which no byte has moved for ``idle_timeout_s``. One timer serves all of them."""
+        now = self.now()
+        for transfer in list(self._running.values()):
+            # While it is paused the caller is the slow one, and the handler watches that.
+            if now - transfer.touched > self._config.idle_timeout_s and not transfer.paused:
+                assert transfer.curl is not None
+                uploaded = transfer.curl.getinfo(pycurl.SIZE_UPLOAD_T)
+                if uploaded != transfer.uploaded:
+                    transfer.uploaded, transfer.touched = uploaded, now
+                    continue
+                self.abandon(transfer, UpstreamTimeout("no byte moved", may_have_run=self._may_have_run(transfer)))
+        self._idle.prune()
+        self._sweep = None
+        if self._running:
+            self._sweep = self._loop.call_later(self._sweep_interval_s, self._end_idle_transfers)
