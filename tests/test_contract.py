@@ -1,0 +1,147 @@
+"""What the proxy needs of Tornado's private names and of libcurl's undocumented words.
+
+setup.cfg names the range of Tornado on which these tests pass. When one fails, ``upstream`` or ``handler`` must change.
+"""
+
+import asyncio
+import inspect
+import logging
+
+import pycurl
+import pytest
+from caller import call
+from conftest import KEY, Setup
+from tornado.curl_httpclient import CurlAsyncHTTPClient
+from tornado.http1connection import HTTP1Connection
+from tornado.web import RequestHandler
+from upstream import Exchange
+
+from tornado_fal_proxy import FalProxyHandler
+from tornado_fal_proxy.policy import parse_target
+from tornado_fal_proxy.upstream import UpstreamClient
+
+# Of the client: what is called, or overridden, with its parameters.
+METHODS = {
+    "_curl_create": ["self"],
+    "_finish": ["self", "curl", "curl_error", "curl_message"],
+    "_handle_socket": ["self", "event", "fd", "multi", "data"],
+    "_set_timeout": ["self", "msecs"],
+    "close": ["self"],
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_of_the_client(name: str) -> None:
+    """The methods that the subclass calls or overrides exist, with these parameters."""
+    assert list(inspect.signature(getattr(CurlAsyncHTTPClient, name)).parameters) == METHODS[name]
+
+
+def test_nothing_else_is_overridden() -> None:
+    """The table above is complete: no other private name of the base class is defined anew."""
+    inherited = {name for name in vars(CurlAsyncHTTPClient) if name.startswith("_") and not name.startswith("__")}
+    assert inherited & set(vars(UpstreamClient)) <= set(METHODS)
+    web = {name for base in RequestHandler.__mro__ for name in vars(base)}
+    public_hooks = {"check_xsrf_cookie", "compute_etag", "check_etag_header", "send_error", "initialize", "prepare"}
+    public_hooks |= {"data_received", "on_connection_close", "on_finish"}
+    own = {name for name in vars(FalProxyHandler) if not name.startswith("__")}
+    verbs = {name.lower() for name in RequestHandler.SUPPORTED_METHODS}
+    assert own & web <= public_hooks | verbs | {"_stream_request_body"}
+
+
+@pytest.mark.gen_test
+async def test_attributes_of_the_client(setup: Setup) -> None:
+    """``_multi`` is the CurlMulti, driven by ``_set_timeout`` and ``_handle_socket``; ``_timeout`` is its timer."""
+    client = CurlAsyncHTTPClient(force_instance=True)
+    assert isinstance(client._multi, pycurl.CurlMulti)
+    client._set_timeout(60_000)
+    timer = client._timeout
+    assert timer is not None
+    client._set_timeout(60_000)
+    assert client._timeout is not timer
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_attributes_of_the_server(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request's connection is an HTTP1Connection with a stream and a bound on the body; its body is a future."""
+    seen: list[bool] = []
+
+    class Looking(FalProxyHandler):
+        async def prepare(self) -> None:
+            connection = self.request.connection
+            assert isinstance(connection, HTTP1Connection)
+            connection.set_max_body_size(10)
+            seen.append(self.request._body_future.done())
+            seen.append(self._finished)
+            self.request._body_future.add_done_callback(lambda body: seen.append(body.exception() is None))
+            await super().prepare()
+
+    from tornado.web import Application
+
+    port = setup.serve(Application([("/api/fal/proxy", Looking)], log_function=lambda handler: None))
+    assert (await call(port, "POST", target="https://evil.example/")).status == 412
+    assert seen == [False, False, True]
+
+
+@pytest.mark.gen_test
+async def test_fetch_still_works(setup: Setup, protocol: str) -> None:
+    """``fetch()`` of the base class works on the subclass, beside transfers of its own."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.respond(200, exchange.target)
+
+    upstream = await setup.upstream(answer, protocol)
+    config = setup.config(upstream)
+    client = UpstreamClient(force_instance=True, config=config)
+    try:
+        transfer = client.start("GET", parse_target("https://fal.run/own"), [b"a: b"])
+        url = f"https://localhost:{upstream.port}/fetched"
+        fetched = await client.fetch(url, ca_certs=config.ca_certs, validate_cert=False)
+        assert fetched.body == b"/fetched"
+        await transfer.read_head()
+        assert await transfer.hold()
+        assert transfer.take() == b"/own"
+    finally:
+        client.close()
+
+
+@pytest.mark.gen_test
+async def test_words_of_libcurl(setup: Setup, protocol: str) -> None:
+    """The protocol of a connection is known before the first answer."""
+    reached = asyncio.Event()
+
+    async def silent(exchange: Exchange) -> None:
+        reached.set()
+
+    upstream = await setup.upstream(silent, protocol)
+    client = UpstreamClient(force_instance=True, config=setup.config(upstream))
+    transfer = client.start("GET", parse_target("https://fal.run/x"), [])
+    await reached.wait()
+    assert client._hosts["fal.run"].http2 is (protocol == "h2")
+    transfer.cancel()
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_curl_log_has_no_key(setup: Setup, protocol: str) -> None:
+    """Tornado's curl log at its most talkative does not show the key."""
+    curl_log = logging.getLogger("tornado.curl_httpclient")
+    lines: list[str] = []
+    listener = logging.Handler(logging.DEBUG)
+    listener.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    curl_log.addHandler(listener)
+    curl_log.setLevel(logging.DEBUG)
+    try:
+
+        async def answer(exchange: Exchange) -> None:
+            await exchange.body()
+            await exchange.respond(200, b"{}")
+
+        port = setup.proxy(await setup.upstream(answer, protocol))
+        for _ in range(3):
+            assert (await call(port, "POST")).status == 200
+    finally:
+        curl_log.removeHandler(listener)
+        curl_log.setLevel(logging.NOTSET)
+    assert not [line for line in lines if KEY in line]

@@ -1,0 +1,390 @@
+"""The request handler that an application mounts: from the caller's request to the caller's answer.
+
+Strategy. ``prepare()`` decides everything that the head of a request can decide and answers a refused call there, so
+that no body is buffered for it. The body is collected up to its bound, the call goes to
+:class:`~tornado_fal_proxy.upstream.UpstreamClient`, and the answer goes out in one of two ways:
+
+* in one write, with ``content-length``: whatever is complete already, and every plain result of a POST that fits
+  ``hold_bytes``. fal's clients send a POST again, and pay again, when its body breaks off; so it must not.
+* as a stream: event streams, and the answers of GETs. The head at once, then each piece as it came, and libcurl is
+  paused while the caller does not read. A stream that breaks upstream is broken off here, never ended cleanly.
+
+The handler touches nothing global and nothing of the application's: every answer it makes by itself is
+``{"message": ...}``, whatever the application's settings or base classes say about errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import struct
+import weakref
+from http.client import responses
+from typing import Any
+
+from tornado.http1connection import HTTP1Connection
+from tornado.iostream import IOStream, StreamClosedError
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import (
+    BodyTooLarge,
+    CallerGone,
+    MethodNotAllowed,
+    Misconfigured,
+    ProxyError,
+    UpstreamError,
+)
+from tornado_fal_proxy.hangup import HangupWatch
+from tornado_fal_proxy.policy import ResponseHead, Target, decide, request_headers
+from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, Transfer
+from tornado_fal_proxy.upstream import UpstreamClient
+
+__all__ = ["FalProxyHandler", "close_upstreams"]
+
+logger = logging.getLogger("tornado_fal_proxy")
+
+# How long the rest of a refused request's body is read and thrown away. Closing at once would reset the connection
+# under a caller that is still sending, who then never sees the answer.
+LINGER_S = 5.0
+
+_DEFAULT_CONFIG = ProxyConfig()
+
+
+class _Backend:
+    """What the handlers of one configuration share on one loop: connections to fal, and a watch over their callers.
+
+    Bytes of a caller's that nobody reads yet, such as its next request, keep Tornado from seeing that it leaves.
+    """
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.client = UpstreamClient(force_instance=True, config=config)
+        self._loop = asyncio.get_running_loop()
+        self._watch = HangupWatch()
+        self._callers: dict[int, weakref.ref[IOStream]] = {}
+        if (fd := self._watch.fileno()) is not None:
+            self._loop.add_reader(fd, self._close_left)
+
+    def watch(self, caller: IOStream) -> None:
+        """From now on close ``caller`` as soon as its peer leaves, and so tell the handler that serves it then."""
+        fd = caller.socket.fileno()
+        known = self._callers.get(fd)
+        if known is None or known() is not caller:
+            self._callers[fd] = weakref.ref(caller)
+            self._watch.add(fd)
+
+    def _close_left(self) -> None:
+        for fd in self._watch.hung_up():
+            caller = self._callers.pop(fd)()
+            if caller is not None:
+                caller.close()
+
+    def close(self) -> None:
+        if (fd := self._watch.fileno()) is not None:
+            self._loop.remove_reader(fd)
+        self._watch.close()
+        self.client.close()
+
+
+_backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], _Backend]] = weakref.WeakKeyDictionary()
+
+
+def close_upstreams(application: Application) -> None:
+    """End all upstream transfers of ``application`` and close its connections to fal.
+
+    For the end of an application's life, after its server has stopped; a call that comes later opens new ones.
+    """
+    for backend in _backends.pop(application, {}).values():
+        backend.close()
+
+
+@stream_request_body
+class FalProxyHandler(RequestHandler):
+    """Relays ``GET`` and ``POST`` to the URL in ``x-fal-target-url``, with the key added.
+
+    Mount it as ``(r"/api/fal/proxy", FalProxyHandler)``, with ``{"config": ProxyConfig(...)}`` as third element to
+    configure it. Subclasses that override :meth:`prepare` must ``await super().prepare()``.
+
+    Source: fal's "server-side integration" page, "the proxy formula".
+    """
+
+    def initialize(self, config: ProxyConfig | None = None, **unknown: object) -> None:
+        # Tornado calls this for every request, and an exception here would close the connection without an answer.
+        self._config = config or _DEFAULT_CONFIG
+        self._misconfigured = ""
+        if unknown:
+            self._misconfigured = f"FalProxyHandler takes the keyword config, not {', '.join(sorted(unknown))}"
+        elif not isinstance(self._config, ProxyConfig):
+            self._misconfigured = f"FalProxyHandler's config must be a ProxyConfig, not {type(config).__name__}"
+        self._target: Target | None = None
+        self._authorization = b""
+        self._backend: _Backend | None = None
+        self._transfer: Transfer | None = None
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._answered = False
+        self._streaming = False
+        self._linger: asyncio.TimerHandle | None = None
+
+    # The way in.
+
+    async def prepare(self) -> None:
+        """Decide whether the call may pass, before its body is read; a refused call is answered here."""
+        try:
+            if self._misconfigured:
+                raise Misconfigured(self._misconfigured)
+            config = self._config
+            self._pairs = [(name.lower(), value) for name, value in self.request.headers.get_all()]
+            target = decide(self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes)
+            self._authorization = config.authorization()
+            backend = self._shared_backend()
+            backend.client.admit()
+            self._backend = backend
+            self._target = target
+            # The bound is ours to keep, with our answer: Tornado's own cuts the connection.
+            self._connection.set_max_body_size(config.max_body_bytes + 1)
+        except ProxyError as exc:
+            self._refuse(exc)
+
+    def data_received(self, chunk: bytes) -> None:
+        if self._answered:
+            return  # lingering
+        self._body_size += len(chunk)
+        if self._body_size > self._config.max_body_bytes:
+            self._body.clear()
+            self._refuse(BodyTooLarge())
+        else:
+            self._body.append(chunk)
+
+    async def get(self, *_args: str, **_kwargs: str) -> None:
+        await self._relay()
+
+    async def post(self, *_args: str, **_kwargs: str) -> None:
+        await self._relay()
+
+    async def _refused(self, *_args: str, **_kwargs: str) -> None:
+        """Every other method was answered by prepare(), and its body has been read away by now."""
+
+    head = put = patch = delete = options = _refused
+
+    # The relay.
+
+    async def _relay(self) -> None:
+        if self._answered:
+            return
+        if self._target is None or self._backend is None:
+            raise RuntimeError("FalProxyHandler.prepare() did not run: a subclass must await super().prepare()")
+        caller = self._connection.stream
+        if caller.closed():
+            return
+        post = self.request.method == "POST"
+        body = b"".join(self._body)
+        self._body.clear()
+        try:
+            transfer = self._transfer = self._backend.client.start(
+                self.request.method or "",
+                self._target,
+                request_headers(self._pairs, self._authorization),
+                body,
+                high_water=self._config.hold_bytes if post else HIGH_WATER_BYTES,
+            )
+            self._backend.watch(caller)
+            head = await transfer.read_head()
+            whole = transfer.complete or (post and not head.event_stream and await transfer.hold())
+            self._copy_head(head)
+            if whole:
+                await self._write_whole(head, transfer.take())
+            else:
+                await self._write_stream(head, transfer)
+        except (CallerGone, StreamClosedError):
+            self.set_status(CallerGone.status)  # for the application's log; nobody reads it
+        except UpstreamError as exc:
+            self._log_upstream_error(exc)
+            if self._streaming:
+                self._break_off()
+            else:
+                self._refuse(exc)
+        finally:
+            if self._transfer is not None:
+                self._transfer.cancel()
+
+    def _copy_head(self, head: ResponseHead) -> None:
+        self.set_status(head.status, responses.get(head.status, "Unknown"))
+        # Tornado's own values of these give way to the target's, even where the target has none.
+        for name in ("Server", "Date", "Content-Type"):
+            self.clear_header(name)
+        seen = set()
+        for name, value in head.headers:
+            if name in seen:
+                self.add_header(name, value)
+            else:
+                seen.add(name)
+                self.set_header(name, value)
+
+    async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
+        if not head.has_body:
+            # finish() alone would strip headers that describe the representation, such as a 304's content-type.
+            self.flush(include_footers=True)
+        await self._delivered(self.finish(body or None))
+
+    async def _write_stream(self, head: ResponseHead, transfer: Transfer) -> None:
+        if head.length is not None:
+            self.set_header("Content-Length", head.length)
+        self._streaming = True
+        self._connection.stream.set_nodelay(True)
+        await self._delivered(self.flush())
+        undecoded = b""
+        while chunk := await transfer.read():
+            if head.event_stream:
+                # fal's client decodes each chunk by itself and breaks where a character is cut in two.
+                chunk, undecoded = split_utf8(undecoded + transfer.read_rest_of_line(chunk))
+            if chunk:
+                self.write(chunk)
+                await self._delivered(self.flush())
+        if undecoded:
+            self.write(undecoded)
+        self._streaming = False
+        await self._delivered(self.finish())
+        if self.request.version == "HTTP/1.0" and head.length is None:
+            # Only closing ends such an answer, and Tornado keeps the connection when the caller asked for keep-alive.
+            self._connection.close()
+
+    async def _delivered(self, written: asyncio.Future[None]) -> None:
+        """Wait while the caller's end is full. Raises CallerGone after ``idle_timeout_s`` of that."""
+        if self._connection.stream.writing():
+            try:
+                await asyncio.wait_for(written, self._config.idle_timeout_s)
+            except TimeoutError:
+                self._break_off()
+                raise CallerGone("the caller stopped reading") from None
+
+    # Answers of our own.
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer with ``error``, and leave the connection in a state in which the caller sees it."""
+        level = logging.ERROR if error.status == 500 else logging.INFO
+        if not isinstance(error, UpstreamError):
+            logger.log(level, "%d %s: %s", error.status, self.request.method, error.detail or error.message)
+        self._answer(error.status, error.message, error.headers)
+
+    def _answer(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        self._answered = True
+        self._release()
+        self.clear()
+        self.set_status(status)
+        for name, value in headers:
+            self.set_header(name, value)
+        self.set_header("Content-Type", "application/json")
+        body = json.dumps({"message": message}).encode()
+        if self.request._body_future.done() or "Expect" in self.request.headers:
+            self.finish(body)
+            return
+        # The answer is complete with this. To finish() now would close the connection, a body being on its way or not;
+        # that follows when the body was read away or LINGER_S are over.
+        self.set_header("Content-Length", len(body))
+        self.write(body)
+        self.flush()
+        self._connection.set_max_body_size(2**62)
+        self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._end_linger)
+        self.request._body_future.add_done_callback(self._end_linger)
+
+    def _end_linger(self, body_is_read: asyncio.Future[None] | None = None) -> None:
+        if body_is_read is not None and body_is_read.exception() is not None:
+            return  # the caller has left
+        if not self._finished:
+            self.finish()
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        """Answer an exception (an HTTPError of a subclass or of Tornado, or a bug) as fal's clients expect it."""
+        if self._streaming:
+            self._break_off()
+        elif not self._answered:
+            exception = kwargs.get("exc_info", (None, None, None))[1]
+            reason = exception.reason if isinstance(exception, HTTPError) else None
+            headers = MethodNotAllowed.headers if status_code == 405 else ()
+            self._answer(status_code, reason or responses.get(status_code, "Unknown"), headers)
+
+    # The way out.
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self._transfer is not None:
+            self._transfer.cancel()
+        self.on_finish()
+
+    def on_finish(self) -> None:
+        self._release()
+        if self._linger is not None:
+            self._linger.cancel()
+
+    def _release(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.client.release()
+
+    def _break_off(self) -> None:
+        """End the connection so that the caller cannot take what it has for a complete answer."""
+        connection = self._connection
+        if self.request.version == "HTTP/1.0" and not connection.stream.closed():
+            # Here a clean close may be the mark of a complete answer. A reset is not.
+            connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    # Ours against the application's settings.
+
+    def check_xsrf_cookie(self) -> None:
+        """Nothing: fal's clients send no token, and no cross-site form can send ``x-fal-target-url``."""
+
+    def compute_etag(self) -> None:
+        """None: the answer is the target's, and so is its validator."""
+
+    def check_etag_header(self) -> bool:
+        """False: only the target may answer 304."""
+        return False
+
+    # Helpers.
+
+    @property
+    def _connection(self) -> HTTP1Connection:
+        connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection)  # the only kind that Tornado has
+        return connection
+
+    def _shared_backend(self) -> _Backend:
+        """The backend of this configuration on the running loop: made on the first call, so after any fork."""
+        backends = _backends.setdefault(self.application, {})
+        key = (self._config, asyncio.get_running_loop())
+        backend = backends.get(key)
+        if backend is None:
+            backend = backends[key] = _Backend(self._config)
+        return backend
+
+    def _log_upstream_error(self, error: UpstreamError) -> None:
+        assert self._target is not None
+        logger.warning(
+            "%d %s https://%s%s: %s (%s)%s%s",
+            self.get_status() if self._streaming else error.status,
+            self.request.method,
+            self._target.host,
+            self._target.path,
+            error.detail,
+            type(error).__name__,
+            "; the job may have run" if error.may_have_run else "",
+            "; the answer was broken off" if self._streaming else "",
+        )
+
+
+def split_utf8(data: bytes) -> tuple[bytes, bytes]:
+    """``data`` without a character that is cut off at its end, and that beginning of a character (3 bytes at most)."""
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte < 0x80:
+            break
+        if 0xC0 <= byte < 0xF8:  # the first byte of a character of 2, 3 or 4 bytes
+            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            if needed > back:
+                return data[:-back], data[-back:]
+            break
+    return data, b""
