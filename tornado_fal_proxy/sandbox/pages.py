@@ -1,0 +1,87 @@
+"""What browsers get from the proxy's own application in sandbox mode: a page to try it, and the CDN's stand-in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from tornado.http1connection import HTTP1Connection
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+if TYPE_CHECKING:
+    from tornado_fal_proxy.sandbox.server import Sandbox
+
+# The client sends up to 90 MiB in one PUT, and beyond that parts of 10 MiB.
+MAX_UPLOAD_BYTES = 100 * 1024 * 1024
+
+
+class Page(RequestHandler):
+    """The page to try it with."""
+
+    def initialize(self, html: str) -> None:
+        self.html = html
+
+    def get(self) -> None:
+        self.finish(self.html)
+
+
+@stream_request_body
+class Files(RequestHandler):
+    """The CDN's stand-in: GET, and uploads as the client makes them: whole, or as parts 1, 2, ... and a ``complete``.
+
+    Only a name that ``Initiate`` gave out can be written, and nothing served here may run script in the proxy's origin.
+    """
+
+    def initialize(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.chunks: list[bytes] = []
+
+    def set_default_headers(self) -> None:
+        for name, value in (("Origin", "*"), ("Methods", "GET, PUT, POST, OPTIONS"), ("Headers", "*")):
+            self.set_header(f"Access-Control-Allow-{name}", value)
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Content-Security-Policy", "sandbox")
+
+    def prepare(self) -> None:
+        if isinstance(self.request.connection, HTTP1Connection):
+            self.request.connection.set_max_body_size(MAX_UPLOAD_BYTES)  # whatever the proxy's own bound is
+
+    def data_received(self, chunk: bytes) -> None:
+        self.chunks.append(chunk)
+
+    def file(self, name: str) -> tuple[str, bytes]:
+        """The content type and the bytes, or 404."""
+        if name not in self.sandbox.files:
+            raise HTTPError(404)
+        return self.sandbox.files[name]
+
+    def options(self, path: str) -> None:
+        self.set_status(204)
+
+    def get(self, path: str) -> None:
+        kind, body = self.file(path)
+        self.set_header("Content-Type", kind)
+        self.finish(body)
+
+    def put(self, path: str) -> None:
+        name, _, part = path.partition("/")
+        kind, body = self.file(name)[0], b"".join(self.chunks)
+        self.sandbox.keep(path, kind if part else self.request.headers.get("Content-Type", kind), body)
+        self.finish({"partNumber": int(part), "etag": hashlib.sha256(body).hexdigest()} if part.isdecimal() else {})
+
+    def post(self, path: str) -> None:
+        name, _, verb = path.partition("/")
+        kind, _ = self.file(name)
+        try:
+            parts = json.loads(b"".join(self.chunks))["parts"]
+            etags = {f"{name}/{part['partNumber']}": part["etag"] for part in parts}
+        except (ValueError, KeyError, TypeError):
+            raise HTTPError(400) from None
+        bodies = [self.file(part)[1] for part in etags]
+        if verb != "complete" or [hashlib.sha256(body).hexdigest() for body in bodies] != list(etags.values()):
+            raise HTTPError(400)
+        for part in etags:
+            del self.sandbox.files[part]
+        self.sandbox.keep(name, kind, b"".join(bodies))
+        self.finish({})
