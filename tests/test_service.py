@@ -1,0 +1,514 @@
+"""The command: what it says when it cannot start, what it serves when it can, and how it ends. Run as a process."""
+
+import asyncio
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caller import Answer, Caller, call
+from conftest import KEY, ROUTE, Logs, Setup, unused_port
+from upstream import Authority, Exchange
+
+from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
+from tornado_fal_proxy.service import CLOSE_POLL_S, _parser, make_application, parse_settings
+
+COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
+SECRET = KEY.partition(":")[2]
+WITH_KEY = {"FAL_KEY": KEY}
+# Far more than a start takes: a test that needs it has failed.
+TIMEOUT_S = 30
+
+
+def environment(given: dict[str, str]) -> dict[str, str]:
+    """An environment from scratch, so that nothing of the tester's own decides a test."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"} | given
+
+
+# Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the package trustme.
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """``says`` are regular expressions that the one line on stderr must match, ``code`` the exit code."""
+
+    argv: tuple[str, ...]
+    environ: dict[str, str]
+    says: tuple[str, ...]
+    code: int = 2
+
+
+def start(*argv: str, says: str | tuple[str, ...], code: int = 2, environ: dict[str, str] | None = None) -> Start:
+    return Start(argv, environ or {}, (says,) if isinstance(says, str) else says, code)
+
+
+FAILS = [
+    # The key.
+    start(says=r"no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET"),
+    start(says=r"no key", environ={"FAL_KEY": " "}),
+    start(says=r"no key", environ={"FAL_KEY_ID": "a"}),
+    start(says=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
+    # Whoever tries to pass it as an option must not find it in the log of the machine.
+    start(f"--key={KEY}", says=r"unknown: --key; .*FAL_KEY"),
+    start("--key", KEY, says=r"unknown: --key, an argument; .*FAL_KEY"),
+    start(f"--fal-key={KEY}", "--nope", says=r"unknown: --fal-key, --nope; "),
+    start(f"-k{KEY}", says=r"unknown: an argument; "),
+    start(f"-k={KEY}", says=r"unknown: an argument; "),
+    start(KEY, says=r"unknown: an argument; "),
+    # Options.
+    start("--nope", says=r"unknown: --nope; --help shows"),
+    start("--por=1", says=r"unknown: --por; "),
+    start("--port", says=r"argument --port: expected one argument"),
+    start("--port=http", says=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
+    start("--port=65536", says=r"--port: must be .*65536", environ=WITH_KEY),
+    start("--port=-1", says=r"--port: must be .*-1", environ=WITH_KEY),
+    start(
+        says=r"--port: must be .*'tcp://10.0.0.1:8080'", environ={"FAL_PROXY_PORT": "tcp://10.0.0.1:8080", **WITH_KEY}
+    ),
+    start("--route=api", says=r"--route: must be a path such as /api/fal/proxy.*'api'", environ=WITH_KEY),
+    start("--route=/(a|b)", says=r"--route: must be a path", environ=WITH_KEY),
+    start("--route=/healthz", says=r"--route: .*none of /, /healthz", environ=WITH_KEY),
+    start("--log-level=loud", says=r"--log-level: must be one of debug, info, .*'loud'", environ=WITH_KEY),
+    start(
+        "--connect-timeout-s=never", says=r"--connect-timeout-s: must be a number of seconds.*'never'", environ=WITH_KEY
+    ),
+    start(says=r"--idle-timeout-s: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
+    start("--max-body-bytes=32M", says=r"--max-body-bytes: must be a whole number.*'32M'", environ=WITH_KEY),
+    start("--max-in-flight=0", says=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
+    start("--hold-bytes=1.5", says=r"--hold-bytes: must be .*'1.5'", environ=WITH_KEY),
+    start("--ca-certs={dir}/none.pem", says=r"--ca-certs: cannot read .*none.pem': No such file", environ=WITH_KEY),
+    start("--ca-certs={dir}", says=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
+    start(says=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}),
+    start("--connect-to=nowhere", says=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
+    # Several problems are one line.
+    start(
+        "--port=x",
+        "--connect-to=\n\n",
+        says=("--port: must be", "no key: set FAL_KEY", "--hold-bytes: must be", "--connect-to: must be", "; .*; .*; "),
+        environ={"FAL_PROXY_HOLD_BYTES": "many\nlines"},
+    ),
+    # The address. (No name here is one that a resolver would have to be asked for.)
+    start(
+        "--port={taken}",
+        says=r"cannot listen on 127.0.0.1 port \d+: .*in use; choose another --port",
+        code=1,
+        environ=WITH_KEY,
+    ),
+    start("--address=203.0.113.1", says=r"cannot listen on 203.0.113.1 port 8080: .*; see --address", environ=WITH_KEY),
+    start("--address=a..b", says=r"cannot listen on a..b port 8080: .*; see --address", environ=WITH_KEY),
+    start("--address=" + "a" * 64, says=r"cannot listen on a{64} port 8080: .*; see --address", environ=WITH_KEY),
+    start(
+        says=r"cannot listen on a ..b port 8080: .*; see --address", environ={"FAL_PROXY_ADDRESS": "a\n..b", **WITH_KEY}
+    ),
+    # The sandbox.
+    start(
+        "--sandbox",
+        says=r"--sandbox needs more packages \(.*trustme.*\): pip install 'tornado-fal-proxy\[sandbox\]'",
+        environ={"PYTHONPATH": "{shim}"},
+    ),
+    start("--sandbox", "--connect-to=a:1", says=r"--connect-to: the sandbox sets it"),
+    start("--sandbox", "--ca-certs=a", "--port=x", says=("--ca-certs: the sandbox sets it", "--port: must be")),
+    start("--sandbox", "--max-in-flight=x", says=r"--max-in-flight: must be"),
+    start("--sandbox=1", says=r"argument --sandbox: "),
+    start(says=r"--sandbox: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
+]
+
+WITHOUT_TRUSTME = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "trustme":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+Ended = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended]]:
+    """All of FAILS, run side by side."""
+    directory = tmp_path_factory.mktemp("service")
+    (directory / "empty.pem").touch()
+    (directory / "shim").mkdir()
+    (directory / "shim" / "sitecustomize.py").write_text(WITHOUT_TRUSTME)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        places = {"{taken}": str(taken.getsockname()[1]), "{dir}": str(directory), "{shim}": str(directory / "shim")}
+
+        def filled(text: str) -> str:
+            for name, value in places.items():
+                text = text.replace(name, value)
+            return text
+
+        def run_one(case: Start) -> Ended:
+            return subprocess.run(
+                [*COMMAND, *map(filled, case.argv)],
+                env=environment({name: filled(text) for name, text in case.environ.items()}),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield dict(enumerate(pool.map(run_one, FAILS)))
+
+
+@pytest.mark.parametrize(
+    "number", range(len(FAILS)), ids=lambda number: " ".join(FAILS[number].argv)[:30] or str(number)
+)
+def test_a_start_that_cannot_work_ends_with_one_line(failed: dict[int, Ended], number: int) -> None:
+    """On stderr, naming what to change, with the exit code of its kind; no traceback, and nothing of the key."""
+    wanted, ended = FAILS[number], failed[number]
+    assert ended.returncode == wanted.code
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("tornado-fal-proxy: ")
+    for pattern in wanted.says:
+        assert re.search(pattern, line), line
+    assert "Traceback" not in line
+    assert SECRET not in line
+
+
+def shell(redirection: str, *argv: str, **environ: str) -> Ended:
+    """The command, to its end, under a shell that redirects its output."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *argv],
+        env=environment(environ),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_without_a_stderr_the_exit_code_stays(redirection: str) -> None:
+    """And the line does not go to stdout instead."""
+    ended = shell(redirection, "--port=x")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+
+
+def test_help_lists_every_option() -> None:
+    """In groups, with its unit or form and its default, and says how the key and the variables are given."""
+    ended = shell("", "--help", COLUMNS="200")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    text = ended.stdout.replace("\n" + 24 * " ", " ")  # what argparse put on a line of its own
+    assert [line for line in text.splitlines() if line.endswith(":")] == [
+        "options:",
+        "listening:",
+        "relaying:",
+        "other:",
+    ]
+    for name in [*OPTIONS, "sandbox"]:
+        option = "--" + name.replace("_", "-")
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {option} ")]
+        if name not in ("ca_certs", "connect_to", "sandbox"):
+            assert re.match(rf"  {option} [A-Z]+ .+ \(default: \S+\)\Z", line), line
+    assert "FAL_KEY" in text
+    assert "--max-in-flight is FAL_PROXY_MAX_IN_FLIGHT" in text
+    assert "--key" not in text
+
+
+def test_version() -> None:
+    """One line on stdout."""
+    ended = shell("", "--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"tornado-fal-proxy {__version__}\n", "")
+
+
+# Each option that takes a value: two texts, and what the first one means.
+OPTIONS: dict[str, tuple[str, str, Any]] = {
+    "address": ("::1", "0.0.0.0", "::1"),
+    "port": ("0", "9000", 0),
+    "route": ("/a", "/b", "/a"),
+    "connect_timeout_s": ("1.5", "2", 1.5),
+    "idle_timeout_s": ("60", "61", 60.0),
+    "max_body_bytes": ("1024", "2", 1024),
+    "max_in_flight": ("5", "6", 5),
+    "hold_bytes": ("7", "8", 7),
+    "ca_certs": ("{ca}", "", "{ca}"),
+    "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
+    "log_level": ("WARNING", "debug", "warning"),
+}
+
+
+def test_the_table_has_every_option() -> None:
+    """So that the two tests beside cover a new one."""
+    actions = {action.dest for action in _parser()._actions}
+    assert actions - {"help", "version", "sandbox"} == set(OPTIONS)
+    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key"}
+    assert relayed < set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, name: str) -> None:
+    """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same."""
+    text, other, value = (authority.ca_file if item == "{ca}" else item for item in OPTIONS[name])
+    option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
+
+    def parsed(argv: list[str], environ: dict[str, str]) -> Any:
+        settings = parse_settings(argv, WITH_KEY | environ)
+        assert settings.config is not None
+        return getattr(settings, name, None) if hasattr(settings, name) else getattr(settings.config, name)
+
+    default = parsed([], {})
+    assert parsed([option, text], {}) == value != default
+    assert parsed([f"{option}={text}"], {}) == value
+    assert parsed([], {variable: text}) == value
+    assert parsed([option, text], {variable: other}) == value
+    assert parsed([], {variable: ""}) == default
+
+
+@pytest.mark.parametrize(
+    ("text", "on"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("off", False), ("", False)]
+)
+def test_the_sandbox_is_a_switch(text: str, on: bool) -> None:
+    """An option without value, or a variable that says yes or no. It needs no key, and uses none."""
+    assert parse_settings(["--sandbox"], {}).sandbox
+    settings = parse_settings([], WITH_KEY | {"FAL_PROXY_SANDBOX": text})
+    assert settings.sandbox is on
+    assert (settings.config is None) is on
+
+
+def test_the_settings_show_no_key() -> None:
+    """To whoever prints them."""
+    assert SECRET not in repr(parse_settings([], WITH_KEY))
+
+
+def test_several_problems_are_a_tuple() -> None:
+    """For a program that asks: each of them by itself."""
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(["--port=x", "--route=x", "--log-level=x", "--max-in-flight=x"], {})
+    names = ["--port: ", "--route: ", "--log-level: ", "no key: ", "--max-in-flight: "]
+    assert len(caught.value.problems) == len(names)
+    assert all(map(str.startswith, caught.value.problems, names))
+
+
+# The process at work.
+
+
+class Running:
+    """The command, started and listening on a free port, and all it says."""
+
+    process: asyncio.subprocess.Process
+    line: str
+    port: int
+
+    @classmethod
+    async def start(cls, *argv: str, **environ: str) -> "Running":
+        running = cls()
+        running.process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            "--port=0",
+            *argv,
+            env=environment(environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert running.process.stdout is not None
+        running.line = (await running.process.stdout.readline()).decode()
+        match = re.fullmatch(
+            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*\n", running.line
+        )
+        if match is None:
+            raise AssertionError((await running.process.communicate())[1].decode())
+        running.port = int(match[1])
+        return running
+
+    @classmethod
+    async def before(cls, setup: Setup, upstream: Any, *argv: str) -> "Running":
+        """With that upstream in fal's place."""
+        config = setup.config(upstream)
+        assert config.ca_certs is not None
+        assert config.connect_to is not None
+        return await cls.start(
+            *argv, FAL_KEY=KEY, FAL_PROXY_CA_CERTS=config.ca_certs, FAL_PROXY_CONNECT_TO=config.connect_to
+        )
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
+        """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self) -> tuple[str, str]:
+        async with asyncio.timeout(TIMEOUT_S):
+            stdout, stderr = await self.process.communicate()
+        assert "Traceback" not in stderr.decode()
+        assert self.process.returncode == 0
+        return stdout.decode(), stderr.decode()
+
+
+async def silent(exchange: Exchange) -> None:
+    """Take the request and never answer."""
+    await exchange.body()
+
+
+async def arrived(upstream: Any, count: int) -> None:
+    """Until the upstream has that many requests."""
+    while len(upstream.exchanges) < count:
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.gen_test
+async def test_it_serves_its_route_and_its_health() -> None:
+    """Where the start line says, and nothing else; an option wins over its variable; it logs to stderr alone."""
+    running = await Running.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", **WITH_KEY)
+    assert running.line.endswith(f" listens on http://127.0.0.1:{running.port}/here\n")
+
+    health = await call(running.port, "GET", path="/healthz")
+    assert (health.status, health.body, health.header("cache-control")) == (200, b'{"status": "ok"}', "no-store")
+    caller = await Caller.open(running.port)
+    await caller.send("HEAD", path="/healthz")
+    assert (await caller.head()).status == 200
+    await caller.close()
+
+    for path in ("/", "/there", "/here/", "/hereafter", ROUTE, "/healthz/", "/Healthz"):
+        for method in ("GET", "POST", "DELETE"):
+            answer = await call(running.port, method, path=path)
+            assert (answer.status, answer.message) == (404, "Not found.")
+    assert (await call(running.port, "GET", path="/here", target=None)).status == 400
+
+    stdout, stderr = await running.end()
+    assert stdout == ""
+    assert "200 GET /healthz" in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.gen_test
+async def test_a_signal_ends_it_and_every_call_is_answered(setup: Setup, protocol: str, number: signal.Signals) -> None:
+    """A held POST with 500, for it may have run; a held GET with 502, which they repeat; the exit code is 0."""
+    upstream = await setup.upstream(silent, protocol)
+    running = await Running.before(setup, upstream)
+    idle = await Caller.open(running.port)
+    held = [asyncio.create_task(call(running.port, method)) for method in ("POST", "GET", "POST", "GET")]
+    await arrived(upstream, len(held))
+    await running.end(number)
+    answers = [await task for task in held]
+    assert [answer.status for answer in answers] == [500, 502, 500, 502]
+    broken = "The connection to fal's server broke before the answer was complete."
+    perhaps = " The job may have run: check before sending it again."
+    assert [answer.message for answer in answers] == [broken + perhaps, broken] * 2
+    assert await idle.reader.read() == b""
+    await idle.close()
+
+
+@pytest.mark.gen_test
+async def test_an_answer_that_is_being_written_when_it_ends_leaves_whole(setup: Setup) -> None:
+    """A caller that has the head of a paid result and still reads gets the rest of it."""
+    result = b"x" * 8_000_000
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.respond(200, result, [("content-type", "application/json")])
+
+    running = await Running.before(setup, await setup.upstream(answer))
+    caller = await Caller.open(running.port, receive_buffer=65_536)
+    await caller.send("POST")
+    head = await caller.head()
+    assert head.status == 200
+    running.process.send_signal(signal.SIGTERM)
+    # No new connection is accepted once it is ending.
+    while connects(running.port):
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(10 * CLOSE_POLL_S)  # a caller that takes its time, within CLOSE_GRACE_S
+    assert await caller.reader.readexactly(len(result)) == result
+    await caller.close()
+    await running.ended()
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.gen_test
+async def test_a_call_that_comes_while_it_ends_is_sent_to_another(setup: Setup, logs: Logs) -> None:
+    """503 on a connection that is still open: nothing reached fal, so the caller may repeat it."""
+    application = make_application(ProxyConfig(key=KEY), ROUTE)
+    port = setup.serve(application)
+    application.closing = True
+    logs.expect("tornado.access: 503")
+    for path in (ROUTE, "/healthz", "/"):
+        answer = await call(port, path=path)
+        assert (answer.status, answer.message) == (503, "The proxy is closing; try again.")
+        assert answer.header("connection") == "close"
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.gen_test
+async def test_without_a_stdout_it_serves_all_the_same(redirection: str) -> None:
+    """Only the start line is lost."""
+    port = unused_port()
+    argv = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, f"--port={port}"]
+    process = await asyncio.create_subprocess_exec(*argv, env=environment(WITH_KEY), stderr=subprocess.PIPE)
+    while not connects(port):
+        await asyncio.sleep(0.01)
+    assert (await call(port, "GET", path="/healthz")).status == 200
+    process.send_signal(signal.SIGTERM)
+    _, stderr = await process.communicate()
+    assert b"Traceback" not in stderr
+    assert process.returncode == 0
+
+
+# The key.
+
+
+@pytest.mark.gen_test
+async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str) -> None:
+    """Not to any log at its most talkative, the list of processes, or a caller, however the call ends."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        if exchange.target == b"/lost":
+            exchange.abort_connection()
+        elif exchange.target == b"/odd":
+            await exchange.respond(200, b"not gzip", [("content-encoding", "gzip")])
+        else:
+            await exchange.respond(200, b"{}", [("content-type", "application/json")])
+
+    upstream = await setup.upstream(answer, protocol)
+    running = await Running.before(setup, upstream, "--log-level=debug")
+    calls: list[tuple[str, dict[str, Any], int]] = [
+        ("POST", {}, 200),
+        ("GET", {}, 200),
+        ("POST", {"target": "https://fal.run/lost"}, 500),
+        ("GET", {"target": "https://fal.run/lost"}, 502),
+        ("POST", {"target": "https://fal.run/odd"}, 500),
+        ("POST", {"target": "https://untrusted.example.fal.run/"}, 502),
+        ("POST", {"target": "https://evil.com/"}, 412),
+        ("POST", {"target": None}, 400),
+        ("PUT", {}, 405),
+        ("POST", {"headers": ["content-type: text/plain"]}, 415),
+        ("POST", {"path": "/elsewhere"}, 404),
+    ]
+    answers: list[Answer] = [await call(running.port, method, **more) for method, more, _ in calls]
+    assert [answer.status for answer in answers] == [status for *_, status in calls]
+    assert {exchange.header("authorization") for exchange in upstream.exchanges} == {f"Key {KEY}".encode()}
+
+    command_line = Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
+    stdout, stderr = await running.end()
+    assert b"tornado_fal_proxy" in command_line
+    assert "ConnectionLost" in stderr
+    for text in (repr(command_line), running.line, stdout, stderr, repr(answers)):
+        assert SECRET not in text
+        assert "Key " not in text
+
+
+@pytest.mark.gen_test
+async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
+    """A call of fal's client to it succeeds, and it ends as the service does."""
+    running = await Running.start("--sandbox")
+    answer = await call(running.port, body=b'{"prompt": "a lighthouse"}')
+    assert answer.status == 200
+    stdout, _ = await running.end()
+    assert f"http://127.0.0.1:{running.port}/" in stdout
