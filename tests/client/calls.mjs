@@ -1,0 +1,127 @@
+// Every kind of call that @fal-ai/client makes, all at once, through the proxy and to the sandbox's stand-in for fal.
+// Arguments: the proxy's URL, and that of a proxy whose key is wrong. Prints one line: the JSON of {name: outcome}.
+
+import { callerOf, report, settle } from "./common.mjs";
+
+const [proxyUrl, wrongKeyUrl] = process.argv.slice(2);
+const fal = callerOf(proxyUrl);
+const MODEL = "fal-ai/flux/dev";
+
+// What the real one would be opened with; nobody serves WebSockets here, and Node 20 has none.
+let openedSocket;
+const socketUrl = new Promise((resolve) => (openedSocket = resolve));
+globalThis.WebSocket = class {
+  constructor(url) {
+    openedSocket(url);
+  }
+};
+
+/** An input that steers the stand-in. */
+const input = (sandbox = {}) => ({ prompt: "a lighthouse", sandbox });
+
+/** Subscribe, and note each change of the queue as well as the result. */
+async function subscribe(id, options, sandbox) {
+  const updates = [];
+  const onQueueUpdate = ({ status, queue_position: place, logs }) => {
+    const update = [status, place ?? null, ...(logs ?? []).map((line) => line.message)];
+    if (JSON.stringify(update) !== JSON.stringify(updates.at(-1))) updates.push(update);
+  };
+  const result = await fal.subscribe(id, { input: input(sandbox), logs: true, pollInterval: 25, onQueueUpdate, ...options });
+  return { updates, result };
+}
+
+/** Upload, and read back what the address that came back serves. */
+async function upload(blob) {
+  const url = await fal.storage.upload(blob);
+  const read = await fetch(url);
+  const body = Buffer.from(await read.arrayBuffer());
+  const sent = Buffer.from(await blob.arrayBuffer());
+  return { url, type: read.headers.get("content-type"), size: body.length, same: body.equals(sent) };
+}
+
+const calls = {
+  run: () => fal.run(MODEL, { input: input({ tag: "run" }) }),
+
+  run_by_get: () => fal.run(MODEL, { method: "get", input: { prompt: "a lighthouse" } }),
+
+  async first_answered() {
+    const run = async (name, sandbox) => (await fal.run(MODEL, { input: input(sandbox) })) && name;
+    const both = [run("a run of its usual length", {}), run("a run that takes no time", { think_s: 0 })];
+    const ended = Promise.allSettled(both);
+    const first = await Promise.race(both);
+    await ended;
+    return first;
+  },
+
+  subscribe_polling: () => subscribe(MODEL, { mode: "polling" }, { tag: "polling" }),
+
+  subscribe_streaming: () => subscribe("workflows/fal-ai/some-flow/v2", { mode: "streaming" }, { tag: "streaming" }),
+
+  subscribe_despite_errors: () => subscribe(MODEL, {}, { tag: "status", error: 500, at: "status", times: 1, think_s: 0 }),
+
+  async queue() {
+    const { request_id: requestId } = await fal.queue.submit(MODEL, { input: input({ tag: "queue" }), priority: "low" });
+    const early = await settle(fal.queue.result(MODEL, { requestId }));
+    const status = await fal.queue.status(MODEL, { requestId, logs: true });
+    const stream = await fal.queue.streamStatus(MODEL, { requestId, logs: true });
+    const steps = [];
+    for await (const { status, logs } of stream) steps.push([status, ...(logs ?? []).map((line) => line.message)]);
+    const done = await stream.done();
+    const result = await fal.queue.result(MODEL, { requestId });
+    return { requestId, early, status, steps, done, result };
+  },
+
+  async cancel() {
+    const { request_id: requestId } = await fal.queue.submit(MODEL, { input: input() });
+    return settle(fal.queue.cancel(MODEL, { requestId }));
+  },
+
+  async stream() {
+    const text = "Grüße 🌊 日本語 👩‍🚀 Привет! ".repeat(300);
+    const stream = await fal.stream("fal-ai/any-llm", { input: input({ tag: "stream", text }) });
+    const lengths = [];
+    let last = "";
+    let grows = true;
+    for await (const { output } of stream) {
+      grows &&= output.startsWith(last);
+      last = output;
+      lengths.push(output.length);
+    }
+    const done = await stream.done();
+    return { lengths, grows, whole: done.output === text, partial: done.partial };
+  },
+
+  async stream_refused() {
+    const stream = await fal.stream("fal-ai/any-llm", { input: input({ error: 422 }) });
+    return settle(stream.done());
+  },
+
+  upload: () => upload(new Blob([Buffer.from("ÿ\0 bytes 🌊".repeat(50))], { type: "image/webp" })),
+
+  async realtime() {
+    const connection = fal.realtime.connect("fal-ai/fast-lcm-diffusion", { onResult() {}, onError: openedSocket });
+    connection.send({ prompt: "a lighthouse" });
+    const url = String(await socketUrl);
+    connection.close();
+    return url;
+  },
+
+  invalid: () => fal.run(MODEL, { input: input({ error: 422 }) }),
+  wrong_key: () => callerOf(wrongKeyUrl).run(MODEL, { input: input() }),
+  result_refused: () => subscribe(MODEL, {}, { error: 500, at: "result", think_s: 0 }),
+  unknown_job: () => fal.queue.status(MODEL, { requestId: "none" }),
+};
+
+// The client repeats these, so that the second try succeeds ...
+for (const error of [429, 502, 503, 504]) {
+  const sandbox = { tag: String(error), error, times: 1, think_s: 0 };
+  calls[`run_${error}`] = () => fal.run(MODEL, { input: input(sandbox) });
+  calls[`submit_${error}`] = () => fal.queue.submit(MODEL, { input: input({ ...sandbox, tag: `submit ${error}` }) });
+}
+// ... and not this.
+calls.run_500 = () => fal.run(MODEL, { input: input({ tag: "500", error: 500, times: 1 }) });
+
+const outcomes = await Promise.all(Object.entries(calls).map(async ([name, call]) => [name, await settle(call())]));
+// Over 90 MiB the client sends parts of 10 MiB, one after the other. That holds up the rest, so it comes last.
+const large = new Blob(["not all zero", new Uint8Array(91 * 2 ** 20)]);
+report({ ...Object.fromEntries(outcomes), upload_in_parts: await settle(upload(large)) });

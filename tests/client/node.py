@@ -1,0 +1,73 @@
+"""Runs the Node scripts beside it, and serves what they talk to.
+
+Each script is started once, makes all its calls, and prints one line of JSON; the tests look at that.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import ROUTE, Logs, Setup, tool
+from tornado.web import Application
+
+from tornado_fal_proxy import FalProxyHandler
+from tornado_fal_proxy.sandbox import Sandbox
+
+__all__ = ["WRONG_KEY_ROUTE", "find_node", "run_script", "serve_sandbox"]
+
+HERE = Path(__file__).parent
+SCRIPT_TIMEOUT_S = 40.0  # the longest takes a few seconds; with this a script that hangs is told by its name
+WRONG_KEY_ROUTE = "/wrong-key"
+
+
+def find_node() -> str:
+    """Where Node is. Skips the test without it, or without the packages of the scripts (``npm ci``)."""
+    tool("@fal-ai/client", path=HERE / "node_modules" / "@fal-ai" / "client")
+    return tool("node")
+
+
+async def run_script(name: str, *args: str) -> Any:
+    """What the script printed, parsed."""
+    node = find_node()
+    process = await asyncio.create_subprocess_exec(node, HERE / name, *args, stdout=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(SCRIPT_TIMEOUT_S):
+            printed, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, f"{name} failed"
+    return json.loads(printed)
+
+
+@asynccontextmanager
+async def serve_sandbox(setup: Setup, pace: float) -> AsyncIterator[Sandbox]:
+    """The stand-in behind the proxy in an application as the command serves it, at the sandbox's ``public_url``.
+
+    The proxy at ``WRONG_KEY_ROUTE`` has a key that the stand-in refuses. Nothing loud may be logged.
+    """
+    logs = Logs()
+    logging.getLogger().addHandler(logs)
+    sandbox = Sandbox(pace=pace)
+    sandbox.start()
+    try:
+        config = setup.config(sandbox.address, key=sandbox.key, ca_certs=sandbox.ca_certs)
+        wrong = setup.config(sandbox.address, ca_certs=sandbox.ca_certs)
+        rules: list[Any] = [
+            (ROUTE, FalProxyHandler, {"config": config}),
+            (WRONG_KEY_ROUTE, FalProxyHandler, {"config": wrong}),
+            *sandbox.page_rules(ROUTE),
+        ]
+        port = setup.serve(Application(rules, log_function=lambda handler: None))
+        sandbox.public_url = f"http://127.0.0.1:{port}"
+        yield sandbox
+    finally:
+        await setup.close()
+        await sandbox.close()
+        logging.getLogger().removeHandler(logs)
+    logs.check()

@@ -1,0 +1,66 @@
+// The sandbox's page in a real browser: both forms, errors, Cancel.
+// Arguments: the page's URL, the path of Chromium. Prints one line: the JSON of what a user saw.
+
+import { chromium } from "playwright-core";
+import { report } from "./common.mjs";
+
+const [url, executablePath] = process.argv.slice(2);
+const OFFLINE = ["--disable-quic", "--no-first-run", "--disable-sync"];
+OFFLINE.push("--disable-background-networking", "--disable-component-update");
+
+const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", ...OFFLINE] });
+const page = await browser.newPage();
+const origins = new Set();
+const problems = [];
+page.on("request", (request) => origins.add(new URL(request.url()).origin));
+page.on("pageerror", (error) => problems.push(String(error)));
+await page.goto(url);
+
+// From now on, everything that an output shows is noted, in order.
+await page.evaluate(() => {
+  for (const output of document.querySelectorAll("output")) {
+    const note = () => (window.shown[output.id] ??= []).push(output.value);
+    new MutationObserver(note).observe(output, { childList: true, characterData: true, subtree: true });
+  }
+});
+
+/** Start that form's call, do what a user does meanwhile, wait for the end, and tell what was to be seen. */
+async function use(form, meanwhile = async () => {}) {
+  await page.evaluate((form) => {
+    window.shown = {};
+    document.getElementById(form).removeAttribute("aria-busy");
+  }, `${form}-form`);
+  await page.click(`#${form}`);
+  await meanwhile();
+  await page.waitForSelector(`#${form}-form[aria-busy=false]`);
+  return page.evaluate((form) => {
+    const ids = ["picture", "run", "stream", `${form}-cancel`];
+    const [picture, run, stream, cancel] = ids.map((id) => document.getElementById(id));
+    return {
+      ...window.shown,
+      error: document.getElementById("error").textContent,
+      picture: picture.hidden ? null : [picture.naturalWidth, picture.naturalHeight, picture.alt],
+      idle: !run.disabled && !stream.disabled && cancel.disabled,
+    };
+  }, form);
+}
+
+/** What a user does who cancels as soon as that output shows that text. */
+const cancel = (form, output, text) => async () => {
+  await page.waitForFunction(([id, text]) => document.getElementById(id).value.includes(text), [output, text]);
+  await page.click(`#${form}-cancel`);
+};
+
+const seen = { run: await use("run"), stream: await use("stream") };
+seen.run_cancelled = await use("run", cancel("run", "queue-position", "In the queue"));
+seen.stream_cancelled = await use("stream", cancel("stream", "stream-output", "Gr"));
+for (const error of ["422", "429", "500"]) {
+  await page.selectOption("#wish", error);
+  seen[`run_${error}`] = await use("run");
+  seen[`stream_${error}`] = await use("stream");
+}
+await page.selectOption("#wish", "");
+await page.fill("#prompt", "Ein Kätzchen 🐱");
+seen.run_again = await use("run");
+await browser.close();
+report({ seen, origins: [...origins], problems });
