@@ -117,19 +117,21 @@ async def test_embedded(setup: Setup, logs: Logs) -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 @pytest.mark.gen_test
-async def test_bodiless_answers_below_compression(setup: Setup, status: int) -> None:
+async def test_bodiless_answers_below_compression(setup: Setup, protocol: str, status: int) -> None:
     """compress_response adds no byte to an answer that has no body."""
 
     async def answer(exchange: Exchange) -> None:
         await exchange.body()
-        await exchange.respond(status, b"", JSON)
+        await exchange.start(status, JSON)
+        await asyncio.sleep(0.02)  # over HTTP/2 the end may come after the head
+        await exchange.end()
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(answer, protocol)
     rule = (ROUTE, FalProxyHandler, {"config": setup.config(upstream)})
     port = setup.serve(Application([rule], compress_response=True, log_function=lambda handler: None))
     caller = await Caller.open(port)
-    for _ in range(2):
-        await caller.send("POST", headers=["Accept-Encoding: gzip"])
+    for method in ("POST", "GET", "GET"):
+        await caller.send(method, headers=["Accept-Encoding: gzip"])
         received = await caller.head()
         assert (received.status, received.header("content-type")) == (status, "application/json")
     await caller.close()
@@ -323,10 +325,11 @@ async def test_size_found_out_while_reading(setup: Setup) -> None:
     """A chunked body that grows too large is 413 as soon as it does; one of just the limit passes."""
     upstream = await setup.upstream(fine)
     caller = await Caller.open(setup.proxy(upstream, max_body_bytes=1_000_000))
-    caller.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
-    caller.writer.write(chunked(500_000) + chunked(500_001))
-    assert (await caller.answer()).status == 413
-    caller.writer.write(chunked(3_000_000) + b"0\r\n\r\n")
+    for size in (500_001, 3_000_000):
+        caller.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
+        caller.writer.write(chunked(500_000) + chunked(size))
+        assert (await caller.answer()).message == "The body is larger than this proxy accepts."
+        caller.writer.write(chunked(3_000_000) + b"0\r\n\r\n")
     caller.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
     caller.writer.write(chunked(500_000) + chunked(500_000) + b"0\r\n\r\n")
     assert (await caller.answer()).status == 200

@@ -143,10 +143,10 @@ class FalProxyHandler(RequestHandler):
             backend.client.admit()
             self._backend = backend
             self._target = target
-            # The bound is ours to keep, with our answer: Tornado's own cuts the connection.
-            self._connection.set_max_body_size(config.max_body_bytes + 1)
         except ProxyError as exc:
             self._refuse(exc)
+        # data_received keeps the bound, and answers; Tornado's own cuts the connection.
+        self._connection.set_max_body_size(2**62)
 
     def data_received(self, chunk: bytes) -> None:
         if self._answered:
@@ -192,7 +192,8 @@ class FalProxyHandler(RequestHandler):
             )
             self._backend.watch(caller)
             head = await transfer.read_head()
-            whole = transfer.complete or (post and not head.event_stream and await transfer.hold())
+            held = (post and not head.event_stream) or not head.has_body
+            whole = transfer.complete or (held and await transfer.hold())
             self._copy_head(head)
             if whole:
                 await self._write_whole(head, transfer.take())
@@ -286,7 +287,6 @@ class FalProxyHandler(RequestHandler):
         self.set_header("Content-Length", len(body))
         self.write(body)
         self.flush()
-        self._connection.set_max_body_size(2**62)
         self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._end_linger)
         self.request._body_future.add_done_callback(self._end_linger)
 
