@@ -24,6 +24,7 @@ from tornado_fal_proxy.upstream import UpstreamClient
 METHODS = {
     "_curl_create": ["self"],
     "_finish": ["self", "curl", "curl_error", "curl_message"],
+    "_handle_timeout": ["self"],
     "_handle_socket": ["self", "event", "fd", "multi", "data"],
     "_set_timeout": ["self", "msecs"],
     "close": ["self"],

@@ -13,8 +13,10 @@ Sources: fal's "server-side integration" page (the formula), RFC 9110 sections 7
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.errors import (
@@ -87,8 +89,7 @@ class Target:
         return f"https://{self.host}{self.request_target}"
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """The head of the target's answer, ready for the caller.
 
     ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where the
@@ -132,16 +133,25 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int) -> Target:
 
 def _check_body(headers: Pairs, max_body_bytes: int) -> None:
     """Whether the declared body, if there is one, is JSON and small enough. Its length is proved while it is read."""
-    lengths = [value for name, value in headers if name == "content-length"]
-    chunked = any(name == "transfer-encoding" for name, _ in headers)
-    if not chunked and all(_length(length) == 0 for length in lengths):
+    has_body = is_json = too_large = False
+    other_type = encoded = False
+    for name, value in headers:
+        if name == "content-type":
+            is_json = True
+            other_type = other_type or not _JSON.fullmatch(value)
+        elif name == "content-length":
+            length = _length(value)
+            has_body = has_body or length != 0
+            too_large = too_large or (length is not None and length > max_body_bytes)
+        elif name == "transfer-encoding":
+            has_body = True
+        elif name == "content-encoding":
+            encoded = encoded or value.lower() != "identity"
+    if not has_body:
         return
-    types = [value for name, value in headers if name == "content-type"]
-    if not types or not all(map(_JSON.fullmatch, types)):
+    if other_type or encoded or not is_json:
         raise UnsupportedMediaType
-    if any(value.lower() != "identity" for name, value in headers if name == "content-encoding"):
-        raise UnsupportedMediaType
-    if any((length := _length(value)) is not None and length > max_body_bytes for value in lengths):
+    if too_large:
         raise BodyTooLarge
 
 
@@ -158,15 +168,20 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
     """
     lines = [authorization, b"x-fal-client-proxy: " + CLIENT_PROXY.encode(), b"Expect:"]
     present = set()
-    never = _NEVER_RELAYED | _listed_by_connection(headers)
+    listed = _listed_by_connection(headers)
     for name, value in headers:
-        if name not in never and (name in _RELAYED_BY_NAME or _RELAYED_BY_PREFIX.fullmatch(name)):
+        if _is_relayed(name) and name not in listed:
             if not _FIELD_VALUE.fullmatch(value):
                 continue  # no control character may reach the wire
             present.add(name)
             lines.append(f"{name}: {value}".encode("latin-1") if value else f"{name};".encode("latin-1"))
     lines.extend(f"{name}:".encode() for name in _RELAYED_BY_NAME - present)
     return lines
+
+
+@lru_cache(256)
+def _is_relayed(name: str) -> bool:
+    return name not in _NEVER_RELAYED and (name in _RELAYED_BY_NAME or bool(_RELAYED_BY_PREFIX.fullmatch(name)))
 
 
 def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
@@ -178,11 +193,7 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
     status_line = _STATUS_LINE.fullmatch(lines[0]) if lines else None
     if status_line is None:
         raise MalformedAnswer(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
-    fields = [
-        (match[1].lower().decode("ascii"), match[2].strip(b" \t").decode("latin-1"))
-        for match in _fields(lines[1:])
-        if match
-    ]
+    fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
     length, encoded, event_stream = None, False, False
     for name, value in fields:
         if name == "content-length":
@@ -204,11 +215,24 @@ def _listed_by_connection(fields: Pairs) -> frozenset[str]:
     return frozenset(option.strip(" \t").lower() for value in values for option in value.split(","))
 
 
-def _fields(lines: Iterable[bytes]) -> Iterable[re.Match[bytes] | None]:
+def _unfolded(lines: Sequence[bytes]) -> list[bytes]:
+    """The field lines of a head, each whole; its first line is the status line."""
     unfolded: list[bytes] = []
-    for line in lines:
+    for line in lines[1:]:
         if unfolded and line.startswith((b" ", b"\t")):
             unfolded[-1] = unfolded[-1].rstrip(b"\r\n") + b" " + line.strip()
         else:
             unfolded.append(line)
-    return map(_FIELD_LINE.fullmatch, unfolded)
+    return unfolded
+
+
+def _field(line: bytes) -> tuple[str, str] | None:
+    # Most lines of a head are the same from answer to answer.
+    return _parsed_field(line) if len(line) < 128 else _parsed_field.__wrapped__(line)
+
+
+@lru_cache(1024)
+def _parsed_field(line: bytes) -> tuple[str, str] | None:
+    """Name, in lower case, and value of a field line; None when it is not one."""
+    match = _FIELD_LINE.fullmatch(line)
+    return match and (match[1].lower().decode("ascii"), match[2].strip(b" \t").decode("latin-1"))

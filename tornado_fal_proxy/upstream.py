@@ -21,7 +21,7 @@ A POST that is written to a pooled connection which fal has closed meanwhile is 
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
 the pool of a host of which one was closed just now.
 
-Nothing here is called inside libcurl but ``connected``, ``learn`` and ``_handle_socket``.
+Nothing here is called inside libcurl but ``connected``, ``learn``, ``_handle_socket`` and ``_set_timeout``.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
 # After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
 # itself, which it does once a second, POSTs avoid them.
 SUSPICION_S = 1.1
+# How often to ask the kernel which idle connections were closed: less often than calls are made under load.
+LOOK_INTERVAL_S = 0.001
 # Hosts whose protocol is remembered. A wildcard lets callers name any number.
 KNOWN_HOSTS = 1024
 
@@ -87,9 +89,11 @@ class UpstreamClient(CurlAsyncHTTPClient):
     """
 
     def initialize(self, config: ProxyConfig) -> None:  # type: ignore[override]
+        self._loop = asyncio.get_running_loop()
+        self._due_now = False
+        self._shut = False
         super().initialize()
         self._config = config
-        self._loop = asyncio.get_running_loop()
         # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
         self._multi.setopt(pycurl.M_MAXCONNECTS, config.max_in_flight)
         self._hosts: dict[str, _Host] = {}
@@ -97,10 +101,10 @@ class UpstreamClient(CurlAsyncHTTPClient):
         self._handles: dict[str, list[pycurl.Curl]] = {"GET": [], "POST": []}
         self._ports: dict[int, str] = {}  # which host a connection that leaves from this port goes to
         self._idle = HangupWatch()
+        self._look_again_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), 5.0)
         self._in_flight = 0
-        self._shut = False
 
     # For the handler.
 
@@ -176,8 +180,6 @@ class UpstreamClient(CurlAsyncHTTPClient):
             handles.clear()
         super().close()
         self._idle.close()
-        if self._timeout is not None:  # closing libcurl may have asked for one more
-            self.io_loop.remove_timeout(self._timeout)
 
     # For transfers.
 
@@ -262,9 +264,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Give the transfer to libcurl, or let it wait for the handshake of the call that leads to the same host."""
-        self._look_at_idle_sockets()
-        state = self._host(transfer.host)
         now = self.now()
+        self._look_at_idle_sockets(now)
+        state = self._host(transfer.host)
         if now - state.called_at > IDLE_CONNECTION_S:
             state.http2 = None  # its connections have gone, and the next may be to another kind of server
         state.called_at = now
@@ -298,7 +300,32 @@ class UpstreamClient(CurlAsyncHTTPClient):
         else:
             self._idle.discard(fd)
 
-    def _look_at_idle_sockets(self) -> None:
+    def _set_timeout(self, msecs: int) -> None:
+        """Tornado's TIMERFUNCTION: libcurl wants to run in so many milliseconds; below zero it does not.
+
+        Each added handle asks for zero, and of a crowd's requests in one turn of the loop one is enough: after it has
+        run, ``_handle_timeout`` asks libcurl what comes next.
+        """
+        if self._due_now:
+            return
+        if self._timeout is not None:
+            self.io_loop.remove_timeout(self._timeout)
+            self._timeout = None
+        if msecs == 0:
+            self._due_now = True
+            self._timeout = self._loop.call_soon(self._handle_timeout)
+        elif msecs > 0:
+            self._timeout = self._loop.call_later(msecs / 1000, self._handle_timeout)
+
+    def _handle_timeout(self) -> None:
+        self._due_now = False
+        if not self._shut:
+            super()._handle_timeout()
+
+    def _look_at_idle_sockets(self, now: float) -> None:
+        if now < self._look_again_at:
+            return
+        self._look_again_at = now + LOOK_INTERVAL_S
         for fd in self._idle.hung_up():
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
                 state = self._hosts.get(self._ports.get(duplicate.getsockname()[1], ""))
