@@ -12,7 +12,7 @@ from upstream import Exchange
 
 from tornado_fal_proxy import FalProxyHandler
 from tornado_fal_proxy.policy import CLIENT_PROXY
-from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, Transfer
+from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, STREAM_WINDOW_BYTES, Transfer
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -408,6 +408,62 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
         received += len(chunk)
     assert received == pieces * len(piece)
     await caller.close()
+
+
+@pytest.mark.parametrize("headers", [EVENTS, JSON])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test(timeout=30)
+async def test_window_is_no_limit(setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]]) -> None:
+    """libcurl's limit of the rate, which is the window of an event stream, would let 20 MB take more than a minute."""
+    piece = b"data: " + b"x" * 199_992 + b"\n\n"
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, headers)
+        for _ in range(100):
+            await exchange.send(piece)
+        await exchange.end()
+
+    upstream = await setup.upstream(answer, protocol)
+    accept = "accept: application/json, text/event-stream"
+    result = await call(setup.proxy(upstream, hold_bytes=1_000_000), method, headers=[accept])
+    assert result.body == piece * 100
+
+
+@pytest.mark.gen_test
+async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that does not read an event stream lets fal send hardly more than the window over HTTP/2."""
+    sent = taken = 0
+    on_body = Transfer.on_body
+
+    def spy(self: Transfer, data: bytes) -> int | None:
+        nonlocal taken
+        result = on_body(self, data)
+        taken += len(data) if result is None else 0
+        return result
+
+    monkeypatch.setattr(Transfer, "on_body", spy)
+
+    async def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        await exchange.body()
+        await exchange.start(200, EVENTS)
+        while True:
+            await exchange.send(b"data: " + b"x" * 10_000 + b"\n\n")
+            sent += 10_000
+
+    upstream = await setup.upstream(answer, "h2")
+    caller = await Caller.open(setup.proxy(upstream), receive_buffer=4096)
+    await caller.send("POST", headers=["accept: text/event-stream"])
+    await caller.head()
+    caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    before = -1
+    while before != sent:  # until it stands still
+        before = sent
+        await asyncio.sleep(0.3)
+    assert sent - taken <= STREAM_WINDOW_BYTES + 64 * 1024, "the window, and what is on its way"
+    caller.leave()
+    await upstream.exchanges[0].gone.wait()
 
 
 async def begins_stream(exchange: Exchange) -> None:

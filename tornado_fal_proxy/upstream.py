@@ -17,6 +17,10 @@ leads and the others wait for its handshake, at most :data:`HANDSHAKE_WAIT_S`. W
 libcurl tells only in its verbose text, before the request is written; where that text is missing the answer's status
 line tells it later.
 
+A paused HTTP/2 stream would let its server send up to 10 MB more, for that is the window that libcurl opens as soon as
+data comes. Its limit of the rate (MAX_RECV_SPEED_LARGE) also limits the window. Set anew whenever the reader has caught
+up, before it can bind, it is no limit but a window: :data:`STREAM_WINDOW_BYTES` of an event stream.
+
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
 the pool of a host of which one was closed just now.
@@ -46,7 +50,13 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.hangup import HangupWatch
 from tornado_fal_proxy.policy import Target
-from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, HTTP2_STREAM_ERROR, Transfer, upstream_error
+from tornado_fal_proxy.transfer import (
+    HIGH_WATER_BYTES,
+    HTTP2_STREAM_ERROR,
+    STREAM_WINDOW_BYTES,
+    Transfer,
+    upstream_error,
+)
 
 __all__ = ["UpstreamClient"]
 
@@ -54,6 +64,8 @@ __all__ = ["UpstreamClient"]
 HANDSHAKE_WAIT_S = 1.0
 # Easy handles kept for the next call. A configured one saves 50 us and holds some 10 kB.
 IDLE_HANDLES = 512
+# libcurl keeps it for each POST until that has its answer, and would take 64 kB. The least that it takes.
+UPLOAD_BUFFER_BYTES = 16 * 1024
 # Below the time after which common load balancers drop idle connections (60 s and more).
 IDLE_CONNECTION_S = 50
 # How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
@@ -131,11 +143,12 @@ class UpstreamClient(CurlAsyncHTTPClient):
         body: bytes = b"",
         *,
         high_water: int = HIGH_WATER_BYTES,
+        event_stream: bool = False,
     ) -> Transfer:
         """Begin a call and return at once. ``headers`` are lines as :func:`policy.request_headers` makes them.
 
-        ``high_water`` is the number of bytes after which libcurl is paused until they are read. Raises ConnectionLost
-        after :meth:`close`.
+        ``high_water`` is the number of bytes after which libcurl is paused until they are read. ``event_stream`` says
+        that the answer may be one. Raises ConnectionLost after :meth:`close`.
         """
         if self._shut:
             raise ConnectionLost("the proxy is closing")
@@ -159,6 +172,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
         if with_body:
             curl.setopt(pycurl.POSTFIELDS, body)
+        if event_stream:
+            transfer.limited = transfer.windowed = True
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, STREAM_WINDOW_BYTES)
         self._running[curl] = transfer
         self._enqueue(transfer)
         if self._sweep is None:
@@ -197,10 +213,14 @@ class UpstreamClient(CurlAsyncHTTPClient):
             state.http2 = http2
 
     def resume(self, transfer: Transfer) -> None:
-        if transfer.curl is None:
+        curl = transfer.curl
+        if curl is None:
             return
         with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
-            transfer.curl.pause(pycurl.PAUSE_CONT)
+            curl.pause(pycurl.PAUSE_CONT)
+        # To set the rate of a transfer that has filled up again already would wrongly unpause it.
+        if transfer.limited and not transfer.paused:
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, STREAM_WINDOW_BYTES if transfer.windowed else 0)
         self._set_timeout(0)
 
     def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
@@ -230,6 +250,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl = self._curl_create()
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS)
+        curl.setopt(pycurl.UPLOAD_BUFFERSIZE, UPLOAD_BUFFER_BYTES)
         curl.setopt(pycurl.FOLLOWLOCATION, 0)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
@@ -252,6 +273,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
             curl.close()
             return
+        if transfer.limited:
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, 0)
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
         if transfer.leads:
