@@ -4,6 +4,7 @@ setup.cfg names the range of Tornado on which these tests pass. When one fails, 
 """
 
 import asyncio
+import dis
 import inspect
 import logging
 
@@ -43,10 +44,20 @@ def test_nothing_else_is_overridden() -> None:
     assert inherited & set(vars(UpstreamClient)) <= set(METHODS)
     web = {name for base in RequestHandler.__mro__ for name in vars(base)}
     public_hooks = {"check_xsrf_cookie", "compute_etag", "check_etag_header", "send_error", "initialize", "prepare"}
-    public_hooks |= {"data_received", "on_connection_close", "on_finish"}
+    public_hooks |= {"data_received", "on_connection_close", "on_finish", "clear"}
     own = {name for name in vars(FalProxyHandler) if not name.startswith("__")}
     verbs = {name.lower() for name in RequestHandler.SUPPORTED_METHODS}
     assert own & web <= public_hooks | verbs | {"_stream_request_body"}
+
+
+def test_clear() -> None:
+    """What ``clear`` must reset is what Tornado's own resets."""
+    written = {
+        instruction.argval
+        for instruction in dis.get_instructions(RequestHandler.clear)
+        if instruction.opname == "STORE_ATTR"
+    }
+    assert written == {"_headers", "_write_buffer", "_status_code", "_reason"}
 
 
 @pytest.mark.gen_test

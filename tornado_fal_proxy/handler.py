@@ -25,6 +25,7 @@ from http.client import responses
 from typing import Any
 
 from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
@@ -171,6 +172,13 @@ class FalProxyHandler(RequestHandler):
 
     # The relay.
 
+    def clear(self) -> None:
+        """As Tornado's, but without its Server, Date and Content-Type: here the target's stand, or none."""
+        self._headers = HTTPHeaders()
+        self.set_default_headers()
+        self._write_buffer = []
+        self._status_code, self._reason = 200, responses[200]
+
     async def _relay(self) -> None:
         if self._answered:
             return
@@ -215,16 +223,10 @@ class FalProxyHandler(RequestHandler):
 
     def _copy_head(self, head: ResponseHead) -> None:
         self.set_status(head.status, responses.get(head.status, "Unknown"))
-        # Tornado's own values of these give way to the target's, even where the target has none.
-        for name in ("Server", "Date", "Content-Type"):
+        for name in dict(head.headers) if self._headers else ():  # the target's win over the application's
             self.clear_header(name)
-        seen = set()
         for name, value in head.headers:
-            if name in seen:
-                self.add_header(name, value)
-            else:
-                seen.add(name)
-                self.set_header(name, value)
+            self._headers.add(name, value)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
         if not head.has_body:
@@ -275,7 +277,7 @@ class FalProxyHandler(RequestHandler):
     def _answer(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         self._answered = True
         self._release()
-        self.clear()
+        super().clear()
         self.set_status(status)
         for name, value in headers:
             self.set_header(name, value)
