@@ -223,10 +223,14 @@ class FalProxyHandler(RequestHandler):
 
     def _copy_head(self, head: ResponseHead) -> None:
         self.set_status(head.status, responses.get(head.status, "Unknown"))
-        for name in dict(head.headers) if self._headers else ():  # the target's win over the application's
-            self.clear_header(name)
-        for name, value in head.headers:
-            self._headers.add(name, value)
+        # parse_response_head has checked names and values. The target's headers win over the application's.
+        once = dict(head.headers)
+        self._headers.update(once)
+        if len(once) < len(head.headers):
+            for name in once:
+                self.clear_header(name)
+            for name, value in head.headers:
+                self._headers.add(name, value)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
         if not head.has_body:
