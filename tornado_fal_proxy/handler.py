@@ -39,7 +39,7 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
 )
 from tornado_fal_proxy.hangup import HangupWatch
-from tornado_fal_proxy.policy import ResponseHead, Target, decide, request_headers, wants_event_stream
+from tornado_fal_proxy.policy import ResponseHead, Target, decide, request_headers
 from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, Transfer
 from tornado_fal_proxy.upstream import UpstreamClient
 
@@ -197,7 +197,6 @@ class FalProxyHandler(RequestHandler):
                 request_headers(self._pairs, self._authorization),
                 body,
                 high_water=self._config.hold_bytes if post else HIGH_WATER_BYTES,
-                event_stream=wants_event_stream(self._pairs),
             )
             self._pairs = []
             self._backend.watch(caller)

@@ -36,7 +36,6 @@ __all__ = [
     "parse_response_head",
     "parse_target",
     "request_headers",
-    "wants_event_stream",
 ]
 
 Pairs = Sequence[tuple[str, str]]
@@ -191,11 +190,6 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
 @lru_cache(256)
 def _is_relayed(name: str) -> bool:
     return name not in _NEVER_RELAYED and (name in _RELAYED_BY_NAME or bool(_RELAYED_BY_PREFIX.fullmatch(name)))
-
-
-def wants_event_stream(headers: Pairs) -> bool:
-    """Whether the caller says that it takes server-sent events, as fal's clients do for streams."""
-    return any(name == "accept" and "text/event-stream" in value for name, value in headers)
 
 
 def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:

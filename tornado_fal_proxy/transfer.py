@@ -28,13 +28,13 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.policy import ResponseHead, parse_response_head
 
-__all__ = ["HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "STREAM_WINDOW_BYTES", "Owner", "Transfer", "upstream_error"]
+__all__ = ["HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "WINDOW_BYTES", "Owner", "Transfer", "upstream_error"]
 
 # A piece of body is at most 16 kB, so a reader that keeps up is never paused, and one that does not costs little.
 HIGH_WATER_BYTES = 64 * 1024
-# What a server may send of an event stream before its caller has read that far. At a round trip of 100 ms it allows
+# What a server may send of a streamed answer before its caller has read that far. At a round trip of 100 ms it allows
 # 2.5 MB/s, and it bounds what a caller costs that stopped reading.
-STREAM_WINDOW_BYTES = 256 * 1024
+WINDOW_BYTES = 256 * 1024
 
 # Error numbers of libcurl (include/curl/curl.h) that pycurl gives no name.
 HTTP2_STREAM_ERROR, _E_PROXY, _E_TOO_LARGE = 92, 97, 100
@@ -110,7 +110,6 @@ class Transfer:
         "high_water",
         "host",
         "leads",
-        "limited",
         "may_have_left",
         "paused",
         "pool",
@@ -135,8 +134,7 @@ class Transfer:
         self.may_have_left = False
         self.leads = False
         self.fresh = False
-        self.limited = False  # its handle has a limit of the rate, ...
-        self.windowed = False  # ... which is used as a window
+        self.windowed = True
         self.touched = owner.now()
         self.uploaded = 0
         self._owner = owner
@@ -155,17 +153,18 @@ class Transfer:
         """The answer's head, as soon as it is known."""
         while self.head is None:
             await self._wait()
-        if self.windowed and not self.head.event_stream:
-            self.windowed = False
-            self._owner.resume(self)
         return self.head
 
     async def hold(self) -> bool:
         """Wait until the body is whole: True. False as soon as it turns out to be larger than ``high_water``."""
         self._held = True
+        if not self.complete and not self.paused:
+            self.windowed = False
+            self._owner.resume(self)
         while not self.complete and not self.paused:
             await self._wait()
         self._held = False
+        self.windowed = self.windowed or self.paused
         self.high_water = HIGH_WATER_BYTES
         return self.complete
 
@@ -203,7 +202,7 @@ class Transfer:
                 self.paused = False
                 self.touched = self._owner.now()
                 self._owner.resume(self)
-        elif self.windowed and self._taken >= STREAM_WINDOW_BYTES // 2:
+        elif self.windowed and self._taken >= WINDOW_BYTES // 2:
             self._taken = 0
             self._owner.resume(self)
         return chunk

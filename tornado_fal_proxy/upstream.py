@@ -19,7 +19,7 @@ line tells it later.
 
 A paused HTTP/2 stream would let its server send up to 10 MB more, for that is the window that libcurl opens as soon as
 data comes. Its limit of the rate (MAX_RECV_SPEED_LARGE) also limits the window. Set anew whenever the reader has caught
-up, before it can bind, it is no limit but a window: :data:`STREAM_WINDOW_BYTES` of an event stream.
+up, before it can bind, it is no limit but a window, of :data:`WINDOW_BYTES`. What is held until it is whole has none.
 
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
@@ -53,7 +53,7 @@ from tornado_fal_proxy.policy import Target
 from tornado_fal_proxy.transfer import (
     HIGH_WATER_BYTES,
     HTTP2_STREAM_ERROR,
-    STREAM_WINDOW_BYTES,
+    WINDOW_BYTES,
     Transfer,
     upstream_error,
 )
@@ -143,12 +143,11 @@ class UpstreamClient(CurlAsyncHTTPClient):
         body: bytes = b"",
         *,
         high_water: int = HIGH_WATER_BYTES,
-        event_stream: bool = False,
     ) -> Transfer:
         """Begin a call and return at once. ``headers`` are lines as :func:`policy.request_headers` makes them.
 
-        ``high_water`` is the number of bytes after which libcurl is paused until they are read. ``event_stream`` says
-        that the answer may be one. Raises ConnectionLost after :meth:`close`.
+        ``high_water`` is the number of bytes after which libcurl is paused until they are read. Raises ConnectionLost
+        after :meth:`close`.
         """
         if self._shut:
             raise ConnectionLost("the proxy is closing")
@@ -172,9 +171,6 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
         if with_body:
             curl.setopt(pycurl.POSTFIELDS, body)
-        if event_stream:
-            transfer.limited = transfer.windowed = True
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, STREAM_WINDOW_BYTES)
         self._running[curl] = transfer
         self._enqueue(transfer)
         if self._sweep is None:
@@ -218,9 +214,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
             return
         with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
             curl.pause(pycurl.PAUSE_CONT)
-        # To set the rate of a transfer that has filled up again already would wrongly unpause it.
-        if transfer.limited and not transfer.paused:
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, STREAM_WINDOW_BYTES if transfer.windowed else 0)
+        if not transfer.paused:  # if it has filled up again already, to set the rate would wrongly unpause it
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES if transfer.windowed else 0)
         self._set_timeout(0)
 
     def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
@@ -255,6 +250,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
+        curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
         curl.setopt(pycurl.MAXAGE_CONN, IDLE_CONNECTION_S)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -273,8 +269,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
             curl.close()
             return
-        if transfer.limited:
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, 0)
+        if not transfer.windowed:
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
         if transfer.leads:
