@@ -1,0 +1,4 @@
+"""What the proxy costs beside the proxies that a user would pick instead. See benchmarks/README.md.
+
+Not part of the installed package.
+"""
