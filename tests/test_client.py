@@ -121,7 +121,7 @@ def test_queue_step_by_step(calls: Calls) -> None:
     queue = calls.value("queue")
     assert queue["early"]["error"]["body"] == {"detail": "Request is still in progress"}
     assert queue["status"]["request_id"] == queue["requestId"] == queue["result"]["requestId"]
-    assert queue["steps"][0] == ["IN_QUEUE"]
+    assert queue["steps"][0][0] in ("IN_QUEUE", "IN_PROGRESS")  # a slow machine misses some
     assert queue["steps"][-1][0] == "COMPLETED"
     assert [line for step in queue["steps"] for line in step[1:]] == LOG
     assert queue["done"]["status"] == "COMPLETED"

@@ -116,7 +116,7 @@ class Transfer:
         "repeatable",
         "touched",
         "uploaded",
-        "windowed",
+        "window",
     )
 
     def __init__(
@@ -134,7 +134,7 @@ class Transfer:
         self.may_have_left = False
         self.leads = False
         self.fresh = False
-        self.windowed = True
+        self.window = WINDOW_BYTES
         self.touched = owner.now()
         self.uploaded = 0
         self._owner = owner
@@ -159,12 +159,13 @@ class Transfer:
         """Wait until the body is whole: True. False as soon as it turns out to be larger than ``high_water``."""
         self._held = True
         if not self.complete and not self.paused:
-            self.windowed = False
+            self.window = self.high_water + WINDOW_BYTES  # all that may be held, and a little to find out about more
             self._owner.resume(self)
         while not self.complete and not self.paused:
             await self._wait()
         self._held = False
-        self.windowed = self.windowed or self.paused
+        if not self.complete:
+            self.window = WINDOW_BYTES
         self.high_water = HIGH_WATER_BYTES
         return self.complete
 
@@ -202,7 +203,7 @@ class Transfer:
                 self.paused = False
                 self.touched = self._owner.now()
                 self._owner.resume(self)
-        elif self.windowed and self._taken >= WINDOW_BYTES // 2:
+        elif self._taken >= WINDOW_BYTES // 2:
             self._taken = 0
             self._owner.resume(self)
         return chunk

@@ -19,7 +19,7 @@ line tells it later.
 
 A paused HTTP/2 stream would let its server send up to 10 MB more, for that is the window that libcurl opens as soon as
 data comes. Its limit of the rate (MAX_RECV_SPEED_LARGE) also limits the window. Set anew whenever the reader has caught
-up, before it can bind, it is no limit but a window, of :data:`WINDOW_BYTES`. What is held until it is whole has none.
+up, before it can bind, it is no limit but a window: ``Transfer.window``.
 
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
@@ -73,6 +73,9 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
 # After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
 # itself, which it does once a second, POSTs avoid them.
 SUSPICION_S = 1.1
+# libcurl wakes each transfer once a second. In steps of this many milliseconds thousands of them wake together, and
+# nothing that it times (connecting, trying the next address) needs to be more exact.
+TIMER_STEP_MS = 20
 # How often to ask the kernel which idle connections were closed: less often than calls are made under load.
 LOOK_INTERVAL_S = 0.001
 # Hosts whose protocol is remembered. A wildcard lets callers name any number.
@@ -215,7 +218,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
             curl.pause(pycurl.PAUSE_CONT)
         if not transfer.paused:  # if it has filled up again already, to set the rate would wrongly unpause it
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES if transfer.windowed else 0)
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, transfer.window)
         self._set_timeout(0)
 
     def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
@@ -269,7 +272,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
             curl.close()
             return
-        if not transfer.windowed:
+        if transfer.window != WINDOW_BYTES:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
@@ -334,7 +337,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
             self._due_now = True
             self._timeout = self._loop.call_soon(self._handle_timeout)
         elif msecs > 0:
-            self._timeout = self._loop.call_later(msecs / 1000, self._handle_timeout)
+            self._timeout = self._loop.call_later(max(msecs, TIMER_STEP_MS) / 1000, self._handle_timeout)
 
     def _handle_timeout(self) -> None:
         self._due_now = False
