@@ -73,6 +73,8 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
 # After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
 # itself, which it does once a second, POSTs avoid them.
 SUSPICION_S = 1.1
+# Whether a limit of libcurl's rate serves as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
+RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 # libcurl wakes each transfer once a second. In steps of this many milliseconds thousands of them wake together, and
 # nothing that it times (connecting, trying the next address) needs to be more exact.
 TIMER_STEP_MS = 20
@@ -217,7 +219,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
             return
         with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
             curl.pause(pycurl.PAUSE_CONT)
-        if not transfer.paused:  # if it has filled up again already, to set the rate would wrongly unpause it
+        if (
+            RATE_IS_WINDOW and not transfer.paused
+        ):  # if it has filled up again already, to set the rate would wrongly unpause it
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, transfer.window)
         self._set_timeout(0)
 
@@ -253,7 +257,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
-        curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
+        if RATE_IS_WINDOW:
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
         curl.setopt(pycurl.MAXAGE_CONN, IDLE_CONNECTION_S)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -272,7 +277,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
             curl.close()
             return
-        if transfer.window != WINDOW_BYTES:
+        if RATE_IS_WINDOW and transfer.window != WINDOW_BYTES:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
