@@ -219,9 +219,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
             return
         with contextlib.suppress(pycurl.error):  # it has failed meanwhile: _finish will hear of it
             curl.pause(pycurl.PAUSE_CONT)
-        if (
-            RATE_IS_WINDOW and not transfer.paused
-        ):  # if it has filled up again already, to set the rate would wrongly unpause it
+        # To set the rate of a transfer that has filled up again already would wrongly unpause it.
+        if RATE_IS_WINDOW and not transfer.paused:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, transfer.window)
         self._set_timeout(0)
 
