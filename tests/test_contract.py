@@ -24,6 +24,7 @@ from tornado_fal_proxy.upstream import UpstreamClient
 # Of the client: what is called, or overridden, with its parameters.
 METHODS = {
     "_curl_create": ["self"],
+    "_finish_pending_requests": ["self"],
     "_finish": ["self", "curl", "curl_error", "curl_message"],
     "_handle_timeout": ["self"],
     "_handle_socket": ["self", "event", "fd", "multi", "data"],
@@ -47,7 +48,7 @@ def test_nothing_else_is_overridden() -> None:
     public_hooks |= {"data_received", "on_connection_close", "on_finish", "clear"}
     own = {name for name in vars(FalProxyHandler) if not name.startswith("__")}
     verbs = {name.lower() for name in RequestHandler.SUPPORTED_METHODS}
-    assert own & web <= public_hooks | verbs | {"_stream_request_body"}
+    assert own & web <= public_hooks | verbs | {"_stream_request_body", "_execute"}
 
 
 def test_clear() -> None:
@@ -60,16 +61,29 @@ def test_clear() -> None:
     assert written == {"_headers", "_write_buffer", "_status_code", "_reason"}
 
 
+def test_finish() -> None:
+    """What the handler's own way to finish must do is what Tornado's ``finish`` and ``flush`` do."""
+    called = {
+        instruction.argval
+        for function in (RequestHandler.finish, RequestHandler.flush)
+        for instruction in dis.get_instructions(function)
+        if instruction.opname in ("LOAD_METHOD", "LOAD_ATTR")
+    }
+    done = {"set_close_callback", "write_headers", "finish", "_log", "on_finish", "_break_cycles"}
+    state = {"_finished", "_headers_written", "_headers", "_write_buffer", "_transforms", "_new_cookie", "_status_code"}
+    state |= {"_reason", "connection", "request", "method", "code"}
+    not_for_it = {"write", "set_etag_header", "check_etag_header", "set_status", "_should_not_send_content"}
+    not_for_it |= {"_clear_representation_headers", "set_header", "flush", "add_header", "OutputString", "values"}
+    not_for_it |= {"transform_first_chunk", "transform_chunk", "set_result", "join", "ResponseStartLine"}
+    assert called - done - state - not_for_it == set()
+    assert done <= called
+
+
 @pytest.mark.gen_test
 async def test_attributes_of_the_client(setup: Setup) -> None:
-    """``_multi`` is the CurlMulti, driven by ``_set_timeout`` and ``_handle_socket``; ``_timeout`` is its timer."""
+    """``_multi`` is the CurlMulti, driven by ``_set_timeout`` and ``_handle_socket``."""
     client = CurlAsyncHTTPClient(force_instance=True)
     assert isinstance(client._multi, pycurl.CurlMulti)
-    client._set_timeout(60_000)
-    timer = client._timeout
-    assert timer is not None
-    client._set_timeout(60_000)
-    assert client._timeout is not timer
     client.close()
 
 

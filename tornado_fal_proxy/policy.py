@@ -69,9 +69,15 @@ _HOP_BY_HOP = frozenset(
 )
 # The formula: the server sets these two itself, for the body reaches the caller decoded.
 _SET_BY_SERVER = frozenset({"content-length", "content-encoding"})
+_STAYS_HERE = _HOP_BY_HOP | _SET_BY_SERVER
+_NOTHING: frozenset[str] = frozenset()
 _RELAYED_BY_NAME = frozenset({"accept", "content-type", "user-agent"})
 _RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{_NAME}")
 _NEVER_RELAYED = frozenset({TARGET_HEADER, "x-fal-client-proxy"})
+_CLIENT_PROXY_LINE = f"x-fal-client-proxy: {CLIENT_PROXY}".encode()
+
+# Most header lines are the same from call to call, in both directions: what came of a short one is kept.
+_CACHED_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,22 +180,30 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
     That notation (CURLOPT_HTTPHEADER) writes ``name;`` for an empty value and ``name:`` to keep libcurl from adding a
     header of its own.
     """
-    lines = [authorization, b"x-fal-client-proxy: " + CLIENT_PROXY.encode(), b"Expect:"]
-    present = set()
+    lines = [authorization, _CLIENT_PROXY_LINE, b"Expect:"]
+    absent = set(_RELAYED_BY_NAME)
     listed = _listed_by_connection(headers)
     for name, value in headers:
         if _is_relayed(name) and name not in listed:
-            if not _FIELD_VALUE.fullmatch(value):
-                continue  # no control character may reach the wire
-            present.add(name)
-            lines.append(f"{name}: {value}".encode("latin-1") if value else f"{name};".encode("latin-1"))
-    lines.extend(f"{name}:".encode() for name in _RELAYED_BY_NAME - present)
+            line = _field_line(name, value) if len(value) < _CACHED_BYTES else _field_line.__wrapped__(name, value)
+            if line is not None:
+                absent.discard(name)
+                lines.append(line)
+    lines.extend(f"{name}:".encode() for name in absent)
     return lines
 
 
 @lru_cache(256)
 def _is_relayed(name: str) -> bool:
     return name not in _NEVER_RELAYED and (name in _RELAYED_BY_NAME or bool(_RELAYED_BY_PREFIX.fullmatch(name)))
+
+
+@lru_cache(1024)
+def _field_line(name: str, value: str) -> bytes | None:
+    """The line of a header for fal; None where the value holds a control character, which must not reach the wire."""
+    if not _FIELD_VALUE.fullmatch(value):
+        return None
+    return (f"{name}: {value}" if value else f"{name};").encode("latin-1")
 
 
 def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
@@ -203,15 +217,18 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
         raise MalformedAnswer(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
     fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
     length, encoded, event_stream = None, False, False
+    never = _listed_by_connection(fields)
+    headers = []
     for name, value in fields:
-        if name == "content-length":
+        if name not in _STAYS_HERE:
+            if name not in never and not name.startswith("proxy-"):
+                headers.append((name, value))
+            if name == "content-type":
+                event_stream = value.lower().startswith("text/event-stream")
+        elif name == "content-length":
             length = _length(value)
         elif name in ("content-encoding", "transfer-encoding"):
             encoded = True  # by a transfer-encoding too a length is void (RFC 9112 section 6.3)
-        elif name == "content-type":
-            event_stream = value.lower().startswith("text/event-stream")
-    never = _HOP_BY_HOP | _SET_BY_SERVER | _listed_by_connection(fields)
-    headers = [(name, value) for name, value in fields if name not in never and not name.startswith("proxy-")]
     return ResponseHead(
         int(status_line[2]), status_line[1].decode(), headers, None if encoded else length, event_stream
     )
@@ -220,7 +237,12 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
 def _listed_by_connection(fields: Pairs) -> frozenset[str]:
     """The names that only concern this hop because a Connection field says so (RFC 9110 section 7.6.1)."""
     values = [value for name, value in fields if name == "connection"]
-    return frozenset(option.strip(" \t").lower() for value in values for option in value.split(","))
+    return _options(",".join(values)) if values else _NOTHING
+
+
+@lru_cache(64)
+def _options(value: str) -> frozenset[str]:
+    return frozenset(option.strip(" \t").lower() for option in value.split(","))
 
 
 def _unfolded(lines: Sequence[bytes]) -> list[bytes]:
@@ -235,8 +257,7 @@ def _unfolded(lines: Sequence[bytes]) -> list[bytes]:
 
 
 def _field(line: bytes) -> tuple[str, str] | None:
-    # Most lines of a head are the same from answer to answer.
-    return _parsed_field(line) if len(line) < 128 else _parsed_field.__wrapped__(line)
+    return _parsed_field(line) if len(line) < _CACHED_BYTES else _parsed_field.__wrapped__(line)
 
 
 @lru_cache(1024)
