@@ -434,6 +434,30 @@ async def test_window_is_no_limit(
     assert result.body == piece * 100
 
 
+@pytest.mark.parametrize("size", [15_000, 60_000, 240_000])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_window_delays_no_answer_of_known_length(setup: Setup, protocol: str, method: str, size: int) -> None:
+    """libcurl would spread the rate over the length that was declared: 0.2 s for each of these answers, or more."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, [*JSON, ("content-length", str(size))])
+        for _ in range(5):
+            await exchange.send(b"x" * (size // 5))
+        await exchange.end()
+
+    loop = asyncio.get_running_loop()
+    port = setup.proxy(await setup.upstream(answer, protocol))
+
+    async def seconds() -> float:
+        start = loop.time()
+        assert len((await call(port, method)).body) == size
+        return loop.time() - start
+
+    assert min(await asyncio.gather(*[seconds() for _ in range(8)])) < 0.1
+
+
 @pytest.mark.gen_test
 async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller that does not read an event stream lets fal send hardly more than the window over HTTP/2."""

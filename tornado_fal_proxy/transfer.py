@@ -28,13 +28,17 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.policy import ResponseHead, parse_response_head
 
-__all__ = ["HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "WINDOW_BYTES", "Owner", "Transfer", "upstream_error"]
+__all__ = ["FIRST_WINDOW_BYTES", "HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "Owner", "Transfer", "upstream_error"]
 
 # A piece of body is at most 16 kB, so a reader that keeps up is never paused, and one that does not costs little.
 HIGH_WATER_BYTES = 64 * 1024
 # What a server may send of a streamed answer before its caller has read that far. At a round trip of 100 ms it allows
 # 2.5 MB/s, and it bounds what a caller costs that stopped reading.
 WINDOW_BYTES = 256 * 1024
+# The same for an answer that is held until it is whole.
+HELD_WINDOW_BYTES = 1024 * 1024
+# The window that every stream begins with (RFC 9113 section 6.9.2): a short answer fits, and no frame need change it.
+FIRST_WINDOW_BYTES = 64 * 1024
 
 # Error numbers of libcurl (include/curl/curl.h) that pycurl gives no name.
 HTTP2_STREAM_ERROR, _E_PROXY, _E_TOO_LARGE = 92, 97, 100
@@ -81,6 +85,9 @@ class Owner(Protocol):
     def resume(self, transfer: Transfer) -> None:
         """The reader has caught up: let libcurl go on where it is paused, and open its window."""
 
+    def open_window_soon(self, transfer: Transfer) -> None:
+        """The same for a transfer that is not paused, as soon as libcurl has returned. Called inside libcurl."""
+
     def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
         """Take the transfer out of libcurl."""
 
@@ -94,6 +101,7 @@ class Transfer:
     """
 
     __slots__ = (
+        "_arrived",
         "_buffered",
         "_chunks",
         "_failure",
@@ -134,13 +142,14 @@ class Transfer:
         self.may_have_left = False
         self.leads = False
         self.fresh = False
-        self.window = WINDOW_BYTES
+        self.window = FIRST_WINDOW_BYTES
         self.touched = owner.now()
         self.uploaded = 0
         self._owner = owner
         self._failure: ProxyError | None = None
         self._head_lines: list[bytes] = []
         self._chunks: list[bytes] = []
+        self._arrived = 0  # since the window was opened last
         self._buffered = 0
         self._held = False
         self._retried = False
@@ -158,15 +167,10 @@ class Transfer:
     async def hold(self) -> bool:
         """Wait until the body is whole: True. False as soon as it turns out to be larger than ``high_water``."""
         self._held = True
-        if not self.complete and not self.paused:
-            self.window = self.high_water + WINDOW_BYTES  # all that may be held, and a little to find out about more
-            self._owner.resume(self)
         while not self.complete and not self.paused:
             await self._wait()
         self._held = False
-        if not self.complete:
-            self.window = WINDOW_BYTES
-        self.high_water = HIGH_WATER_BYTES
+        self.window, self.high_water = WINDOW_BYTES, HIGH_WATER_BYTES
         return self.complete
 
     async def read(self) -> bytes:
@@ -242,13 +246,13 @@ class Transfer:
 
     def on_header(self, line: bytes) -> None:
         """HEADERFUNCTION: a line of the head, or of the trailers, which are not passed on."""
-        if self.head is not None or not self.may_have_left:
-            return  # a trailer, or what an egress proxy answered to CONNECT
-        if line not in (b"\r\n", b"\n"):
+        if len(line) > 2 or line not in (b"\r\n", b"\n"):
             self._head_lines.append(line)
             return
-        self.touched = self._owner.now()
         lines, self._head_lines = self._head_lines, []
+        if self.head is not None or not self.may_have_left:
+            return  # trailers, or what an egress proxy answered to CONNECT
+        self.touched = self._owner.now()
         try:
             head = parse_response_head(lines)
         except MalformedAnswer as exc:
@@ -273,6 +277,12 @@ class Transfer:
         self.touched = self._owner.now()
         self._chunks.append(data)
         self._buffered += len(data)
+        self._arrived += len(data)
+        holding = self.high_water > HIGH_WATER_BYTES
+        if self.window == FIRST_WINDOW_BYTES or (holding and self._arrived >= HELD_WINDOW_BYTES // 2):
+            self._arrived = 0
+            self.window = HELD_WINDOW_BYTES if holding else WINDOW_BYTES
+            self._owner.open_window_soon(self)
         if not self._held:
             self._wake()
         return None

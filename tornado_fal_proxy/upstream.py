@@ -19,7 +19,8 @@ line tells it later.
 
 A paused HTTP/2 stream would let its server send up to 10 MB more, for that is the window that libcurl opens as soon as
 data comes. Its limit of the rate (MAX_RECV_SPEED_LARGE) also limits the window. Set anew whenever the reader has caught
-up, before it can bind, it is no limit but a window: ``Transfer.window``.
+up, before it can bind, it is no limit but a window: ``Transfer.window``. It must be set once more when the body has
+begun: there libcurl spreads the rate over the length that was declared, and would make an answer of 60 kB take 0.2 s.
 
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
@@ -32,13 +33,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import select
 import socket
 from typing import Any
 
 import pycurl
 from tornado.curl_httpclient import CurlAsyncHTTPClient
 
+from tornado_fal_proxy import memory
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import (
     ConnectionLost,
@@ -48,24 +52,29 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tornado_fal_proxy.hangup import HangupWatch
 from tornado_fal_proxy.policy import Target
+from tornado_fal_proxy.sockets import UpstreamSockets
 from tornado_fal_proxy.transfer import (
+    FIRST_WINDOW_BYTES,
     HIGH_WATER_BYTES,
     HTTP2_STREAM_ERROR,
-    WINDOW_BYTES,
     Transfer,
     upstream_error,
 )
 
 __all__ = ["UpstreamClient"]
 
+logger = logging.getLogger("tornado_fal_proxy")
+
 # Long enough for any handshake that is going to succeed soon; past it calls make connections of their own.
 HANDSHAKE_WAIT_S = 1.0
 # Easy handles kept for the next call. A configured one saves 50 us and holds some 10 kB.
 IDLE_HANDLES = 512
-# libcurl keeps it for each POST until that has its answer, and would take 64 kB. The least that it takes.
-UPLOAD_BUFFER_BYTES = 16 * 1024
+# A handle that sent more than this is not kept, for it keeps its buffer.
+KEPT_BODY_BYTES = 16 * 1024
+# libcurl keeps it for each POST until that has its answer. Where large blocks are mapped, only the pages that were
+# written to count, mostly one; elsewhere all of it, so there it is the least that libcurl takes.
+MAPPED_UPLOAD_BUFFER_BYTES, UPLOAD_BUFFER_BYTES = 256 * 1024, 16 * 1024
 # Below the time after which common load balancers drop idle connections (60 s and more).
 IDLE_CONNECTION_S = 50
 # How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
@@ -76,8 +85,8 @@ SUSPICION_S = 1.1
 # Whether a limit of libcurl's rate serves as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
 RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 # libcurl wakes each transfer once a second. In steps of this many milliseconds thousands of them wake together, and
-# nothing that it times (connecting, trying the next address) needs to be more exact.
-TIMER_STEP_MS = 20
+# nothing that it times (connecting, trying the next address) needs to be more exact. With 20 they cost twice as much.
+TIMER_STEP_MS = 100
 # How often to ask the kernel which idle connections were closed: less often than calls are made under load.
 LOOK_INTERVAL_S = 0.001
 # Hosts whose protocol is remembered. A wildcard lets callers name any number.
@@ -108,7 +117,11 @@ class UpstreamClient(CurlAsyncHTTPClient):
     def initialize(self, config: ProxyConfig) -> None:  # type: ignore[override]
         self._loop = asyncio.get_running_loop()
         self._due_now = False
+        self._timer: asyncio.TimerHandle | None = None
         self._shut = False
+        self._sockets = UpstreamSockets() if hasattr(select, "epoll") else None
+        if self._sockets is not None:
+            self._loop.add_reader(self._sockets.fileno(), self._serve_sockets)
         super().initialize()
         self._config = config
         # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
@@ -117,11 +130,12 @@ class UpstreamClient(CurlAsyncHTTPClient):
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._handles: dict[str, list[pycurl.Curl]] = {"GET": [], "POST": []}
         self._ports: dict[int, str] = {}  # which host a connection that leaves from this port goes to
-        self._idle = HangupWatch()
         self._look_again_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), 5.0)
+        self._to_open: list[Transfer] = []
         self._in_flight = 0
+        self._upload_buffer_bytes = MAPPED_UPLOAD_BUFFER_BYTES if memory.are_mapped() else UPLOAD_BUFFER_BYTES
 
     # For the handler.
 
@@ -166,6 +180,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
             curl = self._configured_handle(with_body)
             if pool is None:
                 curl.setopt(pycurl.CUSTOMREQUEST, method)
+        if len(body) > KEPT_BODY_BYTES:
+            pool = None
         transfer = Transfer(self, curl, pool, host=target.host, repeatable=method == "GET")
         transfer.high_water = high_water
         curl.setopt(pycurl.URL, f"https://{target.host}/")
@@ -189,14 +205,17 @@ class UpstreamClient(CurlAsyncHTTPClient):
         self._shut = True
         for transfer in list(self._running.values()):
             self.abandon(transfer, ConnectionLost("the proxy is closing", may_have_run=self._may_have_run(transfer)))
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._timer):
+            if timer is not None:
+                timer.cancel()
         for handles in self._handles.values():
             for curl in handles:
                 curl.close()
             handles.clear()
         super().close()
-        self._idle.close()
+        if self._sockets is not None:
+            self._loop.remove_reader(self._sockets.fileno())
+            self._sockets.close()
 
     # For transfers.
 
@@ -223,6 +242,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if RATE_IS_WINDOW and not transfer.paused:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, transfer.window)
         self._set_timeout(0)
+
+    def open_window_soon(self, transfer: Transfer) -> None:
+        self._to_open.append(transfer)
 
     def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
         """Take ``transfer`` out of libcurl, wherever it is, and let its reader know why."""
@@ -251,13 +273,13 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl = self._curl_create()
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS)
-        curl.setopt(pycurl.UPLOAD_BUFFERSIZE, UPLOAD_BUFFER_BYTES)
+        curl.setopt(pycurl.UPLOAD_BUFFERSIZE, self._upload_buffer_bytes)
         curl.setopt(pycurl.FOLLOWLOCATION, 0)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
         if RATE_IS_WINDOW:
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         curl.setopt(pycurl.MAXAGE_CONN, IDLE_CONNECTION_S)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -276,8 +298,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if pool is None or len(pool) >= IDLE_HANDLES or self._shut:
             curl.close()
             return
-        if RATE_IS_WINDOW and transfer.window != WINDOW_BYTES:
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, WINDOW_BYTES)
+        if RATE_IS_WINDOW and transfer.window != FIRST_WINDOW_BYTES:
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
         if transfer.leads:
@@ -320,43 +342,69 @@ class UpstreamClient(CurlAsyncHTTPClient):
 
     def _handle_socket(self, event: int, fd: int, multi: Any, data: Any) -> None:
         """Tornado's SOCKETFUNCTION: libcurl wants to know of a socket, or no longer does."""
-        super()._handle_socket(event, fd, multi, data)
-        if event == pycurl.POLL_REMOVE:
-            self._idle.add(fd)
+        if self._sockets is None:
+            super()._handle_socket(event, fd, multi, data)
         else:
-            self._idle.discard(fd)
+            self._sockets.wait_for(event, fd)
 
-    def _set_timeout(self, msecs: int) -> None:
-        """Tornado's TIMERFUNCTION: libcurl wants to run in so many milliseconds; below zero it does not.
+    def _serve_sockets(self) -> None:
+        """Let libcurl act on the sockets that are ready, and learn which idle ones fal has closed."""
+        active = self._ready_sockets()
+        for fd, action in active:
+            self._act(fd, action)
+        if active:
+            self._finish_pending_requests()
 
-        Each added handle asks for zero, and of a crowd's requests in one turn of the loop one is enough: after it has
-        run, ``_handle_timeout`` asks libcurl what comes next.
-        """
-        if self._due_now:
-            return
-        if self._timeout is not None:
-            self.io_loop.remove_timeout(self._timeout)
-            self._timeout = None
-        if msecs == 0:
-            self._due_now = True
-            self._timeout = self._loop.call_soon(self._handle_timeout)
-        elif msecs > 0:
-            self._timeout = self._loop.call_later(max(msecs, TIMER_STEP_MS) / 1000, self._handle_timeout)
-
-    def _handle_timeout(self) -> None:
-        self._due_now = False
-        if not self._shut:
-            super()._handle_timeout()
-
-    def _look_at_idle_sockets(self, now: float) -> None:
-        if now < self._look_again_at:
-            return
-        self._look_again_at = now + LOOK_INTERVAL_S
-        for fd in self._idle.hung_up():
+    def _ready_sockets(self) -> list[tuple[int, int]]:
+        assert self._sockets is not None
+        active, closed = self._sockets.ready()
+        for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
                 state = self._hosts.get(self._ports.get(duplicate.getsockname()[1], ""))
                 if state is not None:
                     self._suspect(state)
+        return active
+
+    def _act(self, fd: int, action: int) -> None:
+        try:
+            self._multi.socket_action(fd, action)
+        except pycurl.error as exc:
+            logger.error("libcurl's multi interface failed: %s", exc)
+
+    def _set_timeout(self, msecs: int) -> None:
+        """Tornado's TIMERFUNCTION: libcurl wants to run in so many milliseconds; below zero it does not.
+
+        Each added handle asks for zero, and of a crowd's requests in one turn of the loop one is enough. A timer that
+        runs already is left alone when it is early enough: libcurl is asked then what comes next.
+        """
+        if msecs == 0:
+            if not self._due_now:
+                self._due_now = True
+                self._loop.call_soon(self._run_due)
+        elif msecs > 0:
+            at = self._loop.time() + max(msecs, TIMER_STEP_MS) / 1000
+            if self._timer is not None:
+                if self._timer.when() <= at:
+                    return
+                self._timer.cancel()
+            self._timer = self._loop.call_at(at, self._handle_timeout)
+
+    def _run_due(self) -> None:
+        self._due_now = False
+        if not self._shut:
+            self._act(pycurl.SOCKET_TIMEOUT, 0)
+            self._finish_pending_requests()
+
+    def _handle_timeout(self) -> None:
+        self._timer = None
+        if not self._shut:
+            super()._handle_timeout()
+
+    def _look_at_idle_sockets(self, now: float) -> None:
+        """Before a call begins: see what has happened to the connections that it may get."""
+        if self._sockets is not None and now >= self._look_again_at:
+            self._look_again_at = now + LOOK_INTERVAL_S
+            self._ready_sockets()
 
     def _suspect(self, state: _Host) -> None:
         """A connection to this host broke; the next may also be to another kind of server."""
@@ -386,6 +434,15 @@ class UpstreamClient(CurlAsyncHTTPClient):
         return state
 
     # Ends.
+
+    def _finish_pending_requests(self) -> None:
+        """Tornado calls this when libcurl has returned from an action. Then its callbacks' wishes can be met."""
+        super()._finish_pending_requests()
+        if self._to_open:
+            transfers, self._to_open = self._to_open, []
+            for transfer in transfers:
+                if not transfer.paused:
+                    self.resume(transfer)
 
     def _finish(self, curl: pycurl.Curl, curl_error: int | None = None, curl_message: str | None = None) -> None:
         """Tornado calls this for each handle that libcurl is done with, ours and those of ``fetch()``."""
@@ -427,7 +484,6 @@ class UpstreamClient(CurlAsyncHTTPClient):
                     transfer.uploaded, transfer.touched = uploaded, now
                     continue
                 self.abandon(transfer, UpstreamTimeout("no byte moved", may_have_run=self._may_have_run(transfer)))
-        self._idle.prune()
         self._sweep = None
         if self._running:
             self._sweep = self._loop.call_later(self._sweep_interval_s, self._end_idle_transfers)

@@ -1,0 +1,36 @@
+"""How the C library hands out large blocks, for a process of our own.
+
+Strategy: libcurl keeps the buffer through which a request's body goes until the answer is complete. Most bodies fill a
+small part of it, and a page that nothing was written to costs no memory; but only a block that is mapped by itself has
+such pages. glibc maps blocks from 128 kB on, until the first of them is given back: then it takes the like from the
+heap, where they cost all of their size. Setting the bound, even to its default, keeps it from moving (mallopt(3)).
+
+This is for the whole process, so an embedding application decides: it calls :func:`map_large_blocks` before the first
+call, or sets MALLOC_MMAP_THRESHOLD_=131072 in the environment, or lives with 12 kB more for each POST that waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+__all__ = ["are_mapped", "map_large_blocks"]
+
+MAPPED_FROM_BYTES = 128 * 1024
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+
+_set = False
+
+
+def map_large_blocks() -> None:
+    """Give each block of 128 kB and more pages of its own from now on. Does nothing where this is not glibc."""
+    global _set
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    _set = mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES) == 1
+
+
+def are_mapped() -> bool:
+    """Whether blocks from 128 kB on, or smaller ones, stay mapped."""
+    threshold = os.environ.get(_VARIABLE, "")
+    return _set or (threshold.isdecimal() and int(threshold) <= MAPPED_FROM_BYTES)
