@@ -144,7 +144,7 @@ async def test_words_of_libcurl(setup: Setup, protocol: str) -> None:
     client = UpstreamClient(force_instance=True, config=setup.config(upstream))
     transfer = client.start("GET", parse_target("https://fal.run/x"), [])
     await reached.wait()
-    assert client._hosts["fal.run"].http2 is (protocol == "h2")
+    assert client._hosts.speaks_http2("fal.run") is (protocol == "h2")
     transfer.cancel()
     client.close()
 

@@ -500,7 +500,7 @@ async def test_nothing_stays(setup: Setup, protocol: str) -> None:
         await asyncio.sleep(0.01)
     assert not backend.client._running
     assert len(backend._callers) <= 45, "an entry for a file descriptor that was in use at once, not for each caller"
-    assert all(not host.waiting and host.leader is None for host in backend.client._hosts.values())
+    assert (backend.client._hosts.waiting, backend.client._hosts._looking_up) == (0, 0)
     assert sum(map(len, backend.client._handles.values())) <= 80
 
 

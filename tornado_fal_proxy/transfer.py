@@ -118,10 +118,12 @@ class Transfer:
         "high_water",
         "host",
         "leads",
+        "looks_up",
         "may_have_left",
         "paused",
         "pool",
         "repeatable",
+        "started",
         "touched",
         "uploaded",
         "window",
@@ -141,6 +143,8 @@ class Transfer:
         # For the client.
         self.may_have_left = False
         self.leads = False
+        self.looks_up = False
+        self.started = False  # libcurl has it
         self.fresh = False
         self.window = FIRST_WINDOW_BYTES
         self.touched = owner.now()

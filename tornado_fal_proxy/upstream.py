@@ -12,10 +12,9 @@ It parses only ``https://<checked host>/``. Path and query go out byte for byte 
 CURLOPT_PATH_AS_IS alone it rewrites ``%e6`` to ``%E6``), so it never sees a string of the caller's as a URL.
 
 HTTP/2: calls to a host known to speak it wait for a connection that is being made (PIPEWAIT) and share it. Against a
-host that speaks HTTP/1.1 PIPEWAIT would line up all calls behind the first answer, so while a host is unknown one call
-leads and the others wait for its handshake, at most :data:`HANDSHAKE_WAIT_S`. What the handshake negotiated (ALPN)
-libcurl tells only in its verbose text, before the request is written; where that text is missing the answer's status
-line tells it later.
+host that speaks HTTP/1.1 PIPEWAIT would line up all calls behind the first answer; ``hosts`` decides who waits for
+whom. What a handshake negotiated (ALPN) libcurl tells only in its verbose text, before the request is written; where
+that text is missing the answer's status line tells it later.
 
 A paused HTTP/2 stream would let its server send up to 10 MB more, for that is the window that libcurl opens as soon as
 data comes. Its limit of the rate (MAX_RECV_SPEED_LARGE) also limits the window. Set anew whenever the reader has caught
@@ -52,6 +51,7 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from tornado_fal_proxy.hosts import HANDSHAKE_WAIT_S, HANG_S, IDLE_CONNECTION_S, Hosts
 from tornado_fal_proxy.policy import Target
 from tornado_fal_proxy.sockets import UpstreamSockets
 from tornado_fal_proxy.transfer import (
@@ -66,8 +66,6 @@ __all__ = ["UpstreamClient"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
-# Long enough for any handshake that is going to succeed soon; past it calls make connections of their own.
-HANDSHAKE_WAIT_S = 1.0
 # Easy handles kept for the next call. A configured one saves 50 us and holds some 10 kB.
 IDLE_HANDLES = 512
 # A handle that sent more than this is not kept, for it keeps its buffer.
@@ -75,13 +73,8 @@ KEPT_BODY_BYTES = 16 * 1024
 # libcurl keeps it for each POST until that has its answer. Where large blocks are mapped, only the pages that were
 # written to count, mostly one; elsewhere all of it, so there it is the least that libcurl takes.
 MAPPED_UPLOAD_BUFFER_BYTES, UPLOAD_BUFFER_BYTES = 256 * 1024, 16 * 1024
-# Below the time after which common load balancers drop idle connections (60 s and more).
-IDLE_CONNECTION_S = 50
 # How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
-# After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
-# itself, which it does once a second, POSTs avoid them.
-SUSPICION_S = 1.1
 # Whether a limit of libcurl's rate serves as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
 RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 # libcurl wakes each transfer once a second. In steps of this many milliseconds thousands of them wake together, and
@@ -89,22 +82,6 @@ RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 TIMER_STEP_MS = 100
 # How often to ask the kernel which idle connections were closed: less often than calls are made under load.
 LOOK_INTERVAL_S = 0.001
-# Hosts whose protocol is remembered. A wildcard lets callers name any number.
-KNOWN_HOSTS = 1024
-
-
-class _Host:
-    """What is known of one host. ``http2`` is None while it is not known."""
-
-    __slots__ = ("called_at", "http2", "leader", "suspect_until", "timer", "waiting")
-
-    def __init__(self) -> None:
-        self.http2: bool | None = None
-        self.called_at = 0.0
-        self.suspect_until = 0.0
-        self.leader: Transfer | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.waiting: dict[Transfer, None] = {}  # in the order of their coming
 
 
 class UpstreamClient(CurlAsyncHTTPClient):
@@ -126,13 +103,13 @@ class UpstreamClient(CurlAsyncHTTPClient):
         self._config = config
         # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
         self._multi.setopt(pycurl.M_MAXCONNECTS, config.max_in_flight)
-        self._hosts: dict[str, _Host] = {}
+        self._hosts: Hosts[Transfer] = Hosts()
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._handles: dict[str, list[pycurl.Curl]] = {"GET": [], "POST": []}
         self._ports: dict[int, str] = {}  # which host a connection that leaves from this port goes to
         self._look_again_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
-        self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), 5.0)
+        self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, 5.0)
         self._to_open: list[Transfer] = []
         self._in_flight = 0
         self._upload_buffer_bytes = MAPPED_UPLOAD_BUFFER_BYTES if memory.are_mapped() else UPLOAD_BUFFER_BYTES
@@ -224,13 +201,12 @@ class UpstreamClient(CurlAsyncHTTPClient):
 
     def connected(self, transfer: Transfer, local_port: int) -> None:
         self._ports[local_port] = transfer.host
-        if transfer.leads:
+        if transfer.leads or transfer.looks_up:
             # Not now, for this runs inside libcurl.
-            self._loop.call_soon(self._end_lead, transfer)
+            self._loop.call_soon(self._reached, transfer)
 
     def learn(self, host: str, http2: bool) -> None:
-        if (state := self._hosts.get(host)) is not None:
-            state.http2 = http2
+        self._hosts.learn(host, http2)
 
     def resume(self, transfer: Transfer) -> None:
         curl = transfer.curl
@@ -253,16 +229,15 @@ class UpstreamClient(CurlAsyncHTTPClient):
             return
         transfer.curl = None  # on_body drops what comes from here on
         del self._running[curl]
-        state = self._hosts.get(transfer.host)
-        if state is not None and transfer in state.waiting:
-            del state.waiting[transfer]
-        else:
+        hangs = False
+        if transfer.started:
             if transfer.paused:
                 # Removing a paused HTTP/2 stream would leave its RST_STREAM unsent.
                 with contextlib.suppress(pycurl.error):
                     curl.pause(pycurl.PAUSE_CONT)
             self._multi.remove_handle(curl)
-            self._end_lead(transfer)
+            hangs = transfer.looks_up
+        self._leave(transfer, hangs=hangs)
         self._recycle(transfer, curl)
         transfer.end(reason)
 
@@ -314,31 +289,45 @@ class UpstreamClient(CurlAsyncHTTPClient):
         """Give the transfer to libcurl, or let it wait for the handshake of the call that leads to the same host."""
         now = self.now()
         self._look_at_idle_sockets(now)
-        state = self._host(transfer.host)
-        if now - state.called_at > IDLE_CONNECTION_S:
-            state.http2 = None  # its connections have gone, and the next may be to another kind of server
-        state.called_at = now
-        if state.http2 is None:
-            if state.leader is not None:
-                state.waiting[transfer] = None
-                return
-            state.leader = transfer
-            state.timer = self._loop.call_later(HANDSHAKE_WAIT_S, self._end_lead, transfer)
-            transfer.leads = True
-        self._add(transfer, state)
+        if self._hosts.arrive(transfer, now):
+            self._add(transfer)
 
-    def _add(self, transfer: Transfer, state: _Host) -> None:
+    def _add(self, transfer: Transfer) -> None:
         curl = transfer.curl
         assert curl is not None
-        curl.setopt(pycurl.PIPEWAIT, 1 if state.http2 else 0)
+        curl.setopt(pycurl.PIPEWAIT, 1 if self._hosts.speaks_http2(transfer.host) else 0)
         if transfer.leads:
+            self._loop.call_later(HANDSHAKE_WAIT_S, self._lead_is_too_slow, transfer)
             curl.setopt(pycurl.DEBUGFUNCTION, transfer.on_debug)
             curl.setopt(pycurl.VERBOSE, 1)
-        if not transfer.repeatable and self.now() < state.suspect_until:
+        if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
             transfer.fresh = True
         if transfer.fresh:
             curl.setopt(pycurl.FRESH_CONNECT, 1)
+        transfer.started = True
         self._multi.add_handle(curl)
+
+    def _add_all(self, transfers: list[Transfer]) -> None:
+        """Give those to libcurl that no longer have to wait for another."""
+        for transfer in transfers:
+            if transfer.curl is not None:
+                self._add(transfer)
+
+    def _reached(self, transfer: Transfer) -> None:
+        self._add_all(self._hosts.reached(transfer))
+
+    def _lead_is_too_slow(self, transfer: Transfer) -> None:
+        self._add_all(self._hosts.too_slow(transfer))
+
+    def _look_up_ended(self) -> None:
+        if not self._shut:
+            self._add_all(self._hosts.look_up_ended())
+
+    def _leave(self, transfer: Transfer, *, hangs: bool) -> None:
+        transfer.started = False
+        if hangs:
+            self._loop.call_later(HANG_S, self._look_up_ended)
+        self._add_all(self._hosts.leave(transfer, self.now(), hangs=hangs))
 
     def _handle_socket(self, event: int, fd: int, multi: Any, data: Any) -> None:
         """Tornado's SOCKETFUNCTION: libcurl wants to know of a socket, or no longer does."""
@@ -360,9 +349,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         active, closed = self._sockets.ready()
         for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
-                state = self._hosts.get(self._ports.get(duplicate.getsockname()[1], ""))
-                if state is not None:
-                    self._suspect(state)
+                self._hosts.suspect(self._ports.get(duplicate.getsockname()[1], ""), self.now())
         return active
 
     def _act(self, fd: int, action: int) -> None:
@@ -406,33 +393,6 @@ class UpstreamClient(CurlAsyncHTTPClient):
             self._look_again_at = now + LOOK_INTERVAL_S
             self._ready_sockets()
 
-    def _suspect(self, state: _Host) -> None:
-        """A connection to this host broke; the next may also be to another kind of server."""
-        state.suspect_until = self.now() + SUSPICION_S
-        state.http2 = None
-
-    def _end_lead(self, transfer: Transfer) -> None:
-        """The leading call has its connection, failed, left, or took too long: the others need not wait for it."""
-        state = self._hosts.get(transfer.host)
-        if state is None or state.leader is not transfer:
-            return
-        assert state.timer is not None
-        state.timer.cancel()
-        state.leader = state.timer = None
-        waiting, state.waiting = state.waiting, {}
-        for waiter in waiting:
-            self._add(waiter, state)
-
-    def _host(self, name: str) -> _Host:
-        state = self._hosts.get(name)
-        if state is None:
-            if len(self._hosts) >= KNOWN_HOSTS:
-                # Forget the longer known half; what leads or waits there must be found again.
-                for old in [old for old, state in self._hosts.items() if state.leader is None][: KNOWN_HOSTS // 2]:
-                    del self._hosts[old]
-            state = self._hosts[name] = _Host()
-        return state
-
     # Ends.
 
     def _finish_pending_requests(self) -> None:
@@ -458,10 +418,14 @@ class UpstreamClient(CurlAsyncHTTPClient):
         elif transfer.head is None:
             failure = MalformedAnswer("no head", may_have_run=self._may_have_run(transfer))
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
-            self._suspect(self._host(transfer.host))
+            self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)
-        self._end_lead(transfer)
-        if failure is not None and transfer.may_retry(failure):
+        retry = failure is not None and transfer.may_retry(failure)
+        if failure is not None and not retry:
+            for other in self._hosts.waiting_for(transfer):
+                self.abandon(other, type(failure)(failure.detail))
+        self._leave(transfer, hangs=transfer.looks_up and curl_error == pycurl.E_OPERATION_TIMEDOUT)
+        if retry:
             transfer.fresh = True
             self._enqueue(transfer)
             return
@@ -476,6 +440,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
         """End the transfers on which no byte has moved for ``idle_timeout_s``. One timer serves all of them."""
         now = self.now()
         for transfer in list(self._running.values()):
+            if not transfer.started and now - transfer.touched > self._config.connect_timeout_s:
+                self.abandon(transfer, UpstreamTimeout("too many hosts that were not seen before are looked up"))
+                continue
             # While it is paused the caller is the slow one, and the handler watches that.
             if now - transfer.touched > self._config.idle_timeout_s and not transfer.paused:
                 assert transfer.curl is not None
