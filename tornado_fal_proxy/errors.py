@@ -10,8 +10,16 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     ├── MethodNotAllowed      405
     ├── TargetMissing         400   no x-fal-target-url, or several
     ├── TargetRefused         412   not a URL of fal's
+    ├── AccessRefused         403   a rule that the operator has set
+    │   ├── HostNotAllowed
+    │   ├── WebhookNotAllowed
+    │   ├── EndpointNotAllowed
+    │   ├── UploadNotAllowed
+    │   ├── TokenNotAllowed
+    │   └── OriginNotAllowed
     ├── UnsupportedMediaType  415   a body that is not JSON
     ├── BodyTooLarge          413
+    ├── Unauthorized          401   authorize did not let the caller in
     ├── KeyMissing            500   the operator has set no key
     ├── Misconfigured         500   the operator gave the handler wrong arguments
     ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the caller may repeat
@@ -31,24 +39,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "AccessRefused",
     "BodyTooLarge",
     "CallerGone",
     "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
+    "EndpointNotAllowed",
+    "HostNotAllowed",
     "KeyMissing",
     "MalformedAnswer",
     "MethodNotAllowed",
     "Misconfigured",
     "NameNotFound",
+    "OriginNotAllowed",
     "ProxyError",
     "TargetMissing",
     "TargetRefused",
     "TlsFailed",
+    "TokenNotAllowed",
     "TooManyCalls",
+    "Unauthorized",
     "UnsupportedMediaType",
+    "UploadNotAllowed",
     "UpstreamError",
     "UpstreamTimeout",
+    "WebhookNotAllowed",
 ]
 
 
@@ -82,6 +98,12 @@ class MethodNotAllowed(ProxyError):
     message = "Only GET and POST are allowed."
     headers = (("Allow", "GET, POST"),)
 
+    def __init__(self, detail: str = "", *, may_put: bool = False) -> None:
+        super().__init__(detail)
+        if may_put:
+            self.message = "Only GET, POST and PUT are allowed."
+            self.headers = (("Allow", "GET, POST, PUT"),)
+
 
 class TargetMissing(ProxyError):
     status = 400
@@ -93,6 +115,37 @@ class TargetRefused(ProxyError):
     message = "The x-fal-target-url header must be an https URL of fal.ai, fal.run or a sub-domain of theirs."
 
 
+class AccessRefused(ProxyError):
+    """The message names the rule that refused the call, and nothing of what it says."""
+
+    status = 403
+    message = "This call is not allowed by this proxy."
+
+
+class HostNotAllowed(AccessRefused):
+    message = "This host is not allowed by this proxy's allowed_hosts."
+
+
+class WebhookNotAllowed(AccessRefused):
+    message = "This fal_webhook is not allowed by this proxy's allowed_webhooks."
+
+
+class EndpointNotAllowed(AccessRefused):
+    message = "This endpoint is not allowed by this proxy's allowed_endpoints."
+
+
+class UploadNotAllowed(AccessRefused):
+    message = "Uploads are not allowed by this proxy's allow_uploads."
+
+
+class TokenNotAllowed(AccessRefused):
+    message = "This realtime token is not allowed by this proxy's allowed_endpoints and max_token_expiration_s."
+
+
+class OriginNotAllowed(AccessRefused):
+    message = "Pages of this origin are not allowed by this proxy's allowed_origins."
+
+
 class UnsupportedMediaType(ProxyError):
     status = 415
     message = "The body must be JSON: content-type application/json, without content-encoding."
@@ -101,6 +154,11 @@ class UnsupportedMediaType(ProxyError):
 class BodyTooLarge(ProxyError):
     status = 413
     message = "The body is larger than this proxy accepts."
+
+
+class Unauthorized(ProxyError):
+    status = 401
+    message = "This proxy does not let you in."
 
 
 class KeyMissing(ProxyError):

@@ -2,10 +2,11 @@
 
 Strategy: the request's head is one list of pairs, read once. :func:`decide` refuses in the order of fal's proxy formula
 (405, 400, 412, 415, then 413) and otherwise returns a frozen :class:`Target`; the caller's URL string goes no further.
+The operator's own rules, where there are any, come in between, as soon as the target is known (403, after 412).
 Header building starts from nothing and adds what PROTOCOL's list allows, so that a header nobody thought of stays out.
 
-This module is the whole of the security review. It uses the standard library only and never does I/O, logs, looks at
-the clock or reads the environment.
+This module is the whole of the security review, together with :mod:`tornado_fal_proxy.access` where rules are set. It
+uses the standard library only and never does I/O, logs, looks at the clock or reads the environment.
 
 Sources: fal's "server-side integration" page (the formula), RFC 9110 sections 7.6.1 and 8.3, RFC 9112 section 5.2.
 """
@@ -16,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.errors import (
@@ -27,6 +28,9 @@ from tornado_fal_proxy.errors import (
     TargetRefused,
     UnsupportedMediaType,
 )
+
+if TYPE_CHECKING:
+    from tornado_fal_proxy.access import AccessRules
 
 __all__ = [
     "Pairs",
@@ -130,17 +134,22 @@ def parse_target(url: str) -> Target:
     return Target(match[1], match[2] or "/", match[3])
 
 
-def decide(method: str, headers: Pairs, *, max_body_bytes: int) -> Target:
+def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRules | None = None) -> Target:
     """The target of a call that may pass, from nothing but its head.
 
-    Raises, in this order: MethodNotAllowed, TargetMissing, TargetRefused, UnsupportedMediaType, BodyTooLarge.
+    Raises, in this order: MethodNotAllowed, TargetMissing, TargetRefused, AccessRefused, UnsupportedMediaType,
+    BodyTooLarge.
     """
-    if method not in ("GET", "POST"):
-        raise MethodNotAllowed
     urls = [value for name, value in headers if name == TARGET_HEADER]
+    if method not in ("GET", "POST"):
+        may_put = access is not None and access.cancels(urls)
+        if method != "PUT" or not may_put:
+            raise MethodNotAllowed(may_put=may_put)
     if len(urls) != 1 or not urls[0]:
         raise TargetMissing
     target = parse_target(urls[0])
+    if access is not None:
+        access.check(method, target)
     _check_body(headers, max_body_bytes)
     return target
 
