@@ -10,16 +10,30 @@ The key appears in no repr and no error message.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
+from tornado_fal_proxy.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, AccessRules, access_rules
+from tornado_fal_proxy.cors import CorsRules, cors_rules
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
 
-__all__ = ["DEFAULT_ROUTE", "ENV_PREFIX", "ProxyConfig", "key_from", "relay_options"]
+__all__ = [
+    "DEFAULT_ROUTE",
+    "ENV_PREFIX",
+    "FALSE",
+    "TRUE",
+    "ProxyConfig",
+    "authorization_line",
+    "key_from",
+    "relay_options",
+]
 
 ENV_PREFIX = "FAL_PROXY_"
 
@@ -38,10 +52,16 @@ DEFAULT_HOLD_BYTES = 8 * 1024 * 1024
 
 # libcurl counts in milliseconds, and takes 0 of them for its own default.
 LEAST_S, MOST_S = 0.001, 86_400
+# How a switch is written as text, and a list that is there but empty.
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+EMPTY_LIST = "none"
 # What libcurl can count on every platform; nobody has as many calls, or bytes in one body.
 MOST = 2**31 - 1
 
 _KEY = re.compile(r"[!-~]+")
+_LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
+_SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
+_FUNCTIONS = ("authorize", "resolve_key")
 _CONNECT_TO = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
@@ -53,8 +73,45 @@ def key_from(environ: Mapping[str, str]) -> str | None:
     return f"{key_id}:{secret}" if key_id and secret else None
 
 
-def _option(default: Any, help: str, metavar: str) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar})
+def _list(text: str) -> tuple[str, ...]:
+    """The texts between commas, without white space around them."""
+    return () if text.strip().lower() == EMPTY_LIST else tuple(item.strip() for item in text.split(","))
+
+
+def _switch(text: str) -> Any:
+    return True if text.lower() in TRUE else False if text.lower() in FALSE else text
+
+
+def _function(text: str) -> Any:
+    """What ``package.module:function`` names. Raises ValueError, with the reason."""
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise ValueError(f"must be package.module:function, not {text!r}")
+    try:
+        return attrgetter(name)(importlib.import_module(module))
+    except Exception as exc:
+        raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
+
+
+def _number(text: str, kind: Callable[[str], Any]) -> Any:
+    """``text`` as a number, or unchanged when it is none: the check then names it."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: _switch,
+    int: partial(_number, kind=int),
+    float: partial(_number, kind=float),
+}
+
+
+def _option(default: Any, help: str, metavar: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field that is also an option of the command. ``parse`` makes its value of a text, else the default's type."""
+    metadata = {"help": help, "metavar": metavar, "parse": parse or _PARSERS.get(type(default), str)}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +141,41 @@ class ProxyConfig:
     connect_to: str | None = _option(
         None, "open every connection to this address instead of fal's (names and TLS checks stay fal's)", "HOST:PORT"
     )
+    allowed_endpoints: Sequence[str] | None = _option(
+        None, "endpoints that may be called, as patterns; * is within a segment, ** any depth", "PATTERN,...", _list
+    )
+    allow_uploads: bool = _option(False, "with allowed endpoints, uploads to fal's storage too", "")
+    max_token_expiration_s: int = _option(
+        DEFAULT_MAX_TOKEN_EXPIRATION_S,
+        "with allowed endpoints, the longest life of a realtime token",
+        "SECONDS",
+    )
+    allowed_hosts: Sequence[str] | None = _option(
+        None, "hosts of fal's that may be called, such as queue.fal.run or *.fal.run", "HOST,...", _list
+    )
+    allow_cancel: bool = _option(False, "let PUT through to cancel a queued job", "")
+    allowed_webhooks: Sequence[str] | None = _option(
+        None, "origins that fal_webhook may name, or none; without it any", "ORIGIN,...", _list
+    )
+    authorize: Callable[[Any, Any], Any] | None = _option(  # noqa: RUF009  (it is a field)
+        None,
+        "function that is given handler and target, and whose false result means 401",
+        "MODULE:FUNCTION",
+        _function,
+    )
+    resolve_key: Callable[[Any, Any], Any] | None = _option(  # noqa: RUF009  (it is a field)
+        None, "function that is given handler and target, and whose result is the key", "MODULE:FUNCTION", _function
+    )
+    allowed_origins: Sequence[str] | None = _option(
+        None, "origins whose pages may call, exact or such as https://*.example.com (CORS)", "ORIGIN,...", _list
+    )
+    allow_credentials: bool = _option(False, "let those pages' browsers send cookies", "")
 
     def __post_init__(self) -> None:
+        for name in _LISTS:
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | tuple):
+                object.__setattr__(self, name, tuple(value))  # hashable, and nobody else's
         if problems := list(self._problems()):
             raise ConfigError(problems)
 
@@ -107,16 +197,57 @@ class ProxyConfig:
             match = _CONNECT_TO.fullmatch(self.connect_to) if isinstance(self.connect_to, str) else None
             if not match or not 0 < int(match[1]) < 65_536:
                 problems.append(f"connect_to: must be HOST:PORT, not {self.connect_to!r}")
+        return [*problems, *self._problems_of_rules()]
+
+    def _problems_of_rules(self) -> list[str]:
+        problems = []
+        if type(self.max_token_expiration_s) is not int or not 1 <= self.max_token_expiration_s <= MOST_S:
+            value = self.max_token_expiration_s
+            problems.append(f"max_token_expiration_s: must be a whole number from 1 to {MOST_S}, not {value!r}")
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                problems.append(f"{name}: must be True or False (as text: yes or no), not {value!r}")
+        for name in _FUNCTIONS:
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                problems.append(f"{name}: must be a function, not {value!r}")
+        for rules in ("access", "cors"):
+            try:
+                getattr(self, rules)
+            except ConfigError as exc:
+                problems.extend(exc.problems)
         return problems
 
+    @cached_property
+    def access(self) -> AccessRules | None:
+        """Who may call what; None where no rule is set."""
+        return access_rules(
+            allowed_endpoints=self.allowed_endpoints,
+            allowed_hosts=self.allowed_hosts,
+            allowed_webhooks=self.allowed_webhooks,
+            allow_uploads=self.allow_uploads,
+            allow_cancel=self.allow_cancel,
+            max_token_expiration_s=self.max_token_expiration_s,
+        )
+
+    @cached_property
+    def cors(self) -> CorsRules | None:
+        """Which pages of other origins may call; None where CORS is off."""
+        return cors_rules(
+            self.allowed_origins, allow_credentials=self.allow_credentials, allow_cancel=self.allow_cancel
+        )
+
+    def any_key(self) -> str | None:
+        """The key of the configuration, else that of the environment as it is now."""
+        return self.key or key_from(os.environ)
+
     def authorization(self) -> bytes:
-        """The header line that authorizes a call. Raises KeyMissing."""
-        key = self.key or key_from(os.environ)
+        """The header line that authorizes a call with the key of the configuration. Raises KeyMissing."""
+        key = self.any_key()
         if key is None:
             raise KeyMissing("no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or ProxyConfig(key=...)")
-        if not _KEY.fullmatch(key):
-            raise KeyMissing("the key in the environment has characters that no key of fal's has")
-        return b"authorization: Key " + key.encode("ascii")
+        return authorization_line(key, "the key in the environment")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:
@@ -131,26 +262,32 @@ class ProxyConfig:
         None stands for a field's default, and so does an empty text: ``FAL_PROXY_X=`` is how a deployment unsets X.
         """
         values: dict[str, Any] = {}
+        problems: list[str] = []
         for option in relay_options():
             if text := texts.get(option.name):
-                values[option.name] = _from_text(text, option.default)
-        return cls(key=key, **values)
+                try:
+                    values[option.name] = option.metadata["parse"](text)
+                except ValueError as exc:
+                    problems.append(f"{option.name}: {exc}")
+        try:
+            config = cls(key=key, **values)
+        except ConfigError as exc:
+            raise ConfigError([*problems, *exc.problems]) from None
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+
+def authorization_line(key: str, whose: str) -> bytes:
+    """The header line that authorizes a call with ``key``. Raises KeyMissing, which names it as ``whose``."""
+    if not _KEY.fullmatch(key):
+        raise KeyMissing(f"{whose} has characters that no key of fal's has")
+    return b"authorization: Key " + key.encode("ascii")
 
 
 def relay_options() -> tuple[Any, ...]:
     """The dataclass fields that are options of the command: all but the key, which must never stand in argv."""
     return tuple(option for option in fields(ProxyConfig) if option.metadata)
-
-
-def _from_text(text: str, default: Any) -> Any:
-    """``text`` as the type of ``default``, or unchanged when it is none of these: the check then names it."""
-    for kind in (int, float):
-        if type(default) is kind:
-            try:
-                return kind(text)
-            except ValueError:
-                return text
-    return text
 
 
 def _is_number(value: object) -> bool:

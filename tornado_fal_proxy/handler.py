@@ -16,11 +16,13 @@ The handler touches nothing global and nothing of the application's: every answe
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import socket
 import struct
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -30,15 +32,20 @@ from typing import Any
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPHeaders, ResponseStartLine
 from tornado.iostream import IOStream, StreamClosedError
-from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+from tornado.web import Application, Finish, HTTPError, RequestHandler, stream_request_body
 
-from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.config import ProxyConfig, authorization_line
+from tornado_fal_proxy.cors import CORS_PREFIX, CorsRules, vary
 from tornado_fal_proxy.errors import (
+    AccessRefused,
     BodyTooLarge,
     CallerGone,
+    KeyMissing,
     MethodNotAllowed,
     Misconfigured,
+    OriginNotAllowed,
     ProxyError,
+    Unauthorized,
     UpstreamError,
 )
 from tornado_fal_proxy.hangup import HangupWatch
@@ -114,7 +121,8 @@ class FalProxyHandler(RequestHandler):
     """Relays ``GET`` and ``POST`` to the URL in ``x-fal-target-url``, with the key added.
 
     Mount it as ``(r"/api/fal/proxy", FalProxyHandler)``, with ``{"config": ProxyConfig(...)}`` as third element to
-    configure it. Subclasses that override :meth:`prepare` must ``await super().prepare()``.
+    configure it. Subclasses may override :meth:`authorize` and :meth:`resolve_key`, as coroutines or plain methods;
+    those that override :meth:`prepare` must ``await super().prepare()``.
 
     Source: fal's "server-side integration" page, "the proxy formula".
     """
@@ -127,6 +135,9 @@ class FalProxyHandler(RequestHandler):
             self._misconfigured = f"FalProxyHandler takes the keyword config, not {', '.join(sorted(unknown))}"
         elif not isinstance(self._config, ProxyConfig):
             self._misconfigured = f"FalProxyHandler's config must be a ProxyConfig, not {type(config).__name__}"
+        self._cors: CorsRules | None = None if self._misconfigured else self._config.cors
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)  # for answers that are the subclass's own
         self._target: Target | None = None
         self._authorization = b""
         self._backend: _Backend | None = None
@@ -146,21 +157,70 @@ class FalProxyHandler(RequestHandler):
 
     async def prepare(self) -> None:
         """Decide whether the call may pass, before its body is read; a refused call is answered here."""
+        # data_received keeps the bound, and answers; Tornado's own cuts the connection.
+        self._connection.set_max_body_size(2**62)
         try:
             if self._misconfigured:
                 raise Misconfigured(self._misconfigured)
             config = self._config
             self._pairs = [(name.lower(), value) for name, value in self.request.headers.get_all()]
-            target = decide(self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes)
-            self._authorization = config.authorization()
+            if self._cors is not None and self._is_preflight():
+                self._answer_preflight(self._cors)
+                return
+            target = decide(
+                self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes, access=config.access
+            )
             backend = self._shared_backend()
+            if config.authorize is not None or type(self).authorize is not FalProxyHandler.authorize:
+                backend.watch(self._connection.stream)
+                if not await self._ask(self.authorize, target):
+                    raise Unauthorized
+            if config.resolve_key is not None or type(self).resolve_key is not FalProxyHandler.resolve_key:
+                backend.watch(self._connection.stream)
+                self._authorization = _authorization(await self._ask(self.resolve_key, target))
+            else:
+                self._authorization = config.authorization()
+            # Nothing is awaited from here on, so a place that is taken is always given back.
             backend.client.admit()
             self._backend = backend
             self._target = target
+        except CallerGone:
+            self._answered = True
+            self.set_status(CallerGone.status)  # for the application's log; nobody reads it
         except ProxyError as exc:
             self._refuse(exc)
-        # data_received keeps the bound, and answers; Tornado's own cuts the connection.
-        self._connection.set_max_body_size(2**62)
+
+    async def authorize(self, target: Target) -> Any:
+        """Whether the caller may make this call, which the rules allow: a false result is answered 401.
+
+        Called before the body is read. To refuse in another way, raise :class:`tornado.web.HTTPError`: its status and
+        reason are the answer. Asks ``ProxyConfig.authorize``; without one everybody may.
+        """
+        authorize = self._config.authorize
+        return authorize is None or await _result(authorize(self, target))
+
+    async def resolve_key(self, target: Target) -> Any:
+        """The key for this call, as ``ProxyConfig.resolve_key`` or else the configuration has it; None: it has none."""
+        resolve_key = self._config.resolve_key
+        return self._config.any_key() if resolve_key is None else await _result(resolve_key(self, target))
+
+    async def _ask(self, function: Any, target: Target) -> Any:
+        """What the operator's function says. Raises CallerGone, and Misconfigured for an exception of its own.
+
+        Of that the log gets the kind and the place. Its text might hold a key, or what a caller has sent.
+        """
+        try:
+            result = await _result(function(target))
+        except (HTTPError, Finish, ProxyError):
+            raise
+        except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)
+            frames = "".join(traceback.format_tb(exc.__traceback__))
+            raise Misconfigured(f"{function.__name__} raised {type(exc).__name__}\n{frames.rstrip()}") from None
+        if self._finished:
+            raise Finish  # it has answered by itself
+        if self._connection.stream.closed():
+            raise CallerGone
+        return result
 
     def data_received(self, chunk: bytes) -> None:
         if self._answered:
@@ -176,12 +236,55 @@ class FalProxyHandler(RequestHandler):
         await self._relay()
 
     async def post(self, *_args: str, **_kwargs: str) -> None:
+        target = self._target
+        if target is not None and (access := self._config.access) is not None and access.judges_body(target):
+            try:
+                access.check_body(b"".join(self._body))
+            except AccessRefused as exc:
+                self._refuse(exc)
+        await self._relay()
+
+    async def put(self, *_args: str, **_kwargs: str) -> None:
+        """A queued job's cancel, where ``allow_cancel`` is set; prepare() has answered all else."""
         await self._relay()
 
     async def _refused(self, *_args: str, **_kwargs: str) -> None:
         """Every other method was answered by prepare(), and its body has been read away by now."""
 
-    head = put = patch = delete = options = _refused
+    head = patch = delete = options = _refused
+
+    # Pages of other origins.
+
+    def _is_preflight(self) -> bool:
+        names = {name for name, _ in self._pairs}
+        return self.request.method == "OPTIONS" and {"origin", "access-control-request-method"} <= names
+
+    def _answer_preflight(self, cors: CorsRules) -> None:
+        if not cors.allows(self._origin()):
+            raise OriginNotAllowed
+        for name, value in cors.preflight_headers(self.request.headers.get("Access-Control-Request-Headers")):
+            self.set_header(name, value)
+        self._set_vary("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
+        self._answered = True
+        self.set_status(204)  # Tornado finishes it when the request has been read
+
+    def _add_cors_headers(self, cors: CorsRules) -> None:
+        """Say who may read the answer, whatever it says of that by itself."""
+        for name in [name for name in self._headers if name.lower().startswith(CORS_PREFIX)]:
+            del self._headers[name]
+        for name, value in cors.answer_headers(self._origin()):
+            self._headers[name] = value
+        self._set_vary("Origin")
+
+    def _set_vary(self, *names: str) -> None:
+        lines = vary(self._headers.get_list("Vary"), *names)
+        self.clear_header("Vary")
+        for line in lines:
+            self._headers.add("Vary", line)
+
+    def _origin(self) -> str | None:
+        origins = self.request.headers.get_list("Origin")
+        return origins[0] if len(origins) == 1 else None
 
     # The relay.
 
@@ -244,6 +347,8 @@ class FalProxyHandler(RequestHandler):
             else:
                 names.add(name)
                 headers[name] = value
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
         if not head.has_body:
@@ -316,6 +421,8 @@ class FalProxyHandler(RequestHandler):
         self.set_status(status)
         for name, value in headers:
             self.set_header(name, value)
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)
         self.set_header("Content-Type", "application/json")
         body = json.dumps({"message": message}).encode()
         if self.request._body_future.done() or "Expect" in self.request.headers:
@@ -413,6 +520,20 @@ class FalProxyHandler(RequestHandler):
             "; the job may have run" if error.may_have_run else "",
             "; the answer was broken off" if self._streaming else "",
         )
+
+
+async def _result(value: Any) -> Any:
+    """``value``, or what it becomes when it is awaited."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def _authorization(key: object) -> bytes:
+    """The header line for a key that the operator's function gave. Raises KeyMissing."""
+    if not key:
+        raise KeyMissing("resolve_key gave no key for this call")
+    if not isinstance(key, str):
+        raise KeyMissing(f"resolve_key gave a {type(key).__name__}, not a key")
+    return authorization_line(key, "the key that resolve_key gave")
 
 
 def split_utf8(data: bytes) -> tuple[bytes, bytes]:

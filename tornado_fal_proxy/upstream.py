@@ -147,7 +147,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         """
         if self._shut:
             raise ConnectionLost("the proxy is closing")
-        with_body = method == "POST" or bool(body)
+        with_body = method != "GET" or bool(body)
         # A handle stays of one kind: libcurl's options for bodies do not mix well on one that changes. A GET with a
         # body, which no client of fal's sends, gets one of its own.
         pool = None if with_body and method != "POST" else self._handles.get(method)
@@ -159,7 +159,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
                 curl.setopt(pycurl.CUSTOMREQUEST, method)
         if len(body) > KEPT_BODY_BYTES:
             pool = None
-        transfer = Transfer(self, curl, pool, host=target.host, repeatable=method == "GET")
+        transfer = Transfer(self, curl, pool, host=target.host, repeatable=method != "POST")
         transfer.high_water = high_water
         curl.setopt(pycurl.URL, f"https://{target.host}/")
         curl.setopt(pycurl.REQUEST_TARGET, target.request_target)
