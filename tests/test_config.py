@@ -21,6 +21,15 @@ SECONDS_BAD = [0, -1, -0.0, 0.0004, 86_401, 1e300, NAN, INFINITY, -INFINITY, Tru
 COUNT_GOOD = [1, 2, 2**31 - 1]
 COUNT_BAD = [0, -1, 2**31, 10**30, 1.0, 1.5, NAN, True, False, "1", "", None, [1]]
 
+SWITCH_BAD = [None, "yes", "", 0, 1, [True]]
+LIST_BAD = ["", "fal-ai/flux", b"fal-ai/flux", 1, True, {"fal-ai/flux"}, (1,), [None], ((),), ("",), ["a b"]]
+FUNCTION_BAD = ["", "os:getcwd", 1, True, ("os", "getcwd")]
+
+
+def allow(handler: object, target: object) -> bool:
+    return True
+
+
 # A field, the values that it may have, and those that it may not.
 FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "key": (
@@ -50,6 +59,31 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
             *(b"a:1", 1, True),
         ],
     ),
+    "allowed_endpoints": (
+        [None, ("fal-ai/flux/**",), ("a/b", "*/c")],
+        [*LIST_BAD, (), ("a/b", "fal-ai"), ("a/{b}",)],
+    ),
+    "allow_uploads": ([True, False], SWITCH_BAD),
+    "max_token_expiration_s": ([1, 300, 86_400], [0, -1, 86_401, 1.0, "1", None, True, NAN, [1]]),
+    "allowed_hosts": ([None, ("fal.run",), ("*.fal.run", "rest.fal.ai")], [*LIST_BAD, (), ("evil.com",), ("*",)]),
+    "allow_cancel": ([True, False], SWITCH_BAD),
+    "allowed_webhooks": (
+        [None, (), ("https://hooks.example",), ("https://a.example:8443",)],
+        [
+            *LIST_BAD,
+            ("http://a.example",),
+            ("https://*.a.example",),
+            ("https://a.example/",),
+            ("https://a.example:443",),
+        ],
+    ),
+    "authorize": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "resolve_key": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "allowed_origins": (
+        [None, ("https://a.example", "http://localhost:3000", "http://[::1]:3000"), ("https://*.a.example",)],
+        [*LIST_BAD, (), ("*",), ("null",), ("https://a.example/",), ("https://*.com",), ("http://*.a.example",)],
+    ),
+    "allow_credentials": ([False], SWITCH_BAD),
 }
 
 
@@ -72,7 +106,34 @@ def test_a_field_refuses_what_cannot(name: str) -> None:
         if name == "key":
             assert problem == "key: must be printable ASCII without spaces, as shown on fal's page of keys"
         else:
-            assert repr(value) in problem
+            item = value[-1] if isinstance(value, tuple | list) and value else value
+            assert repr(value) in problem or repr(item) in problem or repr((item,)) in problem
+
+
+def test_a_list_may_be_any_sequence_of_texts() -> None:
+    """It becomes a tuple, so that equal configurations are one key, and nobody can change it later."""
+    patterns = ["fal-ai/flux/**"]
+    config = ProxyConfig(allowed_endpoints=patterns, allowed_webhooks=[], allowed_origins=["https://a.example"])
+    patterns.append("**")
+    assert config.allowed_endpoints == ("fal-ai/flux/**",)
+    assert config.allowed_webhooks == ()
+    same = ProxyConfig(
+        allowed_endpoints=("fal-ai/flux/**",), allowed_webhooks=(), allowed_origins=("https://a.example",)
+    )
+    assert {config: 1}[same] == 1
+
+
+@pytest.mark.parametrize("origins", [None, ("https://*.a.example",), ("https://a.example", "https://*.b.example")])
+def test_credentials_need_exact_origins(origins: tuple[str, ...] | None) -> None:
+    """Or a page of a forgotten sub-domain could call as its visitor."""
+    with pytest.raises(ConfigError, match=r"\Aallow_credentials: "):
+        ProxyConfig(allow_credentials=True, allowed_origins=origins)
+    assert ProxyConfig(allow_credentials=True, allowed_origins=("https://a.example",)).cors is not None
+
+
+def test_without_rules_nothing_is_compiled() -> None:
+    """What a call costs then is to look at two attributes that are None."""
+    assert (ProxyConfig().access, ProxyConfig().cors) == (None, None)
 
 
 def test_the_table_covers_all_fields() -> None:
@@ -237,7 +298,7 @@ def test_each_field_but_the_key_is_an_option() -> None:
     assert [option.name for option in options] == [name for name in FIELDS if name != "key"]
     for option in options:
         assert option.metadata["help"]
-        assert option.metadata["metavar"].isupper()
+        assert option.metadata["metavar"].isupper() or option.default is False
 
 
 def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
@@ -250,6 +311,16 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
         "hold_bytes": ("2048", 2048),
         "ca_certs": (authority.ca_file, authority.ca_file),
         "connect_to": ("localhost:1", "localhost:1"),
+        "allowed_endpoints": ("fal-ai/flux/**, */b", ("fal-ai/flux/**", "*/b")),
+        "allow_uploads": ("yes", True),
+        "max_token_expiration_s": ("60", 60),
+        "allowed_hosts": ("*.fal.run,fal.run", ("*.fal.run", "fal.run")),
+        "allow_cancel": ("ON", True),
+        "allowed_webhooks": (" None ", ()),
+        "authorize": ("test_config:allow", allow),
+        "resolve_key": ("os.path:join", os.path.join),
+        "allowed_origins": ("https://a.example", ("https://a.example",)),
+        "allow_credentials": ("1", True),
     }
     assert list(texts) == [option.name for option in relay_options()]
     environ = {ENV_PREFIX + name.upper(): text for name, (text, _) in texts.items()}
@@ -257,6 +328,34 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
     assert dataclasses.asdict(config) == {"key": KEY, **{name: value for name, (_, value) in texts.items()}}
     for name, (_, value) in texts.items():
         assert type(getattr(config, name)) is type(value)
+
+
+# Texts that name no function, and why.
+IMPORTS = [
+    ("allow", "must be package.module:function"),
+    (":allow", "must be package.module:function"),
+    ("os:", "must be package.module:function"),
+    ("no.such.module:f", "cannot import 'no.such.module:f': ModuleNotFoundError"),
+    (".relative:f", "cannot import '.relative:f': TypeError"),
+    ("os:nothing", "cannot import 'os:nothing': AttributeError"),
+    ("broken_module:f", "cannot import 'broken_module:f': ZeroDivisionError"),
+    ("os:sep", "must be a function, not '/'"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), IMPORTS)
+def test_a_function_that_cannot_be_found_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    """Beside all others, whatever its module does when it is imported."""
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig.from_texts({"authorize": text, "resolve_key": text, "max_in_flight": "0"}, key=None)
+    problems = sorted(caught.value.problems)
+    assert [problem.partition(":")[0] for problem in problems] == ["authorize", "max_in_flight", "resolve_key"]
+    assert problems[0].startswith(f"authorize: {why}")
+    assert problems[2].startswith(f"resolve_key: {why}")
 
 
 def test_an_empty_text_is_the_default() -> None:
@@ -273,7 +372,7 @@ def test_an_empty_text_is_the_default() -> None:
 )
 def test_a_text_that_is_no_such_number_is_a_problem_of_its_field(text: str) -> None:
     """All of them at once, and none is an exception of another kind."""
-    names = [option.name for option in relay_options() if isinstance(option.default, int | float)]
+    names = [option.name for option in relay_options() if type(option.default) in (int, float)]
     with pytest.raises(ConfigError) as caught:
         ProxyConfig.from_texts(dict.fromkeys(names, text), key=None)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == names

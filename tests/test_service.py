@@ -19,7 +19,7 @@ from conftest import KEY, ROUTE, Logs, Setup, unused_port
 from upstream import Authority, Exchange
 
 from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
-from tornado_fal_proxy.service import CLOSE_POLL_S, _parser, make_application, parse_settings
+from tornado_fal_proxy.service import CLOSE_POLL_S, _parser, make_application, parse_settings, what_is_open
 
 COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
 SECRET = KEY.partition(":")[2]
@@ -88,6 +88,29 @@ FAILS = [
     start("--ca-certs={dir}", says=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
     start(says=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}),
     start("--connect-to=nowhere", says=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
+    # Access.
+    start("--allowed-endpoints=fal-ai", says=r"--allowed-endpoints: 'fal-ai' has too few segments", environ=WITH_KEY),
+    start(
+        "--allowed-endpoints=a/b,,c/{d}",
+        says=("--allowed-endpoints: '' may have", r"--allowed-endpoints: 'c/\{d\}' may have"),
+        environ=WITH_KEY,
+    ),
+    start("--allowed-endpoints=none", says=r"--allowed-endpoints: must be a list of patterns", environ=WITH_KEY),
+    start("--allowed-hosts=evil.com", says=r"--allowed-hosts: 'evil.com' must be a host of fal's", environ=WITH_KEY),
+    start(says=r"--allow-cancel: must be .*'maybe'", environ={"FAL_PROXY_ALLOW_CANCEL": "maybe", **WITH_KEY}),
+    start("--allow-uploads=1", says=r"argument --allow-uploads: ", environ=WITH_KEY),
+    start("--max-token-expiration-s=1h", says=r"--max-token-expiration-s: must be .*'1h'", environ=WITH_KEY),
+    start(
+        "--allowed-webhooks=https://a.example/hook,https://b.example",
+        says=r"--allowed-webhooks: 'https://a.example/hook' must be an origin",
+        environ=WITH_KEY,
+    ),
+    start("--allowed-origins=*", says=r"--allowed-origins: '\*' must be an origin", environ=WITH_KEY),
+    start("--allow-credentials", says=r"--allow-credentials: needs allowed_origins", environ=WITH_KEY),
+    start("--authorize=rules", says=r"--authorize: must be package.module:function, not 'rules'", environ=WITH_KEY),
+    start("--authorize=rules:f", says=r"--authorize: cannot import 'rules:f': ModuleNotFoundError", environ=WITH_KEY),
+    start("--authorize=os:sep", says=r"--authorize: must be a function, not '/'", environ=WITH_KEY),
+    start("--resolve-key=os:none", says=r"--resolve-key: cannot import 'os:none': AttributeError"),
     # Several problems are one line.
     start(
         "--port=x",
@@ -208,12 +231,15 @@ def test_help_lists_every_option() -> None:
         "options:",
         "listening:",
         "relaying:",
+        "access:",
         "other:",
     ]
-    for name in [*OPTIONS, "sandbox"]:
+    for name in [*OPTIONS, *SWITCHES, "sandbox"]:
         option = "--" + name.replace("_", "-")
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {option} ")]
-        if name not in ("ca_certs", "connect_to", "sandbox"):
+        if name in SWITCHES:
+            assert re.match(rf"  {option} .+ \(default: no\)\Z", line), line
+        elif name not in (*NO_DEFAULT, "sandbox"):
             assert re.match(rf"  {option} [A-Z]+ .+ \(default: \S+\)\Z", line), line
     assert "FAL_KEY" in text
     assert "--max-in-flight is FAL_PROXY_MAX_IN_FLIGHT" in text
@@ -238,15 +264,27 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "hold_bytes": ("7", "8", 7),
     "ca_certs": ("{ca}", "", "{ca}"),
     "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
+    "allowed_endpoints": ("fal-ai/flux/**,a/b", "**", ("fal-ai/flux/**", "a/b")),
+    "max_token_expiration_s": ("60", "61", 60),
+    "allowed_hosts": ("fal.run", "*.fal.run", ("fal.run",)),
+    "allowed_webhooks": ("none", "https://a.example", ()),
+    "authorize": ("os.path:exists", "os.path:isfile", os.path.exists),
+    "resolve_key": ("os.path:join", "os.path:isfile", os.path.join),
+    "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
     "log_level": ("WARNING", "debug", "warning"),
 }
+SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
+NO_DEFAULT = (
+    *("ca_certs", "connect_to", "authorize", "resolve_key"),
+    *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
+)
 
 
 def test_the_table_has_every_option() -> None:
     """So that the two tests beside cover a new one."""
     actions = {action.dest for action in _parser()._actions}
-    assert actions - {"help", "version", "sandbox"} == set(OPTIONS)
-    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key"}
+    assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
+    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", *SWITCHES}
     assert relayed < set(OPTIONS)
 
 
@@ -280,6 +318,61 @@ def test_the_sandbox_is_a_switch(text: str, on: bool) -> None:
     assert (settings.config is None) is on
 
 
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_also_a_variable(name: str) -> None:
+    """--allow-uploads and FAL_PROXY_ALLOW_UPLOADS=yes are the same; "no" and an empty text leave it off."""
+    origins = {"FAL_PROXY_ALLOWED_ORIGINS": "https://a.example"}
+    option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
+    for argv, environ, on in (
+        ([], {}, False),
+        ([option], {}, True),
+        ([option], {variable: "no"}, True),
+        ([], {variable: "yes"}, True),
+        ([], {variable: "TRUE"}, True),
+        ([], {variable: "off"}, False),
+        ([], {variable: ""}, False),
+    ):
+        settings = parse_settings(argv, WITH_KEY | origins | environ)
+        assert getattr(settings.config, name) is on
+
+
+def test_with_resolve_key_no_key_is_needed() -> None:
+    """Each call has its own, and a key that is there all the same is checked."""
+    settings = parse_settings(["--resolve-key=os.path:join"], {})
+    assert settings.config is not None
+    assert settings.config.resolve_key is os.path.join
+    with pytest.raises(ConfigError, match="FAL_KEY: must be"):
+        parse_settings(["--resolve-key=os.path:join"], {"FAL_KEY": "a b"})
+
+
+# Options, and what the line at the start says then; the first two leave the key to strangers.
+OPEN = [
+    ([], "open: every model, anyone: see README.md, 'Secure it'"),
+    (
+        ["--allow-cancel", "--allowed-hosts=fal.run"],
+        "open: every model, only on fal.run, cancel, anyone: see README.md",
+    ),
+    (["--allowed-endpoints=fal-ai/flux/**,a/b"], "open: endpoints fal-ai/flux/**, a/b, anyone"),
+    (["--allowed-endpoints=a/b", "--allow-uploads"], "open: endpoints a/b, uploads, anyone"),
+    (["--authorize=os.path:exists"], "open: every model, whom authorize lets in"),
+    (
+        ["--authorize=os.path:exists", "--allowed-webhooks=none", "--allowed-origins=https://a.example"],
+        "open: every model, webhooks to nobody, whom authorize lets in, pages of https://a.example",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "line"), OPEN)
+def test_what_is_open(argv: list[str], line: str) -> None:
+    """In a line, which points to the README where nothing keeps strangers out."""
+    config = parse_settings(argv, WITH_KEY).config
+    assert config is not None
+    restricted, said = what_is_open(config)
+    assert said.startswith(line)
+    assert restricted is ("README" not in said) is ("README" not in line)
+    assert SECRET not in said
+
+
 def test_the_settings_show_no_key() -> None:
     """To whoever prints them."""
     assert SECRET not in repr(parse_settings([], WITH_KEY))
@@ -305,12 +398,13 @@ class Running:
     port: int
 
     @classmethod
-    async def start(cls, *argv: str, **environ: str) -> "Running":
+    async def start(cls, *argv: str, cwd: Any = None, **environ: str) -> "Running":
         running = cls()
         running.process = await asyncio.create_subprocess_exec(
             *COMMAND,
             "--port=0",
             *argv,
+            cwd=cwd,
             env=environment(environ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -380,7 +474,47 @@ async def test_it_serves_its_route_and_its_health() -> None:
 
     stdout, stderr = await running.end()
     assert stdout == ""
+    assert "WARNING tornado_fal_proxy: open: every model, anyone: see README.md" in stderr
     assert "200 GET /healthz" in stderr
+
+
+RULES = """
+async def authorize(handler, target):
+    return handler.request.headers.get("x-token") == target.path
+
+def resolve_key(handler, target):
+    return "tenant:" + handler.request.headers["x-token"]
+"""
+
+
+@pytest.mark.gen_test
+async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
+    """Options alone restrict it; functions of the operator's are found in the working directory; no key is needed."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.respond(200, exchange.header("authorization") or b"", [("content-type", "application/json")])
+
+    upstream = await setup.upstream(answer)
+    (tmp_path / "my_rules.py").write_text(RULES)
+    config = setup.config(upstream)
+    running = await Running.start(
+        *("--authorize=my_rules:authorize", "--resolve-key=my_rules:resolve_key", "--allow-cancel"),
+        cwd=tmp_path,
+        FAL_PROXY_ALLOWED_ENDPOINTS="fal-ai/flux/**",
+        FAL_PROXY_CA_CERTS=str(config.ca_certs),
+        FAL_PROXY_CONNECT_TO=str(config.connect_to),
+    )
+    token = "x-token: /fal-ai/flux/dev"
+    answer_ = await call(running.port, headers=[token])
+    assert (answer_.status, answer_.body) == (200, b"Key tenant:/fal-ai/flux/dev")
+    assert (await call(running.port, headers=["x-token: /other"])).status == 401
+    closed = await call(running.port, target="https://fal.run/fal-ai/other", headers=[token])
+    assert (closed.status, "allowed_endpoints" in closed.message) == (403, True)
+    assert (await call(running.port, "PUT", headers=[token])).header("allow") == "GET, POST"
+    _, stderr = await running.end()
+    assert "INFO tornado_fal_proxy: open: endpoints fal-ai/flux/**, cancel, whom authorize lets in" in stderr
+    assert "tenant:" not in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

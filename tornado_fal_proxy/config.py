@@ -197,7 +197,9 @@ class ProxyConfig:
             match = _CONNECT_TO.fullmatch(self.connect_to) if isinstance(self.connect_to, str) else None
             if not match or not 0 < int(match[1]) < 65_536:
                 problems.append(f"connect_to: must be HOST:PORT, not {self.connect_to!r}")
-        return [*problems, *self._problems_of_rules()]
+        order = [field.name for field in fields(self)]
+        problems.extend(self._problems_of_rules())
+        return sorted(problems, key=lambda problem: order.index(problem.partition(":")[0]))
 
     def _problems_of_rules(self) -> list[str]:
         problems = []

@@ -34,7 +34,7 @@ from tornado.routing import URLSpec
 from tornado.web import Application, RequestHandler
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.config import DEFAULT_ROUTE, ENV_PREFIX, ProxyConfig, key_from, relay_options
+from tornado_fal_proxy.config import DEFAULT_ROUTE, ENV_PREFIX, FALSE, TRUE, ProxyConfig, key_from, relay_options
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams
 
@@ -45,6 +45,8 @@ __all__ = ["Settings", "main", "make_application", "parse_settings"]
 
 PROGRAM = "tornado-fal-proxy"
 
+logger = logging.getLogger("tornado_fal_proxy")
+
 # Only this machine: who exposes a paid key to the world should say so.
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 8080
@@ -53,6 +55,11 @@ TAKEN_ROUTES = ("/", "/healthz")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # A crowd that arrives at once waits here for its turn; the kernel caps it at net.core.somaxconn.
 LISTEN_BACKLOG = 4096
+# The options that say who may call what; the others say how a call is relayed.
+ACCESS_OPTIONS = (
+    *("allowed_endpoints", "allow_uploads", "max_token_expiration_s", "allowed_hosts", "allow_cancel"),
+    *("allowed_webhooks", "authorize", "resolve_key", "allowed_origins", "allow_credentials"),
+)
 # How long answers that are being written when the process ends may take, and how often that is looked at.
 CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02
 
@@ -61,7 +68,6 @@ EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE = 0, 1, 2
 _OPTION = re.compile(r"--[a-z-]+(?==|\Z)")
 _PORT = re.compile(r"[0-9]{1,5}")
 _ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 # The options that are no field of ProxyConfig, with what an empty or missing text stands for.
 _DEFAULTS = {
@@ -79,7 +85,7 @@ _RULES: dict[str, tuple[Callable[[str], bool], str]] = {
         f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}",
     ),
     "log_level": (lambda text: text.lower() in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
-    "sandbox": (lambda text: text.lower() in _TRUE + _FALSE, f"one of {', '.join(_TRUE + _FALSE)}"),
+    "sandbox": (lambda text: text.lower() in TRUE + FALSE, f"one of {', '.join(TRUE + FALSE)}"),
 }
 
 
@@ -118,13 +124,21 @@ def _parser() -> _Parser:
         text = help if default is None else f"{help} (default: {default})"
         group.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
 
+    def add_switch(group: Any, name: str, help: str) -> None:
+        group.add_argument("--" + name.replace("_", "-"), action="store_const", const="1", help=f"{help} (default: no)")
+
     listen = parser.add_argument_group("listening")
     add(listen, "address", "address or host name to listen on", "ADDRESS", DEFAULT_ADDRESS)
     add(listen, "port", "port to listen on; 0 takes a free one", "PORT", DEFAULT_PORT)
     add(listen, "route", "path that the clients' proxyUrl names", "PATH", DEFAULT_ROUTE)
     relay = parser.add_argument_group("relaying")
+    access = parser.add_argument_group("access", "lists are separated by commas; README.md, 'Secure it', explains them")
     for option in relay_options():
-        add(relay, option.name, option.metadata["help"], option.metadata["metavar"], option.default)
+        group = access if option.name in ACCESS_OPTIONS else relay
+        if option.default is False:
+            add_switch(group, option.name, option.metadata["help"])
+        else:
+            add(group, option.name, option.metadata["help"], option.metadata["metavar"], option.default)
     other = parser.add_argument_group("other")
     add(other, "log_level", "least level to log: " + ", ".join(LOG_LEVELS), "LEVEL", DEFAULT_LOG_LEVEL)
     other.add_argument(
@@ -154,7 +168,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     problems = [
         f"{name}: must be {form}, not {own[name]!r}" for name, (holds, form) in _RULES.items() if not holds(own[name])
     ]
-    sandbox = own["sandbox"].lower() in _TRUE
+    sandbox = own["sandbox"].lower() in TRUE
     config = None
     try:
         config = _relay_config(texts, environ, sandbox)
@@ -181,7 +195,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
         set_by_it = [name for name in ("ca_certs", "connect_to") if texts[name]]
         problems = [f"{name}: the sandbox sets it" for name in set_by_it]
         texts = {**texts, **dict.fromkeys(set_by_it)}
-    elif key is None:
+    elif key is None and not texts["resolve_key"]:
         problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET (or try --sandbox)"]
     try:
         config = ProxyConfig.from_texts(texts, key=key)
@@ -275,6 +289,9 @@ def make_application(config: ProxyConfig, route: str, more: Sequence[URLSpec] = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service. The exit code is 0 after SIGTERM or SIGINT, 1 when the port is taken, 2 on wrong options."""
+    with contextlib.suppress(OSError):  # a working directory that was removed
+        # Where --authorize and --resolve-key find a module of the operator's, after all that is installed.
+        sys.path.append(os.getcwd())
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv, os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None
@@ -292,8 +309,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    if settings.config is not None:
+        restricted, line = what_is_open(settings.config)
+        logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
     asyncio.run(_serve(settings, sockets, sandbox))
     return EXIT_OK
+
+
+def what_is_open(config: ProxyConfig) -> tuple[bool, str]:
+    """Whether anything keeps strangers from spending the key's money, and a line that says what they may do."""
+    access, cors = config.access, config.cors
+    parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
+    if config.allowed_endpoints is not None and config.allow_uploads:
+        parts.append("uploads")
+    if config.allowed_hosts is not None:
+        parts.append(f"only on {', '.join(config.allowed_hosts)}")
+    if config.allow_cancel:
+        parts.append("cancel")
+    if access is not None and access.webhooks is not None:
+        parts.append(f"webhooks to {', '.join(access.webhooks) or 'nobody'}")
+    parts.append("anyone" if config.authorize is None else "whom authorize lets in")
+    if cors is not None and config.allowed_origins is not None:
+        parts.append(f"pages of {', '.join(config.allowed_origins)}")
+    restricted = config.allowed_endpoints is not None or config.authorize is not None
+    return restricted, f"open: {', '.join(parts)}" + ("" if restricted else ": see README.md, 'Secure it'")
 
 
 def _fail(text: str, code: int) -> int:
