@@ -1,4 +1,7 @@
-"""The sandbox's page does in a real Chromium what it promises: pictures through the queue, streams, errors, Cancel."""
+"""The sandbox's page does in a real Chromium what it promises: pictures through the queue, streams, errors, Cancel.
+
+And a page of another origin may call the proxy just where allowed_origins says so.
+"""
 
 import asyncio
 from http.client import responses
@@ -7,7 +10,10 @@ from typing import Any
 
 import pytest
 from client.node import run_script, serve_sandbox
-from conftest import Setup, tool
+from conftest import ROUTE, Setup, tool
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
 from upstream import Authority
 
 PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
@@ -83,3 +89,44 @@ def test_the_page_stays_at_home(page: Any) -> None:
     (origin,) = page["origins"]
     assert origin.startswith("http://127.0.0.1:")
     assert page["problems"] == []
+
+
+class Page(RequestHandler):
+    def get(self) -> None:
+        self.finish("<!doctype html><title>A page of another origin</title>")
+
+
+@pytest.fixture(scope="module")
+def pages(authority: Authority) -> Any:
+    """One run of ``cors.mjs``: the same page as of two origins, of which the proxy allows the first."""
+    chromium = tool("chromium")
+
+    async def make() -> Any:
+        listener, port = bind_unused_port()
+        server = HTTPServer(Application([("/", Page)], log_function=lambda handler: None))
+        server.add_sockets([listener])
+        allowed, other = (f"http://{host}:{port}" for host in ("127.0.0.1", "localhost"))
+        try:
+            async with serve_sandbox(Setup(authority), PACE, allowed_origins=(allowed,)) as sandbox:
+                return await run_script("cors.mjs", sandbox.public_url + ROUTE, allowed, other, chromium)
+        finally:
+            server.stop()
+            await server.close_all_connections()
+
+    return asyncio.run(make())
+
+
+def test_a_page_of_an_allowed_origin(pages: Any) -> None:
+    """It calls, with any headers, and reads the result, fal's request id, and why a call was refused; no more."""
+    run, refused = pages["allowed"]["run"], pages["allowed"]["refused"]
+    assert run["status"] == 200
+    assert run["body"]["images"]
+    assert len(run["headers"]["x-fal-request-id"]) == 36
+    assert run["headers"]["server"] is None
+    assert refused["status"] == 412
+    assert "x-fal-target-url" in refused["body"]["message"]
+
+
+def test_a_page_of_another_origin(pages: Any) -> None:
+    """The browser does not even send its call."""
+    assert pages["other"] == {name: {"error": "TypeError: Failed to fetch"} for name in ("run", "refused")}

@@ -15,7 +15,7 @@ from typing import Any
 
 import h2.errors
 import pytest
-from client.node import WRONG_KEY_ROUTE, find_node, run_script, serve_sandbox
+from client.node import RULES_ROUTE, WRONG_KEY_ROUTE, find_node, run_script, serve_sandbox
 from conftest import ROUTE, Logs, Setup
 from upstream import Authority, Exchange
 
@@ -36,6 +36,9 @@ LIFE: list[list[str | int | None]] = [
 ASKED_FOR = "This error was asked for"
 INVALID = {"detail": [{"type": "value_error", "loc": ["body", "prompt"], "msg": ASKED_FOR}]}
 
+CLOSED = "This endpoint is not allowed by this proxy's allowed_endpoints."
+UPLOADS_CLOSED = "Uploads are not allowed by this proxy's allow_uploads."
+
 # The call; then what the client makes of its answer: the error's name, status, message and body.
 REFUSED = [
     ("invalid", "ValidationError", 422, responses[422], INVALID),
@@ -44,6 +47,11 @@ REFUSED = [
     ("unknown_job", "ApiError", 404, "Not Found", {"detail": "Request not found", "status": "NOT_FOUND"}),
     ("run_500", "ApiError", 500, "Internal Server Error", {"detail": f"{ASKED_FOR}: Internal Server Error"}),
     ("result_refused", "ApiError", 500, "Internal Server Error", {"detail": f"{ASKED_FOR}: Internal Server Error"}),
+    *(
+        (name, "ApiError", 403, CLOSED, {"message": CLOSED})
+        for name in ("run_closed", "submit_closed", "stream_closed")
+    ),
+    ("upload_closed", "ApiError", 403, UPLOADS_CLOSED, {"message": UPLOADS_CLOSED}),
     ("cancel", "ApiError", 405, "Only GET and POST are allowed.", {"message": "Only GET and POST are allowed."}),
 ]
 
@@ -76,7 +84,7 @@ def calls(authority: Authority) -> Calls:
     async def make() -> Calls:
         async with serve_sandbox(Setup(authority), PACE) as sandbox:
             url = sandbox.public_url
-            outcomes = await run_script("calls.mjs", url + ROUTE, url + WRONG_KEY_ROUTE)
+            outcomes = await run_script("calls.mjs", url + ROUTE, url + WRONG_KEY_ROUTE, url + RULES_ROUTE)
             sizes = {name: len(body) for name, (_, body) in sandbox.files.items()}
             return Calls(outcomes, sandbox.executions, sizes, url)
 
@@ -165,6 +173,20 @@ def test_errors_are_readable(calls: Calls, name: str, kind: str, status: int, me
     assert (error["name"], error["status"], error["message"], error["body"]) == (kind, status, message, body)
     if status == 422:
         assert error["fields"] == [[["body", "prompt"], ASKED_FOR]]
+
+
+def test_an_allowed_endpoint_is_whole(calls: Calls) -> None:
+    """Where endpoints are restricted, one that is allowed is submitted, asked for, read and streamed as ever."""
+    assert is_result(calls.value("subscribe_allowed"))
+    assert calls.value("stream_allowed")["partial"] is False
+
+
+def test_cancel_where_it_is_allowed(calls: Calls) -> None:
+    """queue.cancel reaches the job with allow_cancel, and its result is then none."""
+    outcome = calls.value("cancel_allowed")
+    assert "error" not in outcome["cancelled"]
+    assert outcome["status"]["status"] == "COMPLETED"
+    assert outcome["result"]["error"]["status"] == 499
 
 
 def test_each_job_is_executed_once(calls: Calls) -> None:

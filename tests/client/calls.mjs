@@ -1,10 +1,12 @@
 // Every kind of call that @fal-ai/client makes, all at once, through the proxy and to the sandbox's stand-in for fal.
-// Arguments: the proxy's URL, and that of a proxy whose key is wrong. Prints one line: the JSON of {name: outcome}.
+// Arguments: the proxy's URL, that of a proxy whose key is wrong, and that of one with access rules.
+// Prints one line: the JSON of {name: outcome}.
 
 import { callerOf, report, settle } from "./common.mjs";
 
-const [proxyUrl, wrongKeyUrl] = process.argv.slice(2);
+const [proxyUrl, wrongKeyUrl, rulesUrl] = process.argv.slice(2);
 const fal = callerOf(proxyUrl);
+const restricted = callerOf(rulesUrl);
 const MODEL = "fal-ai/flux/dev";
 
 // What the real one would be opened with; nobody serves WebSockets here, and Node 20 has none.
@@ -107,6 +109,26 @@ const calls = {
   },
 
   invalid: () => fal.run(MODEL, { input: input({ error: 422 }) }),
+  // Through the proxy with rules.
+  async cancel_allowed() {
+    const { request_id: requestId } = await restricted.queue.submit(MODEL, { input: input() });
+    const cancelled = await settle(restricted.queue.cancel(MODEL, { requestId }));
+    const result = await settle(restricted.queue.result(MODEL, { requestId }));
+    return { cancelled, status: await restricted.queue.status(MODEL, { requestId }), result };
+  },
+  subscribe_allowed: () => restricted.subscribe(MODEL, { input: input({ think_s: 0 }) }),
+  async stream_allowed() {
+    const stream = await restricted.stream(MODEL, { input: input() });
+    return stream.done();
+  },
+  run_closed: () => restricted.run("fal-ai/other", { input: input() }),
+  submit_closed: () => restricted.queue.submit("fal-ai/other", { input: input() }),
+  async stream_closed() {
+    const stream = await restricted.stream("fal-ai/other", { input: input() });
+    return settle(stream.done());
+  },
+  upload_closed: () => restricted.storage.upload(new Blob(["x"])),
+
   wrong_key: () => callerOf(wrongKeyUrl).run(MODEL, { input: input() }),
   result_refused: () => subscribe(MODEL, {}, { error: 500, at: "result", think_s: 0 }),
   unknown_job: () => fal.queue.status(MODEL, { requestId: "none" }),

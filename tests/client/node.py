@@ -17,11 +17,13 @@ from tornado.web import Application
 from tornado_fal_proxy import FalProxyHandler
 from tornado_fal_proxy.sandbox import Sandbox
 
-__all__ = ["WRONG_KEY_ROUTE", "find_node", "run_script", "serve_sandbox"]
+__all__ = ["RULES_ROUTE", "WRONG_KEY_ROUTE", "find_node", "run_script", "serve_sandbox"]
 
 HERE = Path(__file__).parent
 SCRIPT_TIMEOUT_S = 40.0  # the longest takes a few seconds; with this a script that hangs is told by its name
 WRONG_KEY_ROUTE = "/wrong-key"
+RULES_ROUTE = "/rules"
+RULES: dict[str, Any] = {"allow_cancel": True, "allowed_endpoints": ("fal-ai/flux/**", "fal-ai/fast-lcm-diffusion")}
 
 
 def find_node() -> str:
@@ -46,21 +48,25 @@ async def run_script(name: str, *args: str) -> Any:
 
 
 @asynccontextmanager
-async def serve_sandbox(setup: Setup, pace: float) -> AsyncIterator[Sandbox]:
+async def serve_sandbox(setup: Setup, pace: float, **fields: Any) -> AsyncIterator[Sandbox]:
     """The stand-in behind the proxy in an application as the command serves it, at the sandbox's ``public_url``.
 
-    The proxy at ``WRONG_KEY_ROUTE`` has a key that the stand-in refuses. Nothing loud may be logged.
+    The proxy at ``WRONG_KEY_ROUTE`` has a key that the stand-in refuses, and the one at ``RULES_ROUTE`` has ``RULES``.
+    ``fields`` are more of the first one's configuration. Nothing loud may be logged.
     """
     logs = Logs()
     logging.getLogger().addHandler(logs)
     sandbox = Sandbox(pace=pace)
     sandbox.start()
     try:
-        config = setup.config(sandbox.address, key=sandbox.key, ca_certs=sandbox.ca_certs)
+        right = {"key": sandbox.key, "ca_certs": sandbox.ca_certs}
+        config = setup.config(sandbox.address, **right, **fields)
+        restricted = setup.config(sandbox.address, **right, **RULES)
         wrong = setup.config(sandbox.address, ca_certs=sandbox.ca_certs)
         rules: list[Any] = [
             (ROUTE, FalProxyHandler, {"config": config}),
             (WRONG_KEY_ROUTE, FalProxyHandler, {"config": wrong}),
+            (RULES_ROUTE, FalProxyHandler, {"config": restricted}),
             *sandbox.page_rules(ROUTE),
         ]
         port = setup.serve(Application(rules, log_function=lambda handler: None))
