@@ -141,6 +141,11 @@ def finishing(handler: FalProxyHandler, target: Target) -> Any:
     handler.finish({"message": "Pay first."})
 
 
+def finishing_late(handler: FalProxyHandler, target: Target) -> Any:
+    finishing(handler, target)
+    return True
+
+
 def finishing_by_exception(handler: FalProxyHandler, target: Target) -> Any:
     handler.set_status(402)
     raise Finish({"message": "Pay first."})
@@ -227,6 +232,44 @@ async def test_leaving_meanwhile(setup: Setup, method: str, name: str, body_too:
         assert backend.client.in_flight == 0
     upstream.handler = echo
     assert (await call(port, method)).status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_who_has_left_is_not_asked_about_further(setup: Setup, method: str) -> None:
+    """No key is looked up for a caller that left while authorize was at work."""
+    asked, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def slow(handler: FalProxyHandler, target: Target) -> bool:
+        asked.set()
+        await go_on.wait()
+        asyncio.get_running_loop().call_later(0.02, ended.set)
+        return True
+
+    def key(handler: FalProxyHandler, target: Target) -> str:
+        raise AssertionError("asked")
+
+    port = serve(setup, FalProxyHandler, await setup.upstream(must_not_be_called), authorize=slow, resolve_key=key)
+    caller = await Caller.open(port)
+    await caller.send(method)
+    await asked.wait()
+    await caller.close()
+    await asyncio.sleep(0.02)
+    go_on.set()
+    await ended.wait()
+
+
+@pytest.mark.parametrize("function", [finishing, finishing_late, finishing_by_exception])
+@pytest.mark.gen_test
+async def test_an_answer_of_its_own_is_in_the_applications_log(setup: Setup, function: User) -> None:
+    """With its status, and once."""
+    logged: list[int] = []
+    config = setup.config("127.0.0.1:1", authorize=function)
+    rules = [(ROUTE, FalProxyHandler, {"config": config})]
+    port = setup.serve(Application(rules, log_function=lambda handler: logged.append(handler.get_status())))
+    assert (await call(port)).status == 402
+    await asyncio.sleep(0.02)
+    assert logged == [402]
 
 
 @pytest.mark.gen_test

@@ -112,7 +112,7 @@ class Pattern:
                     if pattern is None:
                         if segment is None or segment == segment.lower():
                             taken.add(position)
-                    elif pattern.fullmatch(segment) if segment is not None else pattern.pattern not in NAMESPACES:
+                    elif segment is None or pattern.fullmatch(segment):
                         taken.add(position + 1)
             positions = self._skipping(taken)
         return positions
@@ -279,7 +279,7 @@ def _token_request(body: bytes) -> tuple[list[str], int]:
     if not body.isascii() or b"\\" in body:
         raise ValueError("the body has more than plain ASCII without escapes")
     try:
-        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_no_number)
+        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise ValueError("the body is not plain JSON") from None
     if not isinstance(fields, dict) or set(fields) != {"allowed_apps", "token_expiration"}:
@@ -304,7 +304,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no whole number")
+    raise ValueError(f"{text} is no JSON")
 
 
 def access_rules(

@@ -216,10 +216,8 @@ class FalProxyHandler(RequestHandler):
         except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)
             frames = "".join(traceback.format_tb(exc.__traceback__))
             raise Misconfigured(f"{function.__name__} raised {type(exc).__name__}\n{frames.rstrip()}") from None
-        if self._finished:
-            raise Finish  # it has answered by itself
-        if self._connection.stream.closed():
-            raise CallerGone
+        if self._finished or self._connection.stream.closed():
+            raise CallerGone  # or it has its answer already, from that function
         return result
 
     def data_received(self, chunk: bytes) -> None:
