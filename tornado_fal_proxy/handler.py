@@ -215,7 +215,8 @@ class FalProxyHandler(RequestHandler):
             raise
         except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)
             frames = "".join(traceback.format_tb(exc.__traceback__))
-            raise Misconfigured(f"{function.__name__} raised {type(exc).__name__}\n{frames.rstrip()}") from None
+            name = getattr(function, "__name__", "a function")
+            raise Misconfigured(f"{name} raised {type(exc).__name__}\n{frames.rstrip()}") from None
         if self._finished or self._connection.stream.closed():
             raise CallerGone  # or it has its answer already, from that function
         return result
