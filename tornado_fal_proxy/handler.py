@@ -384,6 +384,8 @@ class FalProxyHandler(RequestHandler):
             if head.event_stream:
                 # fal's client decodes each chunk by itself and breaks where a character is cut in two.
                 chunk, undecoded = split_utf8(undecoded + transfer.read_rest_of_line(chunk))
+            else:
+                chunk = transfer.read_rest(chunk)
             if chunk:
                 self.write(chunk)
                 await self._delivered(self.flush())

@@ -191,6 +191,14 @@ class Transfer:
             chunk += self._pop()
         return chunk
 
+    def read_rest(self, chunk: bytes) -> bytes:
+        """``chunk`` and the pieces behind it that are here already, up to about ``HIGH_WATER_BYTES``."""
+        pieces, size = [chunk], len(chunk)
+        while self._chunks and size < HIGH_WATER_BYTES:
+            pieces.append(self._pop())
+            size += len(pieces[-1])
+        return b"".join(pieces)
+
     def take(self) -> bytes:
         """All that has arrived and was not read, of a body that is complete."""
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
