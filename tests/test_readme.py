@@ -21,8 +21,9 @@ from upstream import Authority, Exchange
 import tornado_fal_proxy
 from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_upstreams, errors, handler
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy.options import parse_settings
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service import main, parse_settings
+from tornado_fal_proxy.service import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -19,7 +19,9 @@ from conftest import KEY, ROUTE, Logs, Setup, unused_port
 from upstream import Authority, Exchange
 
 from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
-from tornado_fal_proxy.service import CLOSE_POLL_S, _parser, make_application, parse_settings, what_is_open
+from tornado_fal_proxy.options import _parser, parse_settings
+from tornado_fal_proxy.server import CLOSE_POLL_S
+from tornado_fal_proxy.service import make_application, what_is_open
 
 COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
 SECRET = KEY.partition(":")[2]

@@ -1,0 +1,246 @@
+"""The connections of one process: taken fairly, shed when open files run out, and drained at the end.
+
+Strategy. Workers share their listening sockets, so that a connection waits for whoever is there to take it, and one
+that nobody has taken yet survives the death of any worker. Left alone, the worker that wakes first takes all that wait.
+So a worker that has more connections than another stands back for :data:`STAND_BACK_S`; whatever still waits then
+nobody else wanted, and it takes some of it.
+
+The kernel gives a new connection the lowest free descriptor. One that gets a number close to the limit of open files is
+answered 503 and closed, which leaves some for connections to fal. When not even accepting works, that is tried again
+after :data:`PAUSE_S`, for a listening socket stays readable and would keep the loop busy.
+
+To drain is to stop listening and to tell every caller ``connection: close`` with its next answer. A connection that has
+carried nothing for :data:`IDLE_GRACE_S` is closed without a word, which its caller must expect at any time.
+
+It relays nothing and answers nothing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import sys
+from collections.abc import Callable, Iterable, MutableSet
+from typing import Any, Protocol
+
+from tornado.http1connection import HTTP1Connection
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+from tornado.iostream import IOStream
+
+__all__ = ["LISTEN_BACKLOG", "Places", "Server", "close_after", "open_files", "reserve"]
+
+logger = logging.getLogger("tornado_fal_proxy")
+
+# A crowd that arrives at once waits here for its turn; the kernel caps it at net.core.somaxconn.
+LISTEN_BACKLOG = 4096
+# Accepted in one turn of the loop, so that calls in flight get theirs.
+ACCEPT_BATCH = 128
+# Several turns of another worker's loop, and nothing to a caller.
+STAND_BACK_S = 0.001
+# How long to accept nothing when that failed for want of files, and how often to log it.
+PAUSE_S, LOG_INTERVAL_S = 0.1, 60.0
+# Of the files that may be open a sixteenth, within bounds, is not for callers.
+LEAST_RESERVE, MOST_RESERVE, RESERVED_PART = 8, 256, 16
+# How long a connection that is answered 503 may take to send its request.
+SHED_S = 5.0
+# A caller that sends its next request this long after an answer, when draining has begun, still has it served.
+IDLE_GRACE_S = 1.0
+# How long answers that are being written when the process ends may take, and how often connections are looked at.
+CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02
+
+
+class Places(Protocol):
+    """What a server must know of the others that listen on the same sockets."""
+
+    def occupy(self, connections: int | None) -> None:
+        """Tell them how many connections this one has; None when it takes no more."""
+
+    def fewest(self) -> int | None:
+        """The least number that any of the others has, None when there is no other."""
+
+
+class Server(HTTPServer):
+    """An HTTP server of one worker."""
+
+    _places: Places
+    _shed: MutableSet[IOStream]
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize(*args, **kwargs)
+        self._last_file = open_files() - reserve(open_files())
+        self._listeners: list[socket.socket] = []
+        self._return: asyncio.TimerHandle | None = None
+        self._log_again_at = 0.0
+        self._open = 0
+        # For each connection the request that it carries or waits for.
+        self._requests: dict[object, HTTP1Connection] = {}
+
+    # Connections come.
+
+    def listen_on(self, sockets: Iterable[socket.socket], places: Places, shed: MutableSet[IOStream]) -> None:
+        """Take connections from ``sockets`` from now on. Those put into ``shed`` the application must answer 503."""
+        self._listeners += sockets
+        self._places, self._shed = places, shed
+        self._places.occupy(self._open)
+        self._listen()
+
+    def _listen(self) -> None:
+        for listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._on_waiting, listener)
+
+    def _on_waiting(self, listener: socket.socket) -> None:
+        allowed = fair_share(self._open, self._places.fewest())
+        if allowed > 0:
+            self._accept(listener, allowed)
+        else:
+            self._stand_back(STAND_BACK_S, self._take_what_still_waits)
+
+    def _stand_back(self, seconds: float, then: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.remove_reader(listener)
+        if self._return is not None:
+            self._return.cancel()
+        self._return = loop.call_later(seconds, then)
+
+    def _take_what_still_waits(self) -> None:
+        self._listen()
+        for listener in self._listeners:
+            self._accept(listener, 1 + self._open // 4)
+
+    def _accept(self, listener: socket.socket, count: int) -> None:
+        """Take up to ``count`` of the connections that wait."""
+        for _ in range(count):
+            try:
+                connection, address = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as exc:
+                self._log_shedding(f"cannot accept connections: {exc.strerror}")
+                self._stand_back(PAUSE_S, self._listen)
+                return
+            stream = IOStream(connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size)
+            if connection.fileno() > self._last_file:
+                self._log_shedding("too few open files are left: new connections are answered 503")
+                self._shed.add(stream)
+                asyncio.get_running_loop().call_later(SHED_S, stream.close)
+            self.handle_stream(stream, address)
+
+    def _log_shedding(self, what: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._log_again_at:
+            self._log_again_at = now + LOG_INTERVAL_S
+            logger.error("%s; %d connections, limit of open files %d", what, self._open, open_files())
+
+    def handle_stream(self, stream: IOStream, address: Any) -> None:
+        self._open += 1
+        self._tell()
+        super().handle_stream(stream, address)
+
+    def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
+        assert isinstance(request_conn, HTTP1Connection)
+        self._requests[server_conn] = request_conn
+        return super().start_request(server_conn, request_conn)
+
+    def on_close(self, server_conn: object) -> None:
+        super().on_close(server_conn)
+        self._requests.pop(server_conn, None)
+        self._open -= 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._listeners:
+            self._places.occupy(self._open)
+
+    # And go.
+
+    @property
+    def in_flight(self) -> int:
+        """Connections that carry a request."""
+        return sum(map(_is_busy, self._requests.values()))
+
+    def stop(self) -> None:
+        """Take what waits to be accepted, and listen no longer."""
+        super().stop()
+        listeners, self._listeners = self._listeners, []
+        if not listeners:
+            return
+        self._places.occupy(None)
+        if self._return is not None:
+            self._return.cancel()
+        for listener in listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            self._accept(listener, LISTEN_BACKLOG)
+            listener.close()
+
+    async def drain(self) -> None:
+        """Return when the last connection has gone. Call :meth:`stop` first."""
+        self.conn_params.no_keep_alive = True  # for requests that come from here on
+        for request in self._requests.values():
+            if _is_busy(request):
+                close_after(request)
+        idle_since: dict[object, float] = {}
+        while self._open:
+            await asyncio.sleep(CLOSE_POLL_S)
+            now = asyncio.get_running_loop().time()
+            for connection, request in list(self._requests.items()):
+                if _is_busy(request):
+                    idle_since.pop(connection, None)
+                elif now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S and not _has_unread(request.stream):
+                    request.stream.close()
+
+    async def end(self) -> None:
+        """Close all connections, as soon as what handlers write now has left or CLOSE_GRACE_S are over."""
+        for _ in range(round(CLOSE_GRACE_S / CLOSE_POLL_S)):
+            await asyncio.sleep(CLOSE_POLL_S)
+            if not any(request.stream.writing() for request in self._requests.values()):
+                break
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.close_all_connections(), CLOSE_GRACE_S)
+
+
+def fair_share(mine: int, fewest: int | None) -> int:
+    """How many connections a worker that has ``mine`` may take while another has ``fewest``.
+
+    A quarter more than that one, and one: a crowd is then taken in a few turns of each.
+    """
+    return ACCEPT_BATCH if fewest is None else min(1 + fewest + fewest // 4 - mine, ACCEPT_BATCH)
+
+
+def close_after(request: HTTP1Connection) -> None:
+    """Close the connection after the answer to ``request``, and tell the caller so, if the head has not left yet.
+
+    A caller whose answer's head has left may use the connection again.
+    """
+    if request._response_start_line is None:
+        request._disconnect_on_finish = True
+
+
+def _is_busy(request: HTTP1Connection) -> bool:
+    """Whether a request has come and is not answered yet."""
+    return request._request_start_line is not None
+
+
+def _has_unread(stream: IOStream) -> bool:
+    """Whether bytes of the caller's wait in the kernel: a request that has just come."""
+    try:
+        return bool(stream.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
+def open_files() -> int:
+    """How many files this process may have open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def reserve(files: int) -> int:
+    """How many of them callers do not get: for connections to fal, name look-ups, and 503s."""
+    return min(max(files // RESERVED_PART, LEAST_RESERVE), MOST_RESERVE)
