@@ -32,7 +32,7 @@ def activated_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     named = dict(enumerate(names.split(":"), FIRST_FD))
-    return [_listener(fd, named.get(fd, "unknown")) for fd in range(FIRST_FD, FIRST_FD + int(count))]
+    return [_listener(fd, named.get(fd) or "unknown") for fd in range(FIRST_FD, FIRST_FD + int(count))]
 
 
 def _listener(fd: int, name: str) -> socket.socket:
