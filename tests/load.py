@@ -5,6 +5,7 @@ its connection for the next call, as long as the proxy does, and checks every an
 """
 
 import asyncio
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from caller import Caller
 from running import TIMEOUT_S
 from upstream import Exchange
 
-__all__ = ["Failure", "Load", "answer"]
+__all__ = ["ROUNDS", "Failure", "Load", "answer"]
 
+# How often a test under load does what it does.
+ROUNDS = int(os.environ.get("TORNADO_FAL_PROXY_ROUNDS", "2"))
 CALLERS = 200
 POLL_S = 2.0
 EVENTS, EVENT_S = 8, 0.15

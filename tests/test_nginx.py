@@ -12,6 +12,7 @@ import pwd
 import re
 import signal
 import socket
+import ssl
 import tempfile
 from asyncio.subprocess import DEVNULL, create_subprocess_exec
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +27,8 @@ import trustme
 from caller import Caller as PlainCaller
 from caller import call
 from conftest import ROUTE, Setup, tool
+from load import ROUNDS, Load, answer
+from running import Running
 from tornado.curl_httpclient import CurlAsyncHTTPClient, CurlError
 from tornado.httpclient import HTTPResponse
 from upstream import FAL_NAMES, Exchange
@@ -44,7 +47,7 @@ AROUND = """
 daemon off;
 worker_processes 1;
 pid nginx.pid;
-events {{ worker_connections 256; }}
+events {{ worker_connections 2048; }}
 http {{
     log_format test '$server_protocol $connection $status $request_method $host $uri';
     access_log syslog:server=unix:{directory}/log,nohostname test;
@@ -381,6 +384,33 @@ async def test_answers_give_no_orders(setup: Setup) -> None:
             response = await caller.call()
             assert (response.code, len(response.body)) == (200, 10_000)
             assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
+async def test_restart_under_load(setup: Setup) -> None:
+    """No call fails while the proxy is restarted behind nginx, which keeps connections to it: none 502, none broken."""
+    upstream = await setup.upstream(answer)
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        running = await Running.before(setup, upstream, "--processes=2", listener=listener)
+        async with nginx((NAME,), deployed(listener.getsockname()[1])) as front:
+            context = ssl.create_default_context(cafile=front.ca_certs)
+            host, port = front.address.split(":")
+
+            async def connect(_number: int) -> PlainCaller:
+                caller = PlainCaller()
+                caller.reader, caller.writer = await asyncio.open_connection(
+                    host, int(port), ssl=context, server_hostname=NAME
+                )
+                return caller
+
+            async with Load(connect) as load:
+                for _ in range(ROUNDS):
+                    await load.more(200)
+                    await running.end()
+                    running = await Running.before(setup, upstream, "--processes=2", listener=listener)
+                await load.more(200)
+            assert load.failures == []
+        await running.end()
 
 
 def in_fals_place(behind: str) -> Callable[[str, dict[str, str]], str]:

@@ -1,7 +1,7 @@
 """Several processes, a restart and an end that lose no call, and what systemd is told. On real processes, under load.
 
-The tests under load run ROUNDS rounds each. ``TORNADO_FAL_PROXY_ROUNDS=20 pytest tests/test_workers.py -k load`` runs
-more.
+The tests under load run few rounds each. ``TORNADO_FAL_PROXY_ROUNDS=20 pytest -s -k load`` runs more of them, and of
+the restarts behind nginx.
 """
 
 import asyncio
@@ -19,14 +19,13 @@ from pathlib import Path
 import pytest
 from caller import Caller, call
 from conftest import KEY, Setup, tool, unused_port
-from load import Load, answer
+from load import ROUNDS, Load, answer
 from running import COMMAND, TIMEOUT_S, WITH_KEY, Running, alive, arrived, connects, environment, eventually, serving
 from upstream import Exchange
 
 from tornado_fal_proxy.server import fair_share
 from tornado_fal_proxy.workers import GIVE_UP_AFTER
 
-ROUNDS = int(os.environ.get("TORNADO_FAL_PROXY_ROUNDS", "2"))
 JSON = [("content-type", "application/json")]
 
 
@@ -300,18 +299,18 @@ async def test_a_worker_that_hangs_in_the_drain_is_killed(setup: Setup) -> None:
 
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
-async def test_load_restarts(setup: Setup, processes: str) -> None:
+async def test_load_restarts(setup: Setup) -> None:
     """With a socket that stays open no call fails however often the service is restarted, one after the other."""
     upstream = await setup.upstream(answer)
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         port = listener.getsockname()[1]
-        running = await Running.before(setup, upstream, processes, listener=listener)
+        running = await Running.before(setup, upstream, "--processes=2", listener=listener)
         async with Load(lambda _: Caller.open(port)) as load:
             for _ in range(ROUNDS):
-                await load.more(300)
+                await load.more(200)
                 await running.end()
-                running = await Running.before(setup, upstream, processes, listener=listener)
-            await load.more(300)
+                running = await Running.before(setup, upstream, "--processes=2", listener=listener)
+            await load.more(200)
         assert load.failures == []
         await running.end()
         print(f"{load.done} calls, {ROUNDS} restarts")  # noqa: T201  (for who runs more rounds)
@@ -326,7 +325,7 @@ async def test_load_killed_worker(setup: Setup) -> None:
     lost = 0
     async with Load(lambda _: Caller.open(running.port)) as load:
         for _ in range(ROUNDS):
-            await load.more(300)
+            await load.more(200)
             before = set(running.workers())
             victim = min(before)
             os.kill(victim, signal.SIGSTOP)  # from here on it takes no connection
@@ -400,13 +399,13 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
     """WATCHDOG=1 comes several times in its period, as long as the loops of all workers turn."""
     async with notified(tmp_path) as (name, manager):
-        running = await Running.start(processes, NOTIFY_SOCKET=name, WATCHDOG_USEC="400000", FAL_KEY=KEY)
+        running = await Running.start(processes, NOTIFY_SOCKET=name, WATCHDOG_USEC="200000", FAL_KEY=KEY)
         counts = Counter([await told(manager) for _ in range(10)])
         assert counts.keys() == {"READY=1", "WATCHDOG=1"}
         victim = max(running.workers(), default=running.pid)
         os.kill(victim, signal.SIGSTOP)
         async with asyncio.timeout(TIMEOUT_S):
-            while await within(1.0, manager) is not None:
+            while await within(0.6, manager) is not None:
                 pass
         os.kill(victim, signal.SIGCONT)
         assert await told(manager) == "WATCHDOG=1"

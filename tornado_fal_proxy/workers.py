@@ -37,7 +37,7 @@ YOUNG_S = 1.0
 LEAST_DELAY_S, MOST_DELAY_S = 0.1, 5.0
 GIVE_UP_AFTER = 5
 # What a worker gets beyond its own time limit before it is killed.
-KILL_AFTER_S = 5.0
+KILL_AFTER_S = 2.0
 
 TO_PARENT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
