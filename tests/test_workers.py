@@ -508,6 +508,12 @@ async def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch
     assert "open files" not in stderr
 
 
+def cpu_s(pid: int) -> float:
+    """User and system time of that process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.gen_test
 async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections beyond the limit are answered 503, one line is logged, and it recovers when others leave."""
@@ -526,10 +532,32 @@ async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
     assert (await idle[0].answer()).status == 200
     # Now so many that it cannot even accept them.
     more = [await Caller.open(running.port) for _ in range(30)]
-    await eventually(lambda: len(serving(running.pid, running.port)) > 40)
+    used = cpu_s(running.pid)
+    await asyncio.sleep(1)
+    assert cpu_s(running.pid) - used < 0.5  # it does not try again and again
     for caller in (*idle, *more):
         caller.leave()
     await eventually(lambda: not serving(running.pid, running.port))
     assert (await call(running.port)).status == 200
     _, stderr = await running.end()
     assert len(re.findall("too few open files|cannot accept", stderr)) == 1, stderr
+
+
+@pytest.mark.gen_test
+async def test_out_of_open_files_over_http1(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each call also takes a connection to fal, those without one are answered 502 or 503; it recovers."""
+    monkeypatch.setattr("running.COMMAND", limited(64, 64))
+    gate = Gate()
+    upstream = await setup.upstream(gate, "http/1.1")
+    running = await Running.before(setup, upstream, "--log-level=error")
+    calls = [asyncio.create_task(call(running.port)) for _ in range(80)]
+    await eventually(lambda: sum(task.done() for task in calls) + len(upstream.exchanges) >= len(calls))
+    gate.open.set()
+    statuses = Counter([(await task).status for task in calls])
+    assert set(statuses) <= {200, 502, 503}
+    assert statuses[200] == len(upstream.exchanges)
+    assert statuses[200] > 10
+    assert statuses[503] > 5
+    await eventually(lambda: not serving(running.pid, running.port))
+    assert (await call(running.port)).status == 200
+    await running.end()

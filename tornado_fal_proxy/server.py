@@ -6,8 +6,9 @@ So a worker that has more connections than another stands back for :data:`STAND_
 nobody else wanted, and it takes some of it.
 
 The kernel gives a new connection the lowest free descriptor. One that gets a number close to the limit of open files is
-answered 503 and closed, which leaves some for connections to fal. When not even accepting works, that is tried again
-after :data:`PAUSE_S`, for a listening socket stays readable and would keep the loop busy.
+answered 503 and closed. Half of what is kept back so is for connections to fal: when the other half is taken too, or
+accepting fails, nothing is accepted for :data:`PAUSE_S`. (To try at once would keep the loop busy, for a listening
+socket stays readable.)
 
 To drain is to stop listening and to tell every caller ``connection: close`` with its next answer. A connection that has
 carried nothing for :data:`IDLE_GRACE_S` is closed without a word, which its caller must expect at any time.
@@ -44,7 +45,7 @@ STAND_BACK_S = 0.001
 # How long to accept nothing when that failed for want of files, and how often to log it.
 PAUSE_S, LOG_INTERVAL_S = 0.1, 60.0
 # Of the files that may be open a sixteenth, within bounds, is not for callers.
-LEAST_RESERVE, MOST_RESERVE, RESERVED_PART = 8, 256, 16
+LEAST_RESERVE, MOST_RESERVE, RESERVED_PART = 16, 256, 16
 # How long a connection that is answered 503 may take to send its request.
 SHED_S = 5.0
 # A caller that sends its next request this long after an answer, when draining has begun, still has it served.
@@ -71,7 +72,8 @@ class Server(HTTPServer):
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self._last_file = open_files() - reserve(open_files())
+        self._serve_below = open_files() - reserve(open_files())
+        self._accept_below = open_files() - reserve(open_files()) // 2
         self._listeners: list[socket.socket] = []
         self._return: asyncio.TimerHandle | None = None
         self._log_again_at = 0.0
@@ -126,11 +128,14 @@ class Server(HTTPServer):
                 self._stand_back(PAUSE_S, self._listen)
                 return
             stream = IOStream(connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size)
-            if connection.fileno() > self._last_file:
+            if connection.fileno() >= self._serve_below:
                 self._log_shedding("too few open files are left: new connections are answered 503")
                 self._shed.add(stream)
                 asyncio.get_running_loop().call_later(SHED_S, stream.close)
             self.handle_stream(stream, address)
+            if connection.fileno() >= self._accept_below:
+                self._stand_back(PAUSE_S, self._listen)
+                return
 
     def _log_shedding(self, what: str) -> None:
         now = asyncio.get_running_loop().time()
@@ -190,7 +195,7 @@ class Server(HTTPServer):
             await asyncio.sleep(CLOSE_POLL_S)
             now = asyncio.get_running_loop().time()
             for connection, request in list(self._requests.items()):
-                if _is_busy(request):
+                if _is_busy(request) or request.stream.closed():
                     idle_since.pop(connection, None)
                 elif now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S and not _has_unread(request.stream):
                     request.stream.close()
