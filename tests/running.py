@@ -1,6 +1,7 @@
 """The command as a process, for tests of what it does there."""
 
 import asyncio
+import atexit
 import os
 import re
 import signal
@@ -76,6 +77,7 @@ class Running:
             start_new_session=True,  # a group that a test can signal
             **more,
         )
+        atexit.register(running.kill)
         assert running.process.stdout is not None
         running.line = (await running.process.stdout.readline()).decode()
         match = re.fullmatch(
@@ -114,6 +116,12 @@ class Running:
         assert "Traceback" not in stderr.decode()
         assert self.process.returncode == code, stderr.decode()
         return stdout.decode(), stderr.decode()
+
+    def kill(self) -> None:
+        """What a failed test left behind ends with the tests."""
+        with suppress(OSError):
+            if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
+                os.kill(self.pid, signal.SIGKILL)
 
     @property
     def pid(self) -> int:

@@ -160,7 +160,7 @@ async def test_a_drain_serves_kept_connections(setup: Setup, processes: str) -> 
     gate = Gate()
     gate.open.set()
     upstream = await setup.upstream(gate)
-    running = await Running.before(setup, upstream, processes)
+    running = await Running.before(setup, upstream, processes, "--drain-timeout-s=3600")
     used, idle, fresh = [await Caller.open(running.port) for _ in range(3)]
     for caller in (used, idle):
         await caller.send()
