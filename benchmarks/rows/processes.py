@@ -3,7 +3,7 @@
 64 keep-alive callers send a short JSON POST again as soon as it is answered. CPU per call is that of the whole tree,
 the parent of the workers included; how evenly the calls spread shows in the part of the workers' CPU that the busier
 one took. Both servers stay up and take turns. On a machine of two CPUs the upstream and the callers want them too, so
-the calls per second say little there; the CPU per call is the same comparison as elsewhere.
+the calls per second say nothing there about two free CPUs, and the CPU per call is noisy: run it more than once.
 """
 
 from __future__ import annotations
