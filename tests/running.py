@@ -99,6 +99,7 @@ class Running:
         return await cls.start(
             *argv,
             listener=listener,
+            cwd=None,
             FAL_KEY=KEY,
             FAL_PROXY_CA_CERTS=config.ca_certs,
             FAL_PROXY_CONNECT_TO=config.connect_to,

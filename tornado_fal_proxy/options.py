@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.config import DEFAULT_ROUTE, ENV_PREFIX, MOST_S, ProxyConfig, key_from, relay_options
+from tornado_fal_proxy.config import (
+    DEFAULT_ROUTE,
+    ENV_PREFIX,
+    FALSE,
+    MOST_S,
+    TRUE,
+    ProxyConfig,
+    key_from,
+    relay_options,
+)
 from tornado_fal_proxy.errors import ConfigError
 
 __all__ = ["PROGRAM", "Settings", "parse_settings"]
