@@ -13,6 +13,8 @@ socket stays readable.)
 To drain is to stop listening and to tell every caller ``connection: close`` with its next answer. A connection that has
 carried nothing for :data:`IDLE_GRACE_S` is closed without a word, which its caller must expect at any time.
 
+One timer looks at all connections: a caller that says nothing, or never comes to the end of a head, is closed.
+
 It relays nothing and answers nothing by itself.
 """
 
@@ -25,19 +27,27 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterable, MutableSet
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from tornado.http1connection import HTTP1Connection
-from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+from tornado.httpserver import HTTPServer, _HTTPRequestContext
 from tornado.iostream import IOStream
 
-__all__ = ["LISTEN_BACKLOG", "Places", "Server", "close_after", "open_files", "reserve"]
+from tornado_fal_proxy.connection import CallerConnection, CallerStream, close_after
+
+__all__ = ["LISTEN_BACKLOG", "Places", "Server", "open_files", "reserve"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
 # A crowd that arrives at once waits here for its turn; the kernel caps it at net.core.somaxconn.
 LISTEN_BACKLOG = 4096
+# What is read at once. Tornado's 64 kB are cleared for each of two reads, and a request has less than a thousand bytes.
+READ_BYTES = 16 * 1024
+# How long a head may take from when a part of it is here, or on a connection that never had a request.
+HEAD_TIMEOUT_S = 60.0
+# How long a connection is kept without a request: longer than proxies in front keep theirs (nginx 60 s, Google's load
+# balancer 600 s), so that none of them sends a call to one that is being closed.
+KEPT_TIMEOUT_S = 620.0
+LOOK_AT_CALLERS_S = 5.0
 # Accepted in one turn of the loop, so that calls in flight get theirs.
 ACCEPT_BATCH = 128
 # Several turns of another worker's loop, and nothing to a caller.
@@ -69,6 +79,7 @@ class Server(HTTPServer):
 
     _places: Places
     _shed: MutableSet[IOStream]
+    _look: asyncio.TimerHandle | None = None
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
@@ -78,8 +89,6 @@ class Server(HTTPServer):
         self._return: asyncio.TimerHandle | None = None
         self._log_again_at = 0.0
         self._open = 0
-        # For each connection the request that it carries or waits for.
-        self._requests: dict[object, HTTP1Connection] = {}
 
     # Connections come.
 
@@ -127,7 +136,9 @@ class Server(HTTPServer):
                 self._log_shedding(f"cannot accept connections: {exc.strerror}")
                 self._stand_back(PAUSE_S, self._listen)
                 return
-            stream = IOStream(connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size)
+            stream = CallerStream(
+                connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size
+            )
             if connection.fileno() >= self._serve_below:
                 self._log_shedding("too few open files are left: new connections are answered 503")
                 self._shed.add(stream)
@@ -146,18 +157,37 @@ class Server(HTTPServer):
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         self._open += 1
         self._tell()
-        super().handle_stream(stream, address)
-
-    def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
-        assert isinstance(request_conn, HTTP1Connection)
-        self._requests[server_conn] = request_conn
-        return super().start_request(server_conn, request_conn)
+        context = _HTTPRequestContext(stream, address, self.protocol, self.trusted_downstream)
+        connection = CallerConnection(stream, self.conn_params, context)
+        self._connections.add(connection)
+        connection.start_serving(self)
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(LOOK_AT_CALLERS_S, self._look_at_callers)
 
     def on_close(self, server_conn: object) -> None:
         super().on_close(server_conn)
-        self._requests.pop(server_conn, None)
         self._open -= 1
         self._tell()
+
+    def _look_at_callers(self) -> None:
+        """Close the connections of those who do not speak, or too slowly."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in list(self._callers):
+            if connection.waits_since is None:
+                continue
+            if connection.has_begun and connection.head_since is None:
+                connection.head_since = now
+            since, limit = connection.waits_since, KEPT_TIMEOUT_S if connection.served else HEAD_TIMEOUT_S
+            if connection.head_since is not None:
+                since, limit = connection.head_since, HEAD_TIMEOUT_S
+            if now - since > limit:
+                connection.stream.close()
+        self._look = loop.call_later(LOOK_AT_CALLERS_S, self._look_at_callers) if self._open else None
+
+    @property
+    def _callers(self) -> set[CallerConnection]:
+        return cast(set[CallerConnection], self._connections)
 
     def _tell(self) -> None:
         if self._listeners:
@@ -168,7 +198,7 @@ class Server(HTTPServer):
     @property
     def in_flight(self) -> int:
         """Connections that carry a request."""
-        return sum(map(_is_busy, self._requests.values()))
+        return sum(connection.is_busy for connection in self._callers)
 
     def stop(self) -> None:
         """Take what waits to be accepted, and listen no longer."""
@@ -187,24 +217,28 @@ class Server(HTTPServer):
     async def drain(self) -> None:
         """Return when the last connection has gone. Call :meth:`stop` first."""
         self.conn_params.no_keep_alive = True  # for requests that come from here on
-        for request in self._requests.values():
-            if _is_busy(request):
-                close_after(request)
+        for connection in self._callers:
+            if connection.is_busy and connection.request is not None:
+                close_after(connection.request)
         idle_since: dict[object, float] = {}
         while self._open:
             await asyncio.sleep(CLOSE_POLL_S)
             now = asyncio.get_running_loop().time()
-            for connection, request in list(self._requests.items()):
-                if _is_busy(request) or request.stream.closed():
+            for connection in list(self._callers):
+                if connection.is_busy or connection.stream.closed():
                     idle_since.pop(connection, None)
-                elif now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S and not _has_unread(request.stream):
-                    request.stream.close()
+                elif (
+                    now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S
+                    and not connection.has_begun
+                    and not _has_unread(connection.stream)
+                ):
+                    connection.stream.close()
 
     async def end(self) -> None:
         """Close all connections, as soon as what handlers write now has left or CLOSE_GRACE_S are over."""
         for _ in range(round(CLOSE_GRACE_S / CLOSE_POLL_S)):
             await asyncio.sleep(CLOSE_POLL_S)
-            if not any(request.stream.writing() for request in self._requests.values()):
+            if not any(connection.stream.writing() for connection in self._callers):
                 break
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close_all_connections(), CLOSE_GRACE_S)
@@ -216,20 +250,6 @@ def fair_share(mine: int, fewest: int | None) -> int:
     A quarter more than that one, and one: a crowd is then taken in a few turns of each.
     """
     return ACCEPT_BATCH if fewest is None else min(1 + fewest + fewest // 4 - mine, ACCEPT_BATCH)
-
-
-def close_after(request: HTTP1Connection) -> None:
-    """Close the connection after the answer to ``request``, and tell the caller so, if the head has not left yet.
-
-    A caller whose answer's head has left may use the connection again.
-    """
-    if request._response_start_line is None:
-        request._disconnect_on_finish = True
-
-
-def _is_busy(request: HTTP1Connection) -> bool:
-    """Whether a request has come and is not answered yet."""
-    return request._request_start_line is not None
 
 
 def _has_unread(stream: IOStream) -> bool:

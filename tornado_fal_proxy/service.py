@@ -15,7 +15,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import resource
 import socket
 import sys
@@ -27,16 +26,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream
+from tornado.log import access_log
 from tornado.netutil import bind_sockets
 from tornado.routing import URLSpec
 from tornado.web import Application, RequestHandler
 
+from tornado_fal_proxy import memory
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.connection import close_after
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams
 from tornado_fal_proxy.options import PROGRAM, Settings, parse_settings
-from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, close_after, open_files, reserve
+from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, open_files, reserve
 from tornado_fal_proxy.systemd import Notifier, NotListening, activated_sockets
 from tornado_fal_proxy.workers import Alone, CannotStart, Crew, Ending, Worker
 
@@ -94,15 +96,22 @@ class Service(Application):
 
     closing = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: ProxyConfig, route: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.config, self.route = config, route
         self.shed: weakref.WeakSet[IOStream] = weakref.WeakSet()
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         if self.closing or (self.shed and self._connection(request).stream in self.shed):
             close_after(self._connection(request))
             return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
+        if request.path == self.route:
+            return self.get_handler_delegate(request, FalProxyHandler, {"config": self.config})
         return super().find_handler(request, **kwargs)
+
+    def log_request(self, handler: RequestHandler) -> None:
+        if access_log.isEnabledFor(logging.INFO) or handler.get_status() >= 400:
+            super().log_request(handler)
 
     @staticmethod
     def _connection(request: HTTPServerRequest) -> HTTP1Connection:
@@ -113,8 +122,9 @@ class Service(Application):
 def make_application(config: ProxyConfig, route: str, more: Sequence[URLSpec] = ()) -> Service:
     """The whole service as a Tornado application, with the rules ``more`` beside its own."""
     return Service(
+        config,
+        route,
         [
-            URLSpec(re.escape(route), FalProxyHandler, {"config": config}),
             URLSpec("/healthz", HealthHandler),
             *more,
         ],
@@ -163,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         restricted, line = what_is_open(settings.config)
         logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
     _raise_open_files(settings)
+    memory.map_large_blocks()
     return _run(_Service(settings, sockets, sandbox, notifier))
 
 
