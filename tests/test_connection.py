@@ -1,21 +1,23 @@
 """A caller's connection: what is read faster than by Tornado is read as by Tornado, and nobody takes for ever."""
 
 import asyncio
+import gc
 import inspect
 import socket
 from typing import Any
 
 import pytest
 from caller import Caller, request
-from conftest import Setup
+from conftest import Logs, Setup
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
 from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.iostream import IOStream
+from upstream import Exchange, Upstream
 
-from tornado_fal_proxy import connection, server
+from tornado_fal_proxy import close_upstreams, connection, server
 from tornado_fal_proxy.connection import CallerConnection, Request
 from tornado_fal_proxy.server import Server
 from tornado_fal_proxy.service import make_application
@@ -108,9 +110,9 @@ class Nobody:
         return None
 
 
-def serve(setup: Setup) -> int:
-    """The service's own server in the loop of the test."""
-    application = make_application(setup.config("127.0.0.1:1"), "/api/fal/proxy")
+def serve(setup: Setup, upstream: Upstream | None = None) -> int:
+    """The service's own server in the loop of the test, in front of ``upstream`` or of nobody."""
+    application = make_application(setup.config(upstream or "127.0.0.1:1"), "/api/fal/proxy")
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     running = Server(application)
@@ -118,6 +120,7 @@ def serve(setup: Setup) -> int:
 
     async def close() -> None:
         running.stop()
+        close_upstreams(application)
         await running.close_all_connections()
 
     setup._closers.append(close)
@@ -162,6 +165,14 @@ async def test_who_does_not_speak_is_closed(
 
 
 @pytest.mark.gen_test
+async def test_a_request_costs_no_timer(setup: Setup) -> None:
+    """The server looks at all connections with one; Tornado's would start one for each head."""
+    running = Server(make_application(setup.config("127.0.0.1:1"), "/api/fal/proxy"))
+    assert running.conn_params.header_timeout is None
+    assert running.conn_params.chunk_size == running.read_chunk_size == server.READ_BYTES
+
+
+@pytest.mark.gen_test
 async def test_a_call_may_take_longer_than_a_head(setup: Setup, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
     """While a request is served nobody waits for a head."""
     monkeypatch.setattr(server, "LOOK_AT_CALLERS_S", 0.01)
@@ -175,6 +186,78 @@ async def test_a_call_may_take_longer_than_a_head(setup: Setup, monkeypatch: pyt
     logs.expect("tornado.access: 502")
     assert (await caller.answer()).status == 502
     await caller.close()
+
+
+async def stream(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, [("content-type", "text/event-stream")])
+    await exchange.send(b"data: 1\n\n")
+    await exchange.gone.wait()
+
+
+async def silent(exchange: Exchange) -> None:
+    await exchange.gone.wait()
+
+
+async def answered(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.respond(200, b"{}")
+
+
+async def broken(exchange: Exchange) -> None:
+    await exchange.body()
+    exchange.abort_connection()
+
+
+CALLS: dict[str, tuple[Any, str]] = {
+    "answered": (answered, "answer"),
+    "left while it waits": (silent, "leave"),
+    "left while it streams": (stream, "head"),
+    "failed": (broken, "answer"),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", list(CALLS))
+@pytest.mark.gen_test
+async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, method: str, logs: Logs) -> None:
+    """What a call and its connection were made of goes with them, without a collection of garbage."""
+    handler, end = CALLS[how]
+    upstream = await setup.upstream(handler, protocol)
+    port = serve(setup, upstream)
+    if how == "failed":
+        logs.expect("ConnectionLost")
+    logs.expect("tornado.access: ") if how != "answered" else None
+
+    async def one() -> None:
+        known = len(upstream.exchanges)
+        caller = await Caller.open(port)
+        await caller.send(method)
+        if end == "leave":
+            while len(upstream.exchanges) == known:
+                await asyncio.sleep(0.01)
+        else:
+            await (caller.answer() if end == "answer" else caller.head())
+        caller.leave()
+        if how.startswith("left"):
+            await upstream.exchanges[-1].gone.wait()
+
+    await one()
+    await asyncio.sleep(0.05)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            await one()
+        await asyncio.sleep(0.05)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = {type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith("tornado_fal_proxy")}
+        assert ours == set()
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_private_names_of_tornado() -> None:

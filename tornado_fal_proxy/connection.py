@@ -128,6 +128,7 @@ class CallerConnection(HTTP1ServerConnection):
                     await asyncio.sleep(0)
         finally:
             delegate.on_close(self)
+            self.request = None  # or each would keep the other until the next collection of garbage
 
 
 @lru_cache(KEPT_LINES)

@@ -82,7 +82,8 @@ class Server(HTTPServer):
     _look: asyncio.TimerHandle | None = None
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize(*args, **kwargs)
+        super().initialize(*args, **{"chunk_size": READ_BYTES} | kwargs)
+        self.conn_params.header_timeout = None  # see _look_at_callers
         self._serve_below = open_files() - reserve(open_files())
         self._accept_below = open_files() - reserve(open_files()) // 2
         self._listeners: list[socket.socket] = []

@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
     _raise_open_files(settings)
     memory.map_large_blocks()
+    memory.collect_rarely()
     return _run(_Service(settings, sockets, sandbox, notifier))
 
 

@@ -11,6 +11,7 @@ Only this module and ``upstream`` know libcurl. A transfer never decides which c
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from typing import Protocol
 
 import pycurl
@@ -226,7 +227,8 @@ class Transfer:
 
     async def _wait(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            # Not the one that is kept: its traceback would hold frames that hold this transfer, a cycle for each call.
+            raise copy(self._failure)
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
