@@ -49,6 +49,9 @@ FAILS = [
     start(says=r"no key", environ={"FAL_KEY": " "}),
     start(says=r"no key", environ={"FAL_KEY_ID": "a"}),
     start(says=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
+    start(says=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
+    start(says=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
+    start(says=r"FAL_KEY_FILE: '.*empty.pem' holds no key", environ={"FAL_KEY_FILE": "{dir}/empty.pem"}),
     # Whoever tries to pass it as an option must not find it in the log of the machine.
     start(f"--key={KEY}", says=r"unknown: --key; .*FAL_KEY"),
     start("--key", KEY, says=r"unknown: --key, an argument; .*FAL_KEY"),

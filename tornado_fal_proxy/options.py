@@ -25,6 +25,7 @@ from tornado_fal_proxy.config import (
     TRUE,
     ProxyConfig,
     key_from,
+    key_from_file,
     relay_options,
 )
 from tornado_fal_proxy.errors import ConfigError
@@ -120,8 +121,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
         allow_abbrev=False,
-        description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET) to calls of fal's "
-        "clients and relays them.",
+        description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET, or the file "
+        "FAL_KEY_FILE) to calls of fal's clients and relays them.",
         epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
         "An option wins over its variable.",
     )
@@ -210,14 +211,19 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
 def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], sandbox: bool) -> ProxyConfig | None:
     """The part of the settings that is the proxy's; in sandbox mode it is checked only. Raises ConfigError."""
-    problems = []
-    key = None if sandbox else key_from(environ)
+    problems: list[str] = []
+    key = None
     if sandbox:
         set_by_it = [name for name in ("ca_certs", "connect_to") if texts[name]]
         problems = [f"{name}: the sandbox sets it" for name in set_by_it]
         texts = {**texts, **dict.fromkeys(set_by_it)}
-    elif key is None and not texts["resolve_key"]:
-        problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET (or try --sandbox)"]
+    else:
+        try:
+            key = key_from(environ) or key_from_file(environ)
+            if key is None and not texts["resolve_key"]:
+                problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"]
+        except ConfigError as exc:
+            problems.extend(exc.problems)
     try:
         config = ProxyConfig.from_texts(texts, key=key)
     except ConfigError as exc:
