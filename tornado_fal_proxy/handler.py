@@ -377,6 +377,8 @@ class FalProxyHandler(RequestHandler):
     async def _write_stream(self, head: ResponseHead, transfer: Transfer) -> None:
         if head.length is not None:
             self.set_header("Content-Length", head.length)
+        if head.event_stream:
+            self._headers["X-Accel-Buffering"] = "no"  # nginx, which buffers answers by default, takes it out again
         self._streaming = True
         self._connection.stream.set_nodelay(True)
         await self._delivered(self.flush())
