@@ -408,7 +408,7 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_long_poll(setup: Setup, version: str) -> None:
-    """A call that is silent for twice as long as nginx allows by default is answered."""
+    """A call that is silent for half as long again as nginx allows by default is answered."""
 
     async def poll(exchange: Exchange) -> None:
         seconds = json.loads(await exchange.body())["s"]
@@ -419,7 +419,7 @@ async def test_long_poll(setup: Setup, version: str) -> None:
     front_of = nginx((NAME,), deployed(running.port, second_ms=SCALED_MS), second_ms=SCALED_MS)
     async with front_of as front:
         with calling(front, version) as caller:
-            assert (await caller.call(body=b'{"s": %d}' % (2 * DEFAULT_TIMEOUT_S))).code == 200
+            assert (await caller.call(body=b'{"s": %d}' % (1.5 * DEFAULT_TIMEOUT_S))).code == 200
     await running.end()
 
 
