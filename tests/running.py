@@ -19,6 +19,7 @@ from upstream import Exchange
 from tornado_fal_proxy import __version__
 
 __all__ = [
+    "ACTIVATE",
     "COMMAND",
     "TIMEOUT_S",
     "WITH_KEY",

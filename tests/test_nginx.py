@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, create_subprocess_exec
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,9 +27,9 @@ import pytest
 import trustme
 from caller import Caller as PlainCaller
 from caller import call
-from conftest import ROUTE, Setup, tool, unused_port
+from conftest import KEY, ROUTE, Setup, tool, unused_port
 from load import ROUNDS, Load, answer
-from running import Running
+from running import ACTIVATE, COMMAND, Running, environment
 from tornado.curl_httpclient import CurlAsyncHTTPClient, CurlError
 from tornado.httpclient import HTTPResponse
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
@@ -518,6 +519,34 @@ async def test_proxies_that_are_down(setup: Setup) -> None:
             for method in ("POST", "GET"):
                 response = await caller.call(method)
                 assert (response.code, message(response)) == (502, "The proxy did not answer.")
+
+
+@pytest.mark.gen_test
+async def test_unix_socket(setup: Setup) -> None:
+    """nginx reaches the command over a Unix socket that systemd holds, which takes no ports."""
+    config = setup.config(await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON)))
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        os.chmod(directory, 0o711)
+        listener.bind(path := f"{directory}/socket")
+        listener.listen()
+        os.chmod(path, 0o777)  # nginx is somebody else, where tests are root
+        process = await create_subprocess_exec(
+            *(sys.executable, "-c", ACTIVATE, str(listener.fileno()), *COMMAND),
+            env=environment({"FAL_KEY": KEY, "FAL_PROXY_CONNECT_TO": str(config.connect_to)})
+            | {"FAL_PROXY_CA_CERTS": str(config.ca_certs), "FAL_PROXY_LOG_LEVEL": "error"},
+            pass_fds=[listener.fileno()],
+            stdout=DEVNULL,
+        )
+        try:
+            port = unused_port()
+            servers = deployed(port)
+            over = lambda listen, files: servers(listen, files).replace(f"127.0.0.1:{port};", f"unix:{path};")  # noqa: E731
+            async with nginx((NAME,), over) as front:
+                with calling(front, "HTTP/2") as caller:
+                    assert (await caller.call()).code == 200
+        finally:
+            process.terminate()
+        assert await process.wait() == 0
 
 
 @pytest.mark.gen_test

@@ -1,4 +1,4 @@
-"""README.md is true: its commands, its Python, its tables, its nginx configuration and its links."""
+"""README.md is true: its commands, its Python, its tables, what it says of nginx, and its links."""
 
 import asyncio
 import contextlib
@@ -208,8 +208,14 @@ def test_statuses() -> None:
 
 
 def test_nginx() -> None:
-    """The configuration shown is the file that tests/test_nginx.py runs."""
-    assert blocks("nginx") == [(ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")]
+    """What README says of nginx's file is in it: names to change, and bounds."""
+    text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
+    said = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
+    (rate,), (burst,) = re.findall(r"rate=(\d+)r/s;", text), re.findall(r"burst=(\d+) nodelay;", text)
+    (held,) = re.findall(r"limit_conn \w+ (\d+);", text)
+    assert f"{rate} calls a second from an address ({burst} at once, and {held} held)" in said
+    names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
+    assert names == {"fal-proxy.example.com", "app.example.com"}
 
 
 def test_links() -> None:
