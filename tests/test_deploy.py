@@ -177,7 +177,10 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
         said = await running.end()
     assert KEY not in running.line + "".join(said)
 
-    await eventually(lambda: f"\n{running.pid} +++ exited with 0 +++" in trace.read_text())
+    # The numbers of processes stand in a column, with spaces behind those that are short.
+    await eventually(
+        lambda: re.search(rf"^{running.pid} +\+\+\+ exited with 0 \+\+\+", trace.read_text(), re.MULTILINE)
+    )
     traced = trace.read_text()
     calls = set(re.findall(r"^\d+ +(\w+)\(", traced, re.MULTILINE))
     assert calls <= allowed_system_calls(" ".join(service["Service.SystemCallFilter"]).replace("=~", "=").split())
