@@ -28,7 +28,14 @@ from tornado_fal_proxy.access import (
     access_rules,
 )
 from tornado_fal_proxy.cors import cors_rules
-from tornado_fal_proxy.errors import AccessRefused, MalformedAnswer, MethodNotAllowed, ProxyError, TargetRefused
+from tornado_fal_proxy.errors import (
+    AccessRefused,
+    HeadersTooLarge,
+    MalformedAnswer,
+    MethodNotAllowed,
+    ProxyError,
+    TargetRefused,
+)
 from tornado_fal_proxy.handler import split_utf8
 from tornado_fal_proxy.policy import (
     Pairs,
@@ -247,7 +254,11 @@ AUTHORIZATION = b"authorization: Key an-id:a-secret"
 
 def request(pairs: Pairs) -> list[bytes]:
     """The lines for fal are whole lines with names from the list, and one authorization, which is the proxy's."""
-    lines = request_headers(pairs, AUTHORIZATION)
+    try:
+        lines = request_headers(pairs, AUTHORIZATION)
+    except HeadersTooLarge:
+        return []
+    assert sum(map(len, lines)) < 10_000
     names = []
     for line in lines:
         text = line.decode("latin-1")
