@@ -119,7 +119,7 @@ class Bench:
 
     @asynccontextmanager
     async def running(self, peer: Peer, *, calls: int = CALLERS) -> AsyncIterator[Server]:
-        """The peer, freshly started, on a CPU of its own. Raises CannotStart."""
+        """The peer, freshly started, on a CPU of its own unless it may use all. Raises CannotStart."""
         if peer.isolated and not self.isolated:
             raise CannotStart("it insists on https://fal.run, which needs namespaces")
         directory = Path(tempfile.mkdtemp(prefix=peer.name, dir=self.directory))
@@ -132,7 +132,8 @@ class Bench:
             isolated=self.isolated,
         )
         command = peer.command(place)
-        async with server(command, peer.environment(place), place.port, directory / "log", cpus()[0]) as running:
+        where = set.union(*cpus()) if peer.everywhere else cpus()[0]
+        async with server(command, peer.environment(place), place.port, directory / "log", where) as running:
             yield running
 
     @asynccontextmanager

@@ -32,9 +32,8 @@ __all__ = ["main"]
 
 FLOOR_ROUTE = "/floor"
 CALLS, WARM_UP = 300, 50
-# Measured: 1.39 to 1.56, with Python 3.11 and 3.13, Tornado 6.5 and 6.6, on an idle and on a busy machine. What differs
-# is how many turns the loop needs.
-BOUND = 2.0
+# Measured: 1.28 to 1.33, with Python 3.11 and 3.13, Tornado 6.5 and 6.6. What differs is how many turns the loop needs.
+BOUND = 1.7
 
 
 class Floor(RequestHandler):

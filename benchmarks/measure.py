@@ -12,7 +12,7 @@ import re
 import time
 from pathlib import Path
 
-__all__ = ["Peak", "cpu_s", "pss_kb", "tree"]
+__all__ = ["Peak", "cpu_s", "process_cpu_s", "pss_kb", "tree"]
 
 PROC = Path("/proc")
 _PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
@@ -38,7 +38,12 @@ def tree(pid: int) -> list[int]:
 
 def cpu_s(pid: int) -> float:
     """User and system time that the tree has used so far, in seconds. Children that have ended are not in it."""
-    return sum(time.clock_gettime((~process << 3) | _PRECISE) for process in tree(pid))
+    return sum(map(process_cpu_s, tree(pid)))
+
+
+def process_cpu_s(pid: int) -> float:
+    """The same of one process."""
+    return time.clock_gettime((~pid << 3) | _PRECISE)
 
 
 def pss_kb(pid: int) -> float:

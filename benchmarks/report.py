@@ -77,7 +77,7 @@ def _verdict(verdict: Verdict) -> Sequence[str]:
     unit = verdict.figure.unit if verdict.reference is None or target.difference else "x"
     against = TITLES[target.reference] if target.reference else ""
     if target.reference == "ours":
-        against = "the same, idle"
+        against = target.reference_measure
     bound = f"at {'least' if target.at_least else 'most'} {target.bound:g} {unit}{' more' if target.difference else ''}"
     reached = f"{_number(verdict.median)} {unit}"
     return (target.measure, against, bound, reached, _spread(verdict.values), "met" if verdict.met else "**missed**")

@@ -68,7 +68,11 @@ class Caller:
         if receive_buffer is not None:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         connected.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connected, ("127.0.0.1", port))
+        try:
+            await asyncio.get_running_loop().sock_connect(connected, ("127.0.0.1", port))
+        except OSError:
+            connected.close()
+            raise
         caller.reader, caller.writer = await asyncio.open_connection(sock=connected, limit=2**16)
         return caller
 

@@ -83,7 +83,7 @@ def logs() -> Iterator[Logs]:
 
 @pytest.fixture(autouse=True)
 def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET"):
+    for name in ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET", "FAL_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 

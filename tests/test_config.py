@@ -11,7 +11,7 @@ from conftest import KEY
 from upstream import Authority
 
 from tornado_fal_proxy import ConfigError, ProxyConfig
-from tornado_fal_proxy.config import ENV_PREFIX, key_from, relay_options
+from tornado_fal_proxy.config import ENV_PREFIX, key_from, key_from_file, relay_options
 from tornado_fal_proxy.errors import KeyMissing
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -258,6 +258,35 @@ def test_the_key_is_found_as_fals_tools_find_it(environ: dict[str, str], key: st
     """FAL_KEY, then FAL_KEY_ID and FAL_KEY_SECRET together; white space around them is a shell's accident."""
     assert key_from(environ) == key
     assert ProxyConfig.from_env(environ).key == key
+
+
+KEY_FILES: list[tuple[bytes, str | None]] = [
+    (b"a:b", "a:b"),
+    (b" a:b\r\n", "a:b"),
+    (b"", None),
+    (b"\n", None),
+    (b"a b", None),
+    (b"a:b\nc:d\n", None),
+    (b"a:\xff", None),
+    (b"\0" * 20_000, None),
+]
+
+
+@pytest.mark.parametrize(("content", "key"), KEY_FILES)
+def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Path) -> None:
+    """That FAL_KEY_FILE names, where no other variable has a key; a problem shows nothing of what it holds."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    environ = {"FAL_KEY_FILE": str(file)}
+    if key is None:
+        with pytest.raises(ConfigError) as caught:
+            key_from_file(environ)
+        assert caught.value.problems == (f"FAL_KEY_FILE: {str(file)!r} holds no key",)
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    else:
+        assert (key_from_file(environ), ProxyConfig.from_env(environ).key) == (key, key)
+    assert ProxyConfig.from_env(environ | {"FAL_KEY": "c:d"}).key == "c:d"
+    assert key_from_file({"FAL_KEY_FILE": ""}) is None
 
 
 def test_a_key_in_the_environment_is_read_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:

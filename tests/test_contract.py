@@ -1,6 +1,7 @@
 """What the proxy needs of Tornado's private names and of libcurl's undocumented words.
 
-setup.cfg names the range of Tornado on which these tests pass. When one fails, ``upstream`` or ``handler`` must change.
+setup.cfg names the range of Tornado on which these tests pass. When one fails, ``upstream``, ``handler`` or ``server``
+must change.
 """
 
 import asyncio
@@ -10,16 +11,20 @@ import logging
 
 import pycurl
 import pytest
-from caller import call
+from caller import Caller, call
 from conftest import KEY, Setup
 from tornado.curl_httpclient import CurlAsyncHTTPClient
-from tornado.http1connection import HTTP1Connection
-from tornado.web import RequestHandler
+from tornado.http1connection import HTTP1Connection, HTTP1ConnectionParameters
+from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
 from upstream import Exchange
 
 from tornado_fal_proxy import FalProxyHandler
 from tornado_fal_proxy.policy import parse_target
+from tornado_fal_proxy.server import Server
 from tornado_fal_proxy.upstream import UpstreamClient
+from tornado_fal_proxy.workers import Alone
 
 # Of the client: what is called, or overridden, with its parameters.
 METHODS = {
@@ -102,11 +107,47 @@ async def test_attributes_of_the_server(setup: Setup, monkeypatch: pytest.Monkey
             self.request._body_future.add_done_callback(lambda body: seen.append(body.exception() is None))
             await super().prepare()
 
-    from tornado.web import Application
-
     port = setup.serve(Application([("/api/fal/proxy", Looking)], log_function=lambda handler: None))
     assert (await call(port, "POST", target="https://evil.example/")).status == 412
     assert seen == [False, False, True]
+
+
+@pytest.mark.gen_test
+async def test_requests_of_a_connection(setup: Setup) -> None:
+    """How ``Server`` knows that a request is there, that its answer's head has left, and makes that answer the last."""
+    seen: list[HTTP1Connection] = []
+
+    class Watching(Server):
+        def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
+            assert isinstance(request_conn, HTTP1Connection)
+            seen.append(request_conn)
+            return super().start_request(server_conn, request_conn)
+
+    class Answering(RequestHandler):
+        def get(self) -> None:
+            assert seen[-1]._request_start_line is not None
+            assert seen[-1]._response_start_line is None
+            seen[-1]._disconnect_on_finish = bool(self.get_argument("last", ""))
+            self.finish("{}")
+            assert seen[-1]._response_start_line is not None
+
+    listener, port = bind_unused_port()
+    server = Watching(Application([("/", Answering)], log_function=lambda handler: None))
+    server.listen_on([listener], Alone(*[lambda: None] * 3), set())
+    caller = await Caller.open(port)
+    await caller.send("GET", path="/")
+    assert (await caller.answer()).header("connection") is None
+    while len(seen) < 2:
+        await asyncio.sleep(0)
+    assert seen[-1]._request_start_line is None
+    await caller.send("GET", path="/?last=1")
+    assert (await caller.answer()).header("connection") == "close"
+    assert await caller.reader.read() == b""
+    assert isinstance(server.conn_params, HTTP1ConnectionParameters)
+    assert server.conn_params.no_keep_alive is False
+    await caller.close()
+    server.stop()
+    await server.drain()
 
 
 @pytest.mark.gen_test

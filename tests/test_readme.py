@@ -1,4 +1,4 @@
-"""README.md is true: its commands, its Python, its tables, its nginx configuration and its links."""
+"""README.md is true: its commands, its Python, its tables, what it says of nginx, and its links."""
 
 import asyncio
 import contextlib
@@ -21,8 +21,9 @@ from upstream import Authority, Exchange
 import tornado_fal_proxy
 from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_upstreams, errors, handler
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy.options import parse_settings
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service import main, parse_settings
+from tornado_fal_proxy.service import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -56,7 +57,7 @@ async def answer(exchange: Exchange) -> None:
 
 def test_length() -> None:
     """A person in a hurry gets to the end."""
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 300
 
 
 def test_commands() -> None:
@@ -207,8 +208,14 @@ def test_statuses() -> None:
 
 
 def test_nginx() -> None:
-    """The configuration shown is the file that tests/test_nginx.py runs."""
-    assert blocks("nginx") == [(ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")]
+    """What README says of nginx's file is in it: names to change, and bounds."""
+    text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
+    said = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
+    (rate,), (burst,) = re.findall(r"rate=(\d+)r/s;", text), re.findall(r"burst=(\d+) nodelay;", text)
+    (held,) = re.findall(r"limit_conn \w+ (\d+);", text)
+    assert f"{rate} calls a second from an address ({burst} at once, and {held} held)" in said
+    names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
+    assert names == {"fal-proxy.example.com", "app.example.com"}
 
 
 def test_links() -> None:

@@ -220,7 +220,10 @@ async def test_interim_answers_and_trailers(setup: Setup, protocol: str) -> None
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
 async def test_stream(setup: Setup, protocol: str, method: str) -> None:
-    """The head arrives before the first event is sent, and each event as one chunk before the next is sent."""
+    """The head arrives before the first event is sent, and each event as one chunk before the next is sent.
+
+    An nginx in front is asked not to buffer them.
+    """
     go = asyncio.Queue[bytes]()
 
     async def answer(exchange: Exchange) -> None:
@@ -236,6 +239,7 @@ async def test_stream(setup: Setup, protocol: str, method: str) -> None:
     head = await caller.head()
     assert (head.status, head.header("content-type")) == (200, EVENTS[0][1])
     assert head.header("transfer-encoding") == "chunked"
+    assert head.header("x-accel-buffering") == "no"
     for event in (b"data: 1\n\n", "data: ü🌊\n\n".encode(), b": comment\n\n", b"data: " + b"x" * 10_000 + b"\n\n"):
         go.put_nowait(event)
         assert await caller.chunk() == event
@@ -317,7 +321,8 @@ async def test_plain_answer_of_a_get_is_streamed(setup: Setup, protocol: str) ->
     upstream = await setup.upstream(answer, protocol)
     caller = await Caller.open(setup.proxy(upstream))
     await caller.send("GET")
-    assert (await caller.head()).header("content-length") == "4"
+    head = await caller.head()
+    assert (head.header("content-length"), head.header("x-accel-buffering")) == ("4", None)
     assert await caller.reader.readexactly(2) == b"ab"
     go.set()
     assert await caller.reader.readexactly(2) == b"cd"

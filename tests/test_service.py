@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,21 +15,15 @@ from typing import Any
 import pytest
 from caller import Answer, Caller, call
 from conftest import KEY, ROUTE, Logs, Setup, unused_port
+from running import COMMAND, TIMEOUT_S, WITH_KEY, Running, arrived, connects, environment, silent
 from upstream import Authority, Exchange
 
 from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
-from tornado_fal_proxy.service import CLOSE_POLL_S, _parser, make_application, parse_settings, what_is_open
+from tornado_fal_proxy.options import _parser, parse_settings
+from tornado_fal_proxy.server import CLOSE_POLL_S
+from tornado_fal_proxy.service import make_application, what_is_open
 
-COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
 SECRET = KEY.partition(":")[2]
-WITH_KEY = {"FAL_KEY": KEY}
-# Far more than a start takes: a test that needs it has failed.
-TIMEOUT_S = 30
-
-
-def environment(given: dict[str, str]) -> dict[str, str]:
-    """An environment from scratch, so that nothing of the tester's own decides a test."""
-    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"} | given
 
 
 # Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the package trustme.
@@ -56,6 +49,9 @@ FAILS = [
     start(says=r"no key", environ={"FAL_KEY": " "}),
     start(says=r"no key", environ={"FAL_KEY_ID": "a"}),
     start(says=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
+    start(says=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
+    start(says=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
+    start(says=r"FAL_KEY_FILE: '.*empty.pem' holds no key", environ={"FAL_KEY_FILE": "{dir}/empty.pem"}),
     # Whoever tries to pass it as an option must not find it in the log of the machine.
     start(f"--key={KEY}", says=r"unknown: --key; .*FAL_KEY"),
     start("--key", KEY, says=r"unknown: --key, an argument; .*FAL_KEY"),
@@ -111,6 +107,11 @@ FAILS = [
     start("--authorize=rules:f", says=r"--authorize: cannot import 'rules:f': ModuleNotFoundError", environ=WITH_KEY),
     start("--authorize=os:sep", says=r"--authorize: must be a function, not '/'", environ=WITH_KEY),
     start("--resolve-key=os:none", says=r"--resolve-key: cannot import 'os:none': AttributeError"),
+    start("--processes=-1", says=r"--processes: must be a number from 0 to 256, not '-1'", environ=WITH_KEY),
+    start("--processes=257", says=r"--processes: must be .*'257'", environ=WITH_KEY),
+    start("--processes=two", says=r"--processes: must be .*'two'", environ=WITH_KEY),
+    start("--drain-timeout-s=long", says=r"--drain-timeout-s: must be a number of seconds.*'long'", environ=WITH_KEY),
+    start("--drain-timeout-s=86401", says=r"--drain-timeout-s: must be .*'86401'", environ=WITH_KEY),
     # Several problems are one line.
     start(
         "--port=x",
@@ -140,6 +141,7 @@ FAILS = [
     start("--sandbox", "--connect-to=a:1", says=r"--connect-to: the sandbox sets it"),
     start("--sandbox", "--ca-certs=a", "--port=x", says=("--ca-certs: the sandbox sets it", "--port: must be")),
     start("--sandbox", "--max-in-flight=x", says=r"--max-in-flight: must be"),
+    start("--sandbox", "--processes=2", says=r"--processes: the sandbox runs in one"),
     start("--sandbox=1", says=r"argument --sandbox: "),
     start(says=r"--sandbox: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
 ]
@@ -232,6 +234,7 @@ def test_help_lists_every_option() -> None:
         "listening:",
         "relaying:",
         "access:",
+        "processes:",
         "other:",
     ]
     for name in [*OPTIONS, *SWITCHES, "sandbox"]:
@@ -271,6 +274,8 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "authorize": ("os.path:exists", "os.path:isfile", os.path.exists),
     "resolve_key": ("os.path:join", "os.path:isfile", os.path.join),
     "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
+    "processes": ("3", "2", 3),
+    "drain_timeout_s": ("0", "1.5", 0.0),
     "log_level": ("WARNING", "debug", "warning"),
 }
 SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
@@ -390,73 +395,10 @@ def test_several_problems_are_a_tuple() -> None:
 # The process at work.
 
 
-class Running:
-    """The command, started and listening on a free port, and all it says."""
-
-    process: asyncio.subprocess.Process
-    line: str
-    port: int
-
-    @classmethod
-    async def start(cls, *argv: str, cwd: Any = None, **environ: str) -> "Running":
-        running = cls()
-        running.process = await asyncio.create_subprocess_exec(
-            *COMMAND,
-            "--port=0",
-            *argv,
-            cwd=cwd,
-            env=environment(environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert running.process.stdout is not None
-        running.line = (await running.process.stdout.readline()).decode()
-        match = re.fullmatch(
-            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*\n", running.line
-        )
-        if match is None:
-            raise AssertionError((await running.process.communicate())[1].decode())
-        running.port = int(match[1])
-        return running
-
-    @classmethod
-    async def before(cls, setup: Setup, upstream: Any, *argv: str) -> "Running":
-        """With that upstream in fal's place."""
-        config = setup.config(upstream)
-        assert config.ca_certs is not None
-        assert config.connect_to is not None
-        return await cls.start(
-            *argv, FAL_KEY=KEY, FAL_PROXY_CA_CERTS=config.ca_certs, FAL_PROXY_CONNECT_TO=config.connect_to
-        )
-
-    async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
-        """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
-        self.process.send_signal(number)
-        return await self.ended()
-
-    async def ended(self) -> tuple[str, str]:
-        async with asyncio.timeout(TIMEOUT_S):
-            stdout, stderr = await self.process.communicate()
-        assert "Traceback" not in stderr.decode()
-        assert self.process.returncode == 0
-        return stdout.decode(), stderr.decode()
-
-
-async def silent(exchange: Exchange) -> None:
-    """Take the request and never answer."""
-    await exchange.body()
-
-
-async def arrived(upstream: Any, count: int) -> None:
-    """Until the upstream has that many requests."""
-    while len(upstream.exchanges) < count:
-        await asyncio.sleep(0.005)
-
-
 @pytest.mark.gen_test
 async def test_it_serves_its_route_and_its_health() -> None:
     """Where the start line says, and nothing else; an option wins over its variable; it logs to stderr alone."""
-    running = await Running.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", **WITH_KEY)
+    running = await Running.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", FAL_KEY=KEY)
     assert running.line.endswith(f" listens on http://127.0.0.1:{running.port}/here\n")
 
     health = await call(running.port, "GET", path="/healthz")
@@ -520,13 +462,18 @@ async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.gen_test
 async def test_a_signal_ends_it_and_every_call_is_answered(setup: Setup, protocol: str, number: signal.Signals) -> None:
-    """A held POST with 500, for it may have run; a held GET with 502, which they repeat; the exit code is 0."""
+    """A held POST with 500, for it may have run; a held GET with 502, which they repeat; the exit code is 3.
+
+    So it is for calls that are not finished when --drain-timeout-s is over.
+    """
     upstream = await setup.upstream(silent, protocol)
-    running = await Running.before(setup, upstream)
+    running = await Running.before(setup, upstream, "--drain-timeout-s=0.3")
     idle = await Caller.open(running.port)
     held = [asyncio.create_task(call(running.port, method)) for method in ("POST", "GET", "POST", "GET")]
     await arrived(upstream, len(held))
-    await running.end(number)
+    running.process.send_signal(number)
+    _, stderr = await running.ended(3)
+    assert "4 calls are cut" in stderr
     answers = [await task for task in held]
     assert [answer.status for answer in answers] == [500, 502, 500, 502]
     broken = "The connection to fal's server broke before the answer was complete."
@@ -558,11 +505,6 @@ async def test_an_answer_that_is_being_written_when_it_ends_leaves_whole(setup: 
     assert await caller.reader.readexactly(len(result)) == result
     await caller.close()
     await running.ended()
-
-
-def connects(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.gen_test

@@ -32,6 +32,7 @@ __all__ = [
     "ProxyConfig",
     "authorization_line",
     "key_from",
+    "key_from_file",
     "relay_options",
 ]
 
@@ -58,6 +59,9 @@ EMPTY_LIST = "none"
 # What libcurl can count on every platform; nobody has as many calls, or bytes in one body.
 MOST = 2**31 - 1
 
+# More than any key has, and nothing to keep in memory when the variable names the wrong file.
+_MOST_KEY_FILE_CHARS = 10_000
+
 _KEY = re.compile(r"[!-~]+")
 _LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
 _SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
@@ -71,6 +75,26 @@ def key_from(environ: Mapping[str, str]) -> str | None:
         return key
     key_id, secret = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     return f"{key_id}:{secret}" if key_id and secret else None
+
+
+def key_from_file(environ: Mapping[str, str]) -> str | None:
+    """The key in the file that ``FAL_KEY_FILE`` names, as systemd and containers hand over secrets; None without it.
+
+    Raises ConfigError. Who else may read the file is not looked at: where secrets are mounted its mode says nothing.
+    """
+    path = environ.get("FAL_KEY_FILE", "")
+    if not path:
+        return None
+    try:
+        with open(path, encoding="ascii") as file:
+            key = file.read(_MOST_KEY_FILE_CHARS).strip()
+    except OSError as exc:
+        raise ConfigError([f"FAL_KEY_FILE: cannot read {path!r}: {exc.strerror}"]) from exc
+    except ValueError:  # a path with a NUL, or what is no text: from None, for the exception may quote what was read
+        raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"]) from None
+    if not _KEY.fullmatch(key):
+        raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"])
+    return key
 
 
 def _list(text: str) -> tuple[str, ...]:
@@ -253,9 +277,12 @@ class ProxyConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:
-        """The configuration in ``FAL_KEY`` and the ``FAL_PROXY_<FIELD>`` variables. Raises ConfigError."""
+        """The configuration in ``FAL_KEY``, or the file ``FAL_KEY_FILE``, and the ``FAL_PROXY_<FIELD>`` variables.
+
+        The file is read now, and not again. Raises ConfigError.
+        """
         texts = {option.name: environ.get(ENV_PREFIX + option.name.upper()) for option in relay_options()}
-        return cls.from_texts(texts, key=key_from(environ))
+        return cls.from_texts(texts, key=key_from(environ) or key_from_file(environ))
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str | None], *, key: str | None) -> ProxyConfig:

@@ -318,15 +318,16 @@ class FalProxyHandler(RequestHandler):
     def _add_cors_headers(self, cors: CorsRules) -> None:
         """Say who may read the answer, whatever it says of that by itself."""
         for name in [name for name in self._headers if name.lower().startswith(CORS_PREFIX)]:
+            self._headers[name] = ""  # Tornado 6.5 cannot delete one that was added twice
             del self._headers[name]
         for name, value in cors.answer_headers(self._origin()):
             self._headers[name] = value
         self._set_vary("Origin")
 
     def _set_vary(self, *names: str) -> None:
-        lines = vary(self._headers.get_list("Vary"), *names)
-        self.clear_header("Vary")
-        for line in lines:
+        first, *more = vary(self._headers.get_list("Vary"), *names)
+        self._headers["Vary"] = first
+        for line in more:
             self._headers.add("Vary", line)
 
     def _origin(self) -> str | None:
@@ -425,6 +426,8 @@ class FalProxyHandler(RequestHandler):
     async def _write_stream(self, head: ResponseHead, transfer: Transfer) -> None:
         if head.length is not None:
             self.set_header("Content-Length", head.length)
+        if head.event_stream:
+            self._headers["X-Accel-Buffering"] = "no"  # nginx, which buffers answers by default, takes it out again
         self._streaming = True
         self._connection.stream.set_nodelay(True)
         await self._delivered(self.flush())
@@ -433,6 +436,8 @@ class FalProxyHandler(RequestHandler):
             if head.event_stream:
                 # fal's client decodes each chunk by itself and breaks where a character is cut in two.
                 chunk, undecoded = split_utf8(undecoded + transfer.read_rest_of_line(chunk))
+            else:
+                chunk = transfer.read_rest(chunk)
             if chunk:
                 self.write(chunk)
                 await self._delivered(self.flush())

@@ -1,15 +1,13 @@
-"""The proxy as a process of its own: options in, one listening socket, an orderly end.
+"""The proxy as a service of its own: its application, the life of a process that serves, and the command.
 
-Strategy. Every option is a text from the command line or from ``FAL_PROXY_<NAME>``, checked in one place, so that a
-wrong one ends the start with a line that says what to change and never with a traceback. An embedding application
-never imports this module; what it needs is :class:`~tornado_fal_proxy.handler.FalProxyHandler`.
-
-The key is no option: an argument list is for everyone on the machine to read.
+Strategy. Options, connections, worker processes and systemd are modules of their own; here they meet. One process
+serves by itself, and whoever started it sees how it ends; several are forked from a parent that binds the sockets first
+and serves nothing (:mod:`~tornado_fal_proxy.workers`). An embedding application never imports this module; what it
+needs is :class:`~tornado_fal_proxy.handler.FalProxyHandler`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import errno
@@ -17,200 +15,47 @@ import importlib
 import json
 import logging
 import os
-import re
-import signal
+import resource
 import socket
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tornado.httpserver import HTTPServer
+from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream
+from tornado.log import access_log
 from tornado.netutil import bind_sockets
 from tornado.routing import URLSpec
 from tornado.web import Application, RequestHandler
 
+from tornado_fal_proxy import memory
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.config import DEFAULT_ROUTE, ENV_PREFIX, FALSE, TRUE, ProxyConfig, key_from, relay_options
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.connection import close_after
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams
+from tornado_fal_proxy.options import PROGRAM, Settings, parse_settings
+from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, open_files, reserve
+from tornado_fal_proxy.systemd import Notifier, NotListening, activated_sockets
+from tornado_fal_proxy.workers import Alone, CannotStart, Crew, Ending, Worker
 
 if TYPE_CHECKING:
     from tornado_fal_proxy.sandbox import Sandbox
 
-__all__ = ["Settings", "main", "make_application", "parse_settings"]
-
-PROGRAM = "tornado-fal-proxy"
+__all__ = ["main", "make_application"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
-# Only this machine: who exposes a paid key to the world should say so.
-DEFAULT_ADDRESS = "127.0.0.1"
-DEFAULT_PORT = 8080
-DEFAULT_LOG_LEVEL = "info"
-TAKEN_ROUTES = ("/", "/healthz")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-# A crowd that arrives at once waits here for its turn; the kernel caps it at net.core.somaxconn.
-LISTEN_BACKLOG = 4096
-# The options that say who may call what; the others say how a call is relayed.
-ACCESS_OPTIONS = (
-    *("allowed_endpoints", "allow_uploads", "max_token_expiration_s", "allowed_hosts", "allow_cancel"),
-    *("allowed_webhooks", "authorize", "resolve_key", "allowed_origins", "allow_credentials"),
-)
-# How long answers that are being written when the process ends may take, and how often that is looked at.
-CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02
+# EXIT_CUT: the service ended as it was told, but not all calls were finished by then.
+EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE, EXIT_CUT, EXIT_WORKERS = 0, 1, 2, 3, 4
 
-EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE = 0, 1, 2
-
-_OPTION = re.compile(r"--[a-z-]+(?==|\Z)")
-_PORT = re.compile(r"[0-9]{1,5}")
-_ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
-
-# The options that are no field of ProxyConfig, with what an empty or missing text stands for.
-_DEFAULTS = {
-    "address": DEFAULT_ADDRESS,
-    "port": str(DEFAULT_PORT),
-    "route": DEFAULT_ROUTE,
-    "log_level": DEFAULT_LOG_LEVEL,
-    "sandbox": "no",
-}
-# Which texts they may have, and how to say so. The address is for the operating system to judge.
-_RULES: dict[str, tuple[Callable[[str], bool], str]] = {
-    "port": (lambda text: bool(_PORT.fullmatch(text)) and int(text) < 65_536, "a number from 0 to 65535"),
-    "route": (
-        lambda text: bool(_ROUTE.fullmatch(text)) and text not in TAKEN_ROUTES,
-        f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}",
-    ),
-    "log_level": (lambda text: text.lower() in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
-    "sandbox": (lambda text: text.lower() in TRUE + FALSE, f"one of {', '.join(TRUE + FALSE)}"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the process does, checked. ``config`` is None in sandbox mode, where the sandbox decides it."""
-
-    address: str
-    port: int
-    route: str
-    log_level: str
-    sandbox: bool
-    config: ProxyConfig | None
-    texts: Mapping[str, str | None]
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line on stderr and exit code 2, instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog=PROGRAM,
-        allow_abbrev=False,
-        description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET) to calls of fal's "
-        "clients and relays them.",
-        epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
-        "An option wins over its variable.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-
-    def add(group: Any, name: str, help: str, metavar: str, default: object) -> None:
-        text = help if default is None else f"{help} (default: {default})"
-        group.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
-
-    def add_switch(group: Any, name: str, help: str) -> None:
-        group.add_argument("--" + name.replace("_", "-"), action="store_const", const="1", help=f"{help} (default: no)")
-
-    listen = parser.add_argument_group("listening")
-    add(listen, "address", "address or host name to listen on", "ADDRESS", DEFAULT_ADDRESS)
-    add(listen, "port", "port to listen on; 0 takes a free one", "PORT", DEFAULT_PORT)
-    add(listen, "route", "path that the clients' proxyUrl names", "PATH", DEFAULT_ROUTE)
-    relay = parser.add_argument_group("relaying")
-    access = parser.add_argument_group("access", "lists are separated by commas; README.md, 'Secure it', explains them")
-    for option in relay_options():
-        group = access if option.name in ACCESS_OPTIONS else relay
-        if option.default is False:
-            add_switch(group, option.name, option.metadata["help"])
-        else:
-            add(group, option.name, option.metadata["help"], option.metadata["metavar"], option.default)
-    other = parser.add_argument_group("other")
-    add(other, "log_level", "least level to log: " + ", ".join(LOG_LEVELS), "LEVEL", DEFAULT_LOG_LEVEL)
-    other.add_argument(
-        "--sandbox",
-        action="store_const",
-        const="1",
-        help="relay to a stand-in for fal on this machine: needs neither key nor network; / shows a page to try it",
-    )
-    return parser
-
-
-def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """The settings that options and environment ask for. Raises ConfigError, naming every problem.
-
-    ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
-    """
-    options, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        # Only their names: somebody may have tried to pass the key.
-        names = [match[0] if (match := _OPTION.match(text)) else "an argument" for text in unknown]
-        raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
-    texts: dict[str, str | None] = {
-        name: environ.get(ENV_PREFIX + name.upper()) if value is None else value
-        for name, value in vars(options).items()
-    }
-    own = {name: texts[name] or default for name, default in _DEFAULTS.items()}
-    problems = [
-        f"{name}: must be {form}, not {own[name]!r}" for name, (holds, form) in _RULES.items() if not holds(own[name])
-    ]
-    sandbox = own["sandbox"].lower() in TRUE
-    config = None
-    try:
-        config = _relay_config(texts, environ, sandbox)
-    except ConfigError as exc:
-        problems.extend(exc.problems)
-    if problems:
-        raise ConfigError([_in_options(problem) for problem in problems])
-    return Settings(
-        address=own["address"],
-        port=int(own["port"]),
-        route=own["route"],
-        log_level=own["log_level"].lower(),
-        sandbox=sandbox,
-        config=config,
-        texts=texts,
-    )
-
-
-def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], sandbox: bool) -> ProxyConfig | None:
-    """The part of the settings that is the proxy's; in sandbox mode it is checked only. Raises ConfigError."""
-    problems = []
-    key = None if sandbox else key_from(environ)
-    if sandbox:
-        set_by_it = [name for name in ("ca_certs", "connect_to") if texts[name]]
-        problems = [f"{name}: the sandbox sets it" for name in set_by_it]
-        texts = {**texts, **dict.fromkeys(set_by_it)}
-    elif key is None and not texts["resolve_key"]:
-        problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET (or try --sandbox)"]
-    try:
-        config = ProxyConfig.from_texts(texts, key=key)
-    except ConfigError as exc:
-        problems.extend(exc.problems)
-    if problems:
-        raise ConfigError(problems)
-    return None if sandbox else config
-
-
-def _in_options(problem: str) -> str:
-    """A problem that begins with a field's name, with the option's name instead."""
-    return re.sub(r"\A[a-z_]+(?=: )", lambda name: "--" + name[0].replace("_", "-"), problem).replace(
-        "--key:", "FAL_KEY:"
-    )
+# Open files of a process that serves nobody: the standard three, sockets, pipes, epolls, with room for more.
+OWN_FILES = 32
+# Calls that share one connection to fal over HTTP/2, as servers commonly allow.
+STREAMS_PER_CONNECTION = 100
 
 
 class HealthHandler(RequestHandler):
@@ -227,11 +72,10 @@ class HealthHandler(RequestHandler):
 class MessageHandler(RequestHandler):
     """Answers whatever is asked with a status and, as the proxy does, ``{"message": ...}``."""
 
-    def initialize(self, status: int, message: str, **headers: str) -> None:
+    def initialize(self, status: int, message: str) -> None:
         self.set_status(status)
         self._message = message
-        for name, value in {"Content-Type": "application/json", **headers}.items():
-            self.set_header(name, value)
+        self.set_header("Content-Type", "application/json")
 
     def prepare(self) -> None:
         self.finish(json.dumps({"message": self._message}))
@@ -239,46 +83,48 @@ class MessageHandler(RequestHandler):
 
 NOT_FOUND = {"status": 404, "message": "Not found."}
 # Nothing was sent to fal, so the caller may ask again, and finds another process.
-CLOSING = {"status": 503, "message": "The proxy is closing; try again.", "Connection": "close"}
+CLOSING = {"status": 503, "message": "The proxy is closing; try again."}
+FULL = {"status": 503, "message": "The proxy has no room for another connection; try again."}
 
 
 class Service(Application):
-    """The application of the process. ``closing`` is set when it ends, for connections that are still open then."""
+    """The application of a process.
+
+    ``closing`` is set when it ends, for connections that are still open then; ``shed`` are connections that are one too
+    many.
+    """
 
     closing = False
 
+    def __init__(self, config: ProxyConfig, route: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config, self.route = config, route
+        self.shed: weakref.WeakSet[IOStream] = weakref.WeakSet()
+
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
-        if self.closing:
-            return self.get_handler_delegate(request, MessageHandler, CLOSING)
+        if self.closing or (self.shed and self._connection(request).stream in self.shed):
+            close_after(self._connection(request))
+            return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
+        if request.path == self.route:
+            return self.get_handler_delegate(request, FalProxyHandler, {"config": self.config})
         return super().find_handler(request, **kwargs)
 
+    def log_request(self, handler: RequestHandler) -> None:
+        if access_log.isEnabledFor(logging.INFO) or handler.get_status() >= 400:
+            super().log_request(handler)
 
-class Server(HTTPServer):
-    """An HTTP server that can end without cutting off the answers that it is writing."""
-
-    def initialize(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize(*args, **kwargs)
-        self._streams: weakref.WeakSet[IOStream] = weakref.WeakSet()
-
-    def handle_stream(self, stream: IOStream, address: Any) -> None:
-        self._streams.add(stream)
-        super().handle_stream(stream, address)
-
-    async def end(self) -> None:
-        """Close all connections, as soon as what handlers write now has left or CLOSE_GRACE_S are over."""
-        for _ in range(round(CLOSE_GRACE_S / CLOSE_POLL_S)):
-            await asyncio.sleep(CLOSE_POLL_S)
-            if not any(stream.writing() for stream in self._streams):
-                break
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.close_all_connections(), CLOSE_GRACE_S)
+    @staticmethod
+    def _connection(request: HTTPServerRequest) -> HTTP1Connection:
+        assert isinstance(request.connection, HTTP1Connection)
+        return request.connection
 
 
 def make_application(config: ProxyConfig, route: str, more: Sequence[URLSpec] = ()) -> Service:
     """The whole service as a Tornado application, with the rules ``more`` beside its own."""
     return Service(
+        config,
+        route,
         [
-            URLSpec(re.escape(route), FalProxyHandler, {"config": config}),
             URLSpec("/healthz", HealthHandler),
             *more,
         ],
@@ -288,7 +134,12 @@ def make_application(config: ProxyConfig, route: str, more: Sequence[URLSpec] = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service. The exit code is 0 after SIGTERM or SIGINT, 1 when the port is taken, 2 on wrong options."""
+    """Run the service, and return the exit code.
+
+    0: all calls were finished after a signal. 1: cannot listen. 2: wrong options. 3: calls were cut at the end.
+    4: worker processes do not start.
+    """
+    notifier = Notifier(os.environ)
     with contextlib.suppress(OSError):  # a working directory that was removed
         # Where --authorize and --resolve-key find a module of the operator's, after all that is installed.
         sys.path.append(os.getcwd())
@@ -298,7 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         return _fail(str(exc), EXIT_USAGE)
     try:
-        sockets = bind_sockets(settings.port, settings.address, backlog=LISTEN_BACKLOG)
+        sockets = activated_sockets(os.environ)
+        activated = bool(sockets)
+        sockets = sockets or bind_sockets(settings.port, settings.address, backlog=LISTEN_BACKLOG)
+    except NotListening as exc:
+        return _fail(str(exc), EXIT_CANNOT_LISTEN)
     except (OSError, UnicodeError) as exc:  # UnicodeError: a name that DNS cannot hold
         what = f"cannot listen on {settings.address} port {settings.port}: {getattr(exc, 'strerror', None) or exc}"
         about_the_port = getattr(exc, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
@@ -306,14 +161,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{what}; choose another --port" if about_the_port else f"{what}; see --address",
             EXIT_CANNOT_LISTEN if about_the_port else EXIT_USAGE,
         )
+    process = " [%(process)d]" if settings.processes > 1 else ""
     logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
+    if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
+        logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
     if settings.config is not None:
         restricted, line = what_is_open(settings.config)
         logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
-    asyncio.run(_serve(settings, sockets, sandbox))
-    return EXIT_OK
+    _raise_open_files(settings)
+    memory.map_large_blocks()
+    memory.collect_rarely()
+    return _run(_Service(settings, sockets, sandbox, notifier))
 
 
 def what_is_open(config: ProxyConfig) -> tuple[bool, str]:
@@ -349,40 +211,130 @@ def _make_sandbox() -> Sandbox:
     return sandbox
 
 
-async def _serve(settings: Settings, sockets: list[socket.socket], sandbox: Sandbox | None) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    url = _url_of(sockets[0])
+@dataclass(frozen=True)
+class _Service:
+    """What the parent, each worker, and a process that serves by itself have in common."""
+
+    settings: Settings
+    sockets: list[socket.socket]
+    sandbox: Sandbox | None
+    notifier: Notifier
+
+    @property
+    def alive_s(self) -> float | None:
+        """How often the watchdog is to hear that all is well: a late one is still in time."""
+        return self.notifier.watchdog_s and self.notifier.watchdog_s / 4
+
+    def ready(self) -> None:
+        url = _url_of(self.sockets[0])
+        _say(f"{PROGRAM} {__version__} listens on {url}{self.settings.route}", sys.stdout)
+        if self.sandbox is not None:
+            _say(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:", sys.stdout)
+            _say(
+                f"curl -H 'content-type: application/json' -H 'x-fal-target-url: https://fal.run/fal-ai/flux/dev' "
+                f'-d \'{{"prompt": "a lighthouse"}}\' {url}{self.settings.route}',
+                sys.stdout,
+            )
+        self.notifier.ready()
+
+    def stopping(self) -> None:
+        self.notifier.stopping()
+        for listener in self.sockets:
+            listener.close()
+
+
+def _run(service: _Service) -> int:
+    settings, notifier = service.settings, service.notifier
+    if settings.processes == 1:
+        alone = Alone(service.ready, notifier.stopping, notifier.alive)
+        return asyncio.run(_serve(service, alone))
+    crew = Crew(
+        settings.processes,
+        lambda worker: asyncio.run(_serve(service, worker)),
+        on_ready=service.ready,
+        on_stop=service.stopping,
+        end_timeout_s=settings.drain_timeout_s + 2 * CLOSE_GRACE_S,
+        alive_s=service.alive_s,
+        on_alive=notifier.alive,
+    )
+    try:
+        return EXIT_OK if crew.run() else EXIT_CUT
+    except CannotStart as exc:
+        return _fail(f"{exc}; the log says why", EXIT_WORKERS)
+
+
+async def _serve(service: _Service, worker: Alone | Worker) -> int:
+    """The life of a process that serves."""
+    settings, sandbox = service.settings, service.sandbox
+    ending = Ending()
+    worker.end_as_told(ending)
     config, more = settings.config, []
     if sandbox is not None:
         sandbox.start()
-        sandbox.public_url = url
+        sandbox.public_url = _url_of(service.sockets[0])
         texts = {**settings.texts, "ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
     application = make_application(config, settings.route, more)
     server = Server(application)
-    server.add_sockets(sockets)
-    _say(f"{PROGRAM} {__version__} listens on {url}{settings.route}", sys.stdout)
-    if sandbox is not None:
-        _say(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:", sys.stdout)
-        _say(
-            f"curl -H 'content-type: application/json' -H 'x-fal-target-url: https://fal.run/fal-ai/flux/dev' "
-            f'-d \'{{"prompt": "a lighthouse"}}\' {url}{settings.route}',
-            sys.stdout,
-        )
-    await stop.wait()
+    server.listen_on(service.sockets, worker, application.shed)
+    worker.ready()
+    beat = asyncio.create_task(_beat(worker, service.alive_s))
+    await ending.asked.wait()
+    worker.stopping()
     server.stop()
+    all_finished = await _finish(server, ending, settings.drain_timeout_s)
     application.closing = True
     close_upstreams(application)
     await server.end()
     if sandbox is not None:
         await sandbox.close()
+    beat.cancel()
+    return EXIT_OK if all_finished else EXIT_CUT
+
+
+async def _beat(worker: Alone | Worker, seconds: float | None) -> None:
+    """Tell, as long as the loop turns."""
+    while seconds is not None:
+        worker.alive()
+        await asyncio.sleep(seconds)
+
+
+async def _finish(server: Server, ending: Ending, timeout_s: float) -> bool:
+    """Let the calls in flight come to their end; whether all did before time was over or a signal said to stop."""
+    logger.info("ending: %d calls in flight, and up to %g s for them", server.in_flight, timeout_s)
+    drained, now = asyncio.create_task(server.drain()), asyncio.create_task(ending.now.wait())
+    await asyncio.wait((drained, now), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
+    now.cancel()
+    if cut := server.in_flight:
+        logger.warning("ending: %d calls are cut", cut)
+    return not cut
+
+
+def _raise_open_files(settings: Settings) -> None:
+    """Allow as many open files as may be, and warn where that is too few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if settings.config is None:
+        return  # nobody brings a crowd to the sandbox
+    calls, limit = settings.config.max_in_flight, open_files()
+    spare = OWN_FILES + reserve(limit)
+    needed = spare + calls + calls // STREAMS_PER_CONNECTION
+    if needed > limit:
+        fits = (limit - spare) * STREAMS_PER_CONNECTION // (STREAMS_PER_CONNECTION + 1)
+        logger.warning(
+            "--max-in-flight=%d takes up to %d open files in a process while fal speaks HTTP/2, and %d over HTTP/1.1; "
+            "the limit is %d: raise it (systemd: LimitNOFILE=%d, a shell: ulimit -n) or set --max-in-flight=%d",
+            *(calls, needed, spare + 2 * calls, limit, needed, max(fits, 1)),
+        )
 
 
 def _url_of(listener: socket.socket) -> str:
     """Where a browser on this machine finds the service."""
+    if listener.family == socket.AF_UNIX:
+        return f"http://unix:{listener.getsockname()}:"
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  (recognized, not bound)
         host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"

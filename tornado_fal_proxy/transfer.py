@@ -11,6 +11,7 @@ Only this module and ``upstream`` know libcurl. A transfer never decides which c
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from typing import Protocol
 
 import pycurl
@@ -191,6 +192,14 @@ class Transfer:
             chunk += self._pop()
         return chunk
 
+    def read_rest(self, chunk: bytes) -> bytes:
+        """``chunk`` and the pieces behind it that are here already, up to about ``HIGH_WATER_BYTES``."""
+        pieces, size = [chunk], len(chunk)
+        while self._chunks and size < HIGH_WATER_BYTES:
+            pieces.append(self._pop())
+            size += len(pieces[-1])
+        return b"".join(pieces)
+
     def take(self) -> bytes:
         """All that has arrived and was not read, of a body that is complete."""
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
@@ -218,7 +227,8 @@ class Transfer:
 
     async def _wait(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            # Not the one that is kept: its traceback would hold frames that hold this transfer, a cycle for each call.
+            raise copy(self._failure)
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.servers import KEY, CannotStart
 
-__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Place"]
+__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Place", "ours_in"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -45,6 +45,7 @@ class Peer:
     isolated: bool = True  # it insists on https://fal.run
     most_held: int | None = None  # long polls that it can hold
     files_per_call: int = 2  # connections that a held call takes, the caller's and one to the upstream
+    everywhere: bool = False  # it may use all CPUs, those of the upstream and the callers too
 
     def environment(self, place: Place) -> Mapping[str, str]:
         ours = {
@@ -146,6 +147,13 @@ def _nginx(place: Place) -> Sequence[str]:
 
 
 OURS = Peer("ours", "tornado_fal_proxy", _ours, isolated=False, files_per_call=1)
+
+
+def ours_in(processes: int) -> Peer:
+    """This proxy in so many processes, on all CPUs."""
+    return replace(OURS, command=lambda place: [*_ours(place), f"--processes={processes}"], everywhere=True)
+
+
 FLOOR = Peer("floor", "Tornado, relays nothing", _floor, relays=False, isolated=False, files_per_call=1)
 NGINX = Peer("nginx", "nginx proxy_pass", _nginx, isolated=False)
 

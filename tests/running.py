@@ -1,0 +1,191 @@
+"""The command as a process, for tests of what it does there."""
+
+import asyncio
+import atexit
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from conftest import KEY, Setup
+from upstream import Exchange
+
+from tornado_fal_proxy import __version__
+
+__all__ = [
+    "ACTIVATE",
+    "COMMAND",
+    "TIMEOUT_S",
+    "WITH_KEY",
+    "Running",
+    "alive",
+    "arrived",
+    "connects",
+    "environment",
+    "eventually",
+    "serving",
+    "silent",
+]
+
+COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
+WITH_KEY = {"FAL_KEY": KEY}
+# Does what systemd does for a socket unit: runs a command with that descriptor as its third.
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+# Far more than a start takes: a test that needs it has failed.
+TIMEOUT_S = 30
+
+
+def environment(given: dict[str, str]) -> dict[str, str]:
+    """An environment from scratch, so that nothing of the tester's own decides a test."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"} | given
+
+
+class Running:
+    """The command, started and listening on a free port, and all it says."""
+
+    process: asyncio.subprocess.Process
+    line: str
+    port: int
+
+    @classmethod
+    async def start(
+        cls, *argv: str, listener: socket.socket | None = None, cwd: Path | None = None, **environ: str
+    ) -> "Running":
+        """Start it, in the directory ``cwd``; with ``listener`` as systemd would, with that socket open."""
+        running = cls()
+        command = [*COMMAND, *([] if listener else ["--port=0"]), *argv]
+        more: dict[str, Any] = {}
+        if listener is not None:
+            command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *command]
+            more = {"pass_fds": [listener.fileno()]}
+        running.process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=cwd,
+            env=environment(environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a group that a test can signal
+            **more,
+        )
+        atexit.register(running.kill)
+        assert running.process.stdout is not None
+        running.line = (await running.process.stdout.readline()).decode()
+        match = re.fullmatch(
+            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*\n", running.line
+        )
+        if match is None:
+            raise AssertionError((await running.process.communicate())[1].decode())
+        running.port = int(match[1])
+        return running
+
+    @classmethod
+    async def before(
+        cls, setup: Setup, upstream: Any, *argv: str, listener: socket.socket | None = None, **environ: str
+    ) -> "Running":
+        """With that upstream in fal's place."""
+        config = setup.config(upstream)
+        assert config.ca_certs is not None
+        assert config.connect_to is not None
+        return await cls.start(
+            *argv,
+            listener=listener,
+            cwd=None,
+            FAL_KEY=KEY,
+            FAL_PROXY_CA_CERTS=config.ca_certs,
+            FAL_PROXY_CONNECT_TO=config.connect_to,
+            **environ,
+        )
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
+        """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self, code: int = 0) -> tuple[str, str]:
+        async with asyncio.timeout(TIMEOUT_S):
+            stdout, stderr = await self.process.communicate()
+        assert "Traceback" not in stderr.decode()
+        assert self.process.returncode == code, stderr.decode()
+        return stdout.decode(), stderr.decode()
+
+    def kill(self) -> None:
+        """What a failed test left behind ends with the tests."""
+        with suppress(OSError):
+            if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
+                os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """The processes that it has forked and that live."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [pid for pid in map(int, children) if alive(pid)]
+
+    async def said(self, pattern: str) -> str:
+        """The next line on stderr that matches."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            while line := (await self.process.stderr.readline()).decode():
+                if re.search(pattern, line):
+                    return line
+        raise AssertionError(f"it ended without saying {pattern!r}")
+
+
+async def silent(exchange: Exchange) -> None:
+    """Take the request and never answer."""
+    await exchange.body()
+
+
+async def arrived(upstream: Any, count: int) -> None:
+    """Until the upstream has that many requests."""
+    while len(upstream.exchanges) < count:
+        await asyncio.sleep(0.005)
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def alive(pid: int) -> bool:
+    """Whether that process exists and has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def eventually(holds: Callable[[], Any]) -> Any:
+    """Wait until ``holds()`` is true, and return what it says then."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (value := holds()):
+            await asyncio.sleep(0.01)
+        return value
+
+
+def serving(pid: int, port: int) -> set[int]:
+    """The callers (their own ports) of the service on ``port`` whose connections that process has."""
+    files = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            files.add(os.readlink(link))
+    ports = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        local, remote = (int(address.partition(":")[2], 16) for address in fields[1:3])
+        if local == port and remote and f"socket:[{fields[9]}]" in files:
+            ports.add(remote)
+    return ports

@@ -1,0 +1,81 @@
+"""What systemd says to a service, and a service to systemd: sockets that are open already, readiness, the watchdog.
+
+Strategy: the protocols of sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) are a few environment variables and
+a datagram each. The variables are taken out of the environment, so that no child takes them for its own. Without them
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import MutableMapping
+
+__all__ = ["NotListening", "Notifier", "activated_sockets"]
+
+# SD_LISTEN_FDS_START of sd_listen_fds(3).
+FIRST_FD = 3
+
+
+class NotListening(Exception):
+    """A descriptor that was passed is no listening stream socket."""
+
+
+def activated_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that were opened for this process, none when it was started without.
+
+    Raises NotListening.
+    """
+    count, pid, names = (environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
+    environ.pop("LISTEN_PIDFDID", None)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    named = dict(enumerate(names.split(":"), FIRST_FD))
+    return [_listener(fd, named.get(fd) or "unknown") for fd in range(FIRST_FD, FIRST_FD + int(count))]
+
+
+def _listener(fd: int, name: str) -> socket.socket:
+    listening = 0
+    with contextlib.suppress(OSError):
+        os.set_inheritable(fd, False)
+        listener = socket.socket(fileno=fd)
+        listener.setblocking(False)
+        if listener.type == socket.SOCK_STREAM:
+            listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listening:
+        raise NotListening(f"descriptor {fd} ({name}) from LISTEN_FDS is no listening stream socket")
+    return listener
+
+
+class Notifier:
+    """Tells the service manager how the service is. Harmless where there is none."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        self._address = environ.pop("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):  # of Linux's abstract name space
+            self._address = "\0" + self._address[1:]
+        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        ours = usec.isdecimal() and int(usec) > 0 and pid in ("", str(os.getpid()))
+        #: Seconds within which :meth:`alive` must be called again and again; None where no watchdog watches.
+        self.watchdog_s = int(usec) / 1e6 if ours and self._address else None
+
+    def ready(self) -> None:
+        """The service takes calls."""
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        """The service takes no more calls, and finishes what it has."""
+        self._send("STOPPING=1")
+
+    def alive(self) -> None:
+        """All of it still works."""
+        self._send("WATCHDOG=1")
+
+    def _send(self, state: str) -> None:
+        if not self._address:
+            return
+        # A manager that does not listen is no reason to stop serving.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)
+            channel.sendto(state.encode(), self._address)
