@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import ROUTE, Setup
+from running import Running
 from test_nginx import NAME, deployed, nginx
 from upstream import Exchange, Upstream
 
@@ -223,6 +224,20 @@ async def test_alone(setup: Setup) -> None:
     for calls, statuses in results.values():
         assert statuses.count(200) == len(calls)
         assert all(status == 200 or 400 <= status < 500 for status in statuses)
+
+
+@pytest.mark.gen_test
+async def test_the_service(setup: Setup) -> None:
+    """The command, which reads heads by itself where Tornado's parser would find nothing unusual, reads all as that."""
+    upstream = await setup.upstream(answer, "http/1.1")
+    running = await Running.before(setup, upstream)
+    results = await run(upstream, running.port)
+    own = {"first line b'POST /api/fal/proxy HTTP/1.1\\r'": ()}
+    assert different(results, {case.name: own.get(case.name, case.alone) for case in CASES}) == {}
+    for calls, statuses in results.values():
+        assert statuses.count(200) == len(calls)
+        assert all(status == 200 or 400 <= status < 500 for status in statuses)
+    await running.end()
 
 
 @pytest.mark.gen_test
