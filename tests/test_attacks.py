@@ -1,13 +1,19 @@
 """What an attacker sends, or has fal send, and what comes of it: an answer that says no, and nothing for others."""
 
 import asyncio
+import base64
 import contextlib
+import gc
+import gzip
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from caller import ROUTE, Caller, call, request
-from conftest import Setup
+from conftest import KEY, Logs, Setup
+from running import Running, eventually
 from tornado.web import Application
 from upstream import Exchange
 
@@ -307,3 +313,248 @@ async def test_callers_that_do_not_read_stop_nobody(setup: Setup) -> None:
         caller.leave()
     while backend().client.in_flight:
         await asyncio.sleep(0.01)
+
+
+# Answers of fal's, or of somebody in its place.
+
+EVIL = ("set-cookie", "evil=1")
+LINE = f"{EVIL[0]}: {EVIL[1]}"
+# For each the protocols over which it can come, and how a POST may be answered. Over HTTP/1.1 a line break begins
+# another header of fal's, whoever put it there.
+H1, H2, OVER_BOTH = ("http/1.1",), ("h2",), ("http/1.1", "h2")
+ODD_HEADERS: dict[str, tuple[tuple[str, ...], list[tuple[str | bytes, str | bytes]], tuple[int, ...]]] = {
+    "CR LF in a value": (H2, [("x-a", f"b\r\n{LINE}")], (200, 500)),
+    "LF in a value": (H2, [("x-a", f"b\n{LINE}")], (200, 500)),
+    "CR in a value": (OVER_BOTH, [("x-a", f"b\r{LINE}")], (200, 500)),
+    "a second answer": (H2, [("x-a", f"b\r\n\r\nHTTP/1.1 200 OK\r\n{LINE}\r\n\r\n")], (200, 500)),
+    "NUL in a value": (OVER_BOTH, [("x-a", "b\0c")], (200, 500)),
+    "an escape in a value": (OVER_BOTH, [("x-a", "\x1b[0m")], (200, 500)),
+    "CR LF in a name": (H2, [(f"x-a\r\n{LINE}\r\nx-b", "c")], (200, 500)),
+    "CR in a name": (OVER_BOTH, [(f"x-a\r{LINE}\rx-b", "c")], (200, 500)),
+    "a space in a name": (OVER_BOTH, [("x a", "b")], (200, 500)),
+    "a colon in a name": (H2, [("x:a", "b")], (200, 500)),
+    "no name": (OVER_BOTH, [("", "b")], (200, 500)),
+    "upper case": (H2, [("X-A", "b")], (200, 500)),
+    "a pseudo-header of requests": (OVER_BOTH, [(":path", "/x")], (200, 500)),
+    "a second status": (OVER_BOTH, [(":status", "201")], (200, 500)),
+    "hop-by-hop": (H2, [("connection", "close"), ("transfer-encoding", "chunked")], (500,)),
+    "4,900 headers": (OVER_BOTH, [(f"x-{number}", "y") for number in range(4900)], (200,)),
+    "6,000 headers": (OVER_BOTH, [(f"x-{number}", "y") for number in range(6000)], (500,)),
+    "a header of 60 kB": (OVER_BOTH, [("x-a", "y" * 60_000)], (200,)),
+    "a head of 1 MB": (H1, [("x-a", "y" * 10_000)] * 100, (500,)),
+    "a header of 1 MB": (H1, [("x-a", "y" * 1_000_000)], (500,)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_HEADERS)
+@pytest.mark.gen_test
+async def test_odd_headers(setup: Setup, logs: Logs, protocol: str, name: str) -> None:
+    """None of fal's headers makes one of another, or another answer. What is too large is an error, and fal's alone."""
+    protocols, headers, statuses = ODD_HEADERS[name]
+    if protocol not in protocols:
+        return
+    go_on = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        if exchange.target == b"/held":
+            await go_on.wait()
+        await exchange.respond(200, b"{}", [*JSON, *headers] if exchange.target == b"/odd" else JSON)
+
+    upstream = await setup.upstream(answer, protocol)
+    port, backend = serve(setup, upstream)
+    held = asyncio.create_task(call(port, target="https://fal.run/held"))
+    while not upstream.exchanges:
+        await asyncio.sleep(0.001)
+    caller = await Caller.open(port)
+    caller.reader._limit = 2_000_000  # type: ignore[attr-defined]
+    await caller.send(target="https://fal.run/odd")
+    odd = await caller.answer()
+    assert odd.status in statuses
+    assert not [header for header in odd.headers if EVIL[0] in header[0] or header[0] in ("x-b", ":status", "x a")]
+    await caller.send()
+    assert ((await caller.answer()).status, (await caller.answer_is_over())) == (200, True)
+    go_on.set()
+    assert (await held).status == 200
+    assert backend().client.in_flight == 0
+    if odd.status == 500:
+        logs.expect("500 POST https://fal.run/odd: curl error .*; the job may have run")
+    await caller.close()
+
+
+ZEROS = 30_000_000
+BOMBS: dict[str, bytes] = {
+    "gzip": gzip.compress(bytes(ZEROS)),
+    # As many of them in 39 bytes.
+    "br": base64.b64decode("z///f/gnAOKxQCD3/j//hpPxTwDEYQGAzm4y"),
+    "gzip, gzip": gzip.compress(gzip.compress(bytes(ZEROS))),
+    ", ".join(["gzip"] * 6): b"not looked at: five codings are the most that libcurl takes",
+}
+# libcurl decodes all of a piece that it has read, whether it is paused or not, and keeps up to 64 MB of it.
+UNBOUNDED = [("GET", "gzip"), ("GET", "br"), ("GET", "gzip, gzip"), ("POST", "br"), ("POST", "gzip, gzip")]
+
+
+def peak_kb(pid: int) -> int:
+    """The most memory that the process ever had."""
+    return int(re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "coding"),
+    [
+        pytest.param(method, coding, marks=[pytest.mark.xfail(strict=True)] if (method, coding) in UNBOUNDED else [])
+        for method in ("GET", "POST")
+        for coding in BOMBS
+    ],
+)
+@pytest.mark.gen_test
+async def test_bombs(setup: Setup, method: str, coding: str) -> None:
+    """An answer that is small until it is decoded takes a bounded amount of memory while its caller does not read."""
+    callers, most_kb = 2, 16_000  # hold_bytes, and as much again for what libcurl has decoded by then
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        if exchange.target == b"/bomb":
+            await exchange.respond(200, BOMBS[coding], [*JSON, ("content-encoding", coding)])
+        else:
+            await exchange.respond(200, b"{}", JSON)
+
+    upstream = await setup.upstream(answer)
+    running = await Running.before(setup, upstream)
+    for _ in range(4):
+        assert (await call(running.port, method)).status == 200
+    before = peak_kb(running.pid)
+    stalled = [await Caller.open(running.port, receive_buffer=4096) for _ in range(callers)]
+    for caller in stalled:
+        caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await caller.send(method, target="https://fal.run/bomb")
+    while len(upstream.exchanges) < 4 + callers:
+        await asyncio.sleep(0.01)
+    assert (await call(running.port, method)).status == 200  # what came before it has been decoded
+    await asyncio.sleep(0.1)
+    used = (peak_kb(running.pid) - before) // callers
+    for caller in stalled:
+        caller.leave()
+    await running.end()
+    assert used < most_kb
+
+
+# Logs.
+
+NASTY = [
+    *(
+        b"\x1b[31m",
+        b"\x9b31m",
+        b"\x85",
+        "\u2028".encode(),
+        b"\r\n2026-01-01 fake",
+        b"\nfake",
+        b"\rfake",
+        b"\0",
+        b"\x7f",
+    ),
+    *(b"%0d%0afake", b"\x07", "\u202e".encode()),
+]
+TEMPLATES = [
+    b"GET%b /api/fal/proxy HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"GET /api/fal/proxy%b HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"GET /api/fal/proxy?%b HTTP/1.1\r\nhost: a\r\nx-fal-target-url: https://fal.run/a/b\r\n\r\n",
+    b"GET /elsewhere/%b HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1%b\r\nhost: a\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1\r\nhost: a%b\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1\r\nhost: a\r\nx-fal-target-url: https://fal.run/a/b?%b\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1\r\nhost: a\r\nx-fal-target-url: https://fal.run/a/b\r\nx-fal-a: %b\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1\r\nhost: a\r\nx-forwarded-for: %b\r\norigin: %b\r\ncookie: %b\r\n\r\n",
+    b"GET /api/fal/proxy HTTP/1.1\r\nhost: a\r\nx%b: b\r\n\r\n",
+    b"POST /api/fal/proxy HTTP/1.1\r\nhost: a\r\ncontent-length: %b\r\n\r\n",
+    b"POST /api/fal/proxy HTTP/1.1\r\nhost: a\r\ntransfer-encoding: %b\r\n\r\n",
+    b"POST /api/fal/proxy HTTP/1.1\r\nhost: a\r\ncontent-type: %b\r\ncontent-length: 2\r\n\r\n{}",
+]
+
+
+@pytest.mark.gen_test
+async def test_nobody_writes_to_the_log(setup: Setup) -> None:
+    """No byte of a caller's is a control character there, or begins a line."""
+    running = await Running.before(setup, "127.0.0.1:1", "--log-level=debug", "--allowed-origins=https://a.example")
+    for template in TEMPLATES:
+        for nasty in NASTY:
+            caller = await Caller.open(running.port)
+            caller.writer.write(template.replace(b"%b", nasty))
+            caller.writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await caller.reader.read()
+            await caller.close()
+    _, log = await running.end()
+    assert len(log.splitlines()) == log.count("\n") > len(TEMPLATES) * len(NASTY) // 2
+    for line in log.splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [a-z._]+: ", line)
+        assert not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e]", line)
+
+
+# The key. (What the command logs, its arguments and its answers: test_service.)
+
+SECRET = KEY.partition(":")[2]
+
+
+class Failing(FalProxyHandler):
+    """With a bug that shows once fal has answered."""
+
+    def _copy_head(self, head: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.gen_test
+async def test_the_key_is_on_no_error_page_and_in_no_repr(setup: Setup, logs: Logs) -> None:
+    """Whatever the application's settings say of tracebacks, and whoever prints what there is during a call."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        reached.set()
+        await go_on.wait()
+        await exchange.respond(200, b"{}", JSON)
+
+    upstream = await setup.upstream(answer)
+    rule = (ROUTE, Failing, {"config": setup.config(upstream)})
+    port = setup.serve(Application([rule], serve_traceback=True, debug=False))
+    calling = asyncio.create_task(call(port))
+    await reached.wait()
+    ours = [thing for thing in gc.get_objects() if type(thing).__module__.startswith(("tornado_fal_proxy", __name__))]
+    assert {type(thing).__name__ for thing in ours} >= {
+        "ProxyConfig",
+        "Failing",
+        "UpstreamClient",
+        "Transfer",
+        "Target",
+    }
+    for thing in ours:
+        assert SECRET not in f"{thing!r} {thing}"
+    logs.expect("Uncaught exception|500 POST /api")
+    go_on.set()
+    broken = await calling
+    assert (broken.status, broken.message) == (500, "Internal Server Error")
+    assert [line for line in logs.lines if "ZeroDivisionError" in line]
+    assert not [line for line in logs.lines if SECRET in line]
+
+
+@pytest.mark.gen_test
+async def test_a_key_from_a_file_is_in_no_environment(setup: Setup, tmp_path: Path) -> None:
+    """Nor in the arguments; of several processes, in those of none."""
+    upstream = await setup.upstream(fine)
+    config = setup.config(upstream)
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    running = await Running.start(
+        "--processes=2",
+        FAL_KEY_FILE=str(tmp_path / "key"),
+        FAL_PROXY_CA_CERTS=str(config.ca_certs),
+        FAL_PROXY_CONNECT_TO=str(config.connect_to),
+    )
+    assert (await call(running.port)).status == 200
+    assert upstream.exchanges[0].header("authorization") == f"Key {KEY}".encode()
+    for pid in (running.pid, *await eventually(running.workers)):
+        for name in ("cmdline", "environ"):
+            text = Path(f"/proc/{pid}/{name}").read_bytes()
+            assert text
+            assert SECRET.encode() not in text
+    for said in await running.end():
+        assert SECRET not in said

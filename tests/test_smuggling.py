@@ -245,7 +245,16 @@ async def test_behind_nginx(setup: Setup) -> None:
     """fal gets the calls that nginx meant, as its log has them, and each of them has passed the proxy's decision."""
     upstream = await setup.upstream(answer, "http/1.1")
     logged: list[str] = []
-    async with nginx((NAME,), deployed(setup.proxy(upstream))) as front:
+    as_deployed = deployed(setup.proxy(upstream))
+
+    def servers(listen: str, files: dict[str, str]) -> str:
+        text, limits = re.subn(
+            " burst=100 ", " burst=1000 ", as_deployed(listen, files)
+        )  # for a test there is one caller
+        assert limits == 1
+        return text
+
+    async with nginx((NAME,), servers) as front:
 
         async def note() -> None:
             while True:
