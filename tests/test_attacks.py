@@ -182,6 +182,23 @@ async def test_a_token_that_is_too_large_is_refused_once(setup: Setup) -> None:
 
 
 @pytest.mark.gen_test
+async def test_a_body_that_tornado_decodes(setup: Setup) -> None:
+    """In an application with decompress_request max_body_bytes is a bound of what comes out."""
+    upstream = await setup.upstream(fine)
+    rule = (ROUTE, FalProxyHandler, {"config": setup.config(upstream, max_body_bytes=100_000)})
+    application = Application([rule], log_function=lambda handler: None)
+    port = setup.serve(application, decompress_request=True)
+    for size, status in ((100_000, 200), (100_001, 413), (50_000_000, 413)):
+        packed = gzip.compress(b" " * size)
+        caller = await Caller.open(port)
+        caller.writer.write(head("content-encoding: gzip", f"content-length: {len(packed)}") + packed)
+        assert (await caller.answer()).status == status
+        await caller.close()
+    (exchange,) = upstream.exchanges
+    assert (len(await exchange.body()), exchange.header("content-encoding")) == (100_000, None)
+
+
+@pytest.mark.gen_test
 async def test_a_preflight_has_no_endless_body(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is answered at once, and what comes behind it is read for LINGER_S only."""
     monkeypatch.setattr(tornado_fal_proxy.handler, "LINGER_S", 0.1)
