@@ -536,7 +536,9 @@ async def test_the_key_is_on_no_error_page_and_in_no_repr(setup: Setup, logs: Lo
     port = setup.serve(Application([rule], serve_traceback=True, debug=False))
     calling = asyncio.create_task(call(port))
     await reached.wait()
-    ours = [thing for thing in gc.get_objects() if type(thing).__module__.startswith(("tornado_fal_proxy", __name__))]
+    ours = [
+        thing for thing in gc.get_objects() if str(type(thing).__module__).startswith(("tornado_fal_proxy", __name__))
+    ]
     assert {type(thing).__name__ for thing in ours} >= {
         "ProxyConfig",
         "Failing",
