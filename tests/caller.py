@@ -106,6 +106,11 @@ class Caller:
             answer.body = await self.reader.read(-1)
         return answer
 
+    async def answer_is_over(self) -> bool:
+        """Whether nothing came behind the answer."""
+        await asyncio.sleep(0.01)
+        return not self.reader._buffer  # type: ignore[attr-defined]
+
     def leave(self) -> None:
         """Close at once."""
         self.writer.transport.abort()

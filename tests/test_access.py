@@ -511,6 +511,7 @@ WEBHOOKS_ALLOWED = [
     "a=b&fal_webhook=https%3A%2F%2Fb.example%3A8443%2Fx&c=d",
     "fal_webhook=https%3A%2F%2Fhooks.example%2Fa%252Fb",
     "fal_webhook=https%3A%2F%2Fhooks.example%2F%40evil.example",
+    "fal_webhook=https://hooks.example/a;b=c",
 ]
 WEBHOOKS_REFUSED = [
     *("fal_webhook", "fal_webhook=", "fal_webhook=hooks.example", "fal_webhook=//hooks.example/"),
@@ -546,6 +547,16 @@ WEBHOOKS_REFUSED = [
     "fal_webhook=https://hooks.example/;fal_webhook=https://evil.example/",
     "a=b;fal_webhook=https://evil.example/",
     "a?fal_webhook=https://evil.example/",
+    # Where a semicolon separates nothing, it is part of the value: of a user's name, a host or a path.
+    "fal_webhook=https://hooks.example;@evil.example/",
+    "fal_webhook=https%3A%2F%2Fhooks.example;.evil.example%2F",
+    "a;fal_webhook=https://hooks.example/",
+    # What is decoded before it is separated has one more parameter.
+    "fal_webhook=https://hooks.example/%26fal_webhook=https://evil.example/",
+    "fal_webhook=https://hooks.example/%2526fal_webhook=https://evil.example/",
+    "prompt=x%26fal_webhook%3Dhttps://evil.example/",
+    "prompt=x%2526fal_webhook%253Dhttps://evil.example/",
+    "prompt=x%3Bfal_webhook%3Dhttps://evil.example/",
     *(
         f"{name}=https://hooks.example/"
         for name in (

@@ -144,7 +144,7 @@ async def test_application_listen(setup: Setup, monkeypatch: pytest.MonkeyPatch)
     authorizations: list[bytes] = []
 
     async def note(self: FalProxyHandler) -> None:
-        authorizations.append(self._authorization)
+        authorizations.append(self._lines[0])
 
     monkeypatch.setattr(FalProxyHandler, "_relay", note)
     monkeypatch.setenv("FAL_KEY_ID", "id")

@@ -8,6 +8,7 @@ import pytest
 from tornado_fal_proxy import __version__
 from tornado_fal_proxy.errors import (
     BodyTooLarge,
+    HeadersTooLarge,
     MalformedAnswer,
     MethodNotAllowed,
     ProxyError,
@@ -41,6 +42,7 @@ ACCEPTED = [
     ("https://www.fal.fal.ai/", "www.fal.fal.ai", "/", None),
     (f"https://{LABEL_63}.fal.run/", f"{LABEL_63}.fal.run", "/", None),
     (f"https://{HOST_253}/", HOST_253, "/", None),
+    ("https://fal.run/" + "a" * (8000 - 16), "fal.run", "/" + "a" * (8000 - 16), None),
     # The one port that https has anyway is dropped.
     ("https://fal.run:443", "fal.run", "/", None),
     ("https://fal.run:443/a?b", "fal.run", "/a", "b"),
@@ -304,6 +306,7 @@ REFUSED = [
     "https://(a).fal.run/",
     f"https://{LABEL_63}a.fal.run/",
     f"https://a{HOST_253}/",
+    "https://fal.run/" + "a" * (8001 - 16),
     f"https://{'a.' * 200}fal.run/",
     # Percent-encoding in the host.
     "https://%66al.run/",
@@ -728,6 +731,28 @@ def test_what_connection_lists_stays_here() -> None:
     )
     assert lines == [*request_headers([], AUTHORIZATION)[:3], b"x-fal-b: 2", *lines[4:]]
     assert set(lines[4:]) == SILENCED
+
+
+@pytest.mark.parametrize(
+    ("headers", "fits"),
+    [
+        ([("x-fal-a", "b")] * 64, True),
+        ([("x-fal-a", "b")] * 65, False),
+        ([("x-fal-a", "b" * (8192 - 32 - len("x-fal-a: ")))], True),
+        ([("x-fal-a", "b" * (8193 - 32 - len("x-fal-a: ")))], False),
+        ([("x-fal-a", "b" * 91)] * 62, True),
+        ([("x-fal-a", "b" * 92)] * 62, False),
+        ([("cookie", "b" * 60_000)] * 100, True),
+        ([("x-fal-target-url", "b" * 60_000)] * 100, True),
+    ],
+)
+def test_what_is_relayed_is_bounded(headers: list[tuple[str, str]], fits: bool) -> None:
+    """In number and in size, with 32 bytes more for each; what stays here does not count."""
+    if fits:
+        request_headers(headers, AUTHORIZATION)
+    else:
+        with pytest.raises(HeadersTooLarge):
+            request_headers(headers, AUTHORIZATION)
 
 
 def test_no_line_holds_more_than_one_header() -> None:

@@ -225,6 +225,19 @@ def test_links() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+def test_threat_model() -> None:
+    """Each test that it names exists, and each attack has one."""
+    text = (ROOT / "docs/threat-model.md").read_text("utf-8")
+    attacks = [row for row in text.splitlines() if row.count(" | ") == 3 and not row.startswith("| From ")]
+    assert len(attacks) > 30
+    for row in attacks:
+        named = re.findall(r"(test_\w+)::(test_\w+)", row.rpartition(" | ")[2])
+        assert named, row
+        for module, function in named:
+            code = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+            assert re.search(rf"^(?:async )?def {function}\(", code, re.MULTILINE), f"{module}::{function}"
+
+
 def test_kubernetes() -> None:
     """A variable that Kubernetes makes for a Service named fal-proxy ends the start, with the line that is quoted."""
     with pytest.raises(ConfigError) as caught:

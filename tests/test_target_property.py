@@ -5,13 +5,10 @@ arrives at a server and by the name that its TLS handshake asked for.
 """
 
 import asyncio
-import re
 import ssl
 import string
-import urllib.parse
 from collections.abc import Iterator
 
-import ada_url
 import pytest
 from conftest import KEY
 from hypothesis import HealthCheck, event, given, settings
@@ -19,6 +16,7 @@ from hypothesis import strategies as st
 from tornado.platform.asyncio import AsyncIOLoop
 from upstream import Authority, Exchange, Upstream
 
+from fuzz import properties
 from tornado_fal_proxy import ProxyConfig
 from tornado_fal_proxy.errors import TargetRefused
 from tornado_fal_proxy.policy import Target, parse_target, request_headers
@@ -35,11 +33,6 @@ def examples(count: int) -> settings:
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
 
-
-# What a WHATWG parser encodes in paths and queries that are written with these characters raw.
-ENCODED_IN_PATH = set('"<>^`{}')
-ENCODED_IN_QUERY = set("\"<>'")
-DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?=/|\Z)", re.IGNORECASE)
 
 # Near misses: pieces that are right, pieces that look so, and what may be put anywhere.
 GOOD_LABELS = st.from_regex(
@@ -89,44 +82,11 @@ def accepted(url: str) -> Target | None:
         return None
 
 
-def is_fals(host: str) -> bool:
-    """Said in other words than the pattern's."""
-    return host.split(".")[-2:] in (["fal", "ai"], ["fal", "run"])
-
-
 @examples(2000)
 @given(url=mutated_urls() | st.text() | TAILS.map("https://".__add__))
 def test_other_parsers_read_the_same_host_and_path(url: str) -> None:
-    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address.
-
-    A WHATWG parser rewrites what it reads: it encodes some characters and resolves dot segments. Where a path has
-    neither, it must be left as it is; otherwise decoding both makes them the same, but for the segments.
-    """
-    target = accepted(url)
-    event("accepted" if target else "refused")
-    if target is None:
-        return
-    assert is_fals(target.host)
-    for text in (url, target.url):
-        plain = urllib.parse.urlsplit(text)
-        assert (plain.scheme, plain.hostname, plain.port or 443) == ("https", target.host, 443)
-        assert (plain.username, plain.password) == (None, None)
-        assert (plain.path or "/", plain.query) == (target.path, target.query or "")
-
-        whatwg = ada_url.URL(text)
-        assert (whatwg.protocol, whatwg.hostname, whatwg.port) == ("https:", target.host, "")
-        assert (whatwg.username, whatwg.password) == ("", "")
-        assert same_text(whatwg.search.removeprefix("?"), target.query or "", ENCODED_IN_QUERY)
-        if DOT_SEGMENT.search(target.path):
-            event("dot segments")
-        else:
-            assert same_text(whatwg.pathname, target.path, ENCODED_IN_PATH)
-    assert urllib.parse.urlsplit(target.url).fragment == ada_url.URL(target.url).hash == ""
-
-
-def same_text(parsed: str, ours: str, encoded: set[str]) -> bool:
-    """Whether a WHATWG parser left the text as it is, but for the characters that it writes in percent-encoding."""
-    return parsed == "".join(f"%{ord(character):02X}" if character in encoded else character for character in ours)
+    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address."""
+    event("accepted" if properties.target(url) else "refused")
 
 
 @examples(1000)
@@ -213,4 +173,4 @@ def test_libcurl_asks_that_host_for_that_target(wire: Wire, url: str, method: st
     # One handshake for each host; libcurl may take a connection again, but only one to that name.
     assert names == ([] if target.host in wire.known else [target.host])
     wire.known.add(target.host)
-    assert is_fals(exchange.authority)
+    assert properties.is_fals(exchange.authority)

@@ -230,15 +230,17 @@ class AccessRules:
             raise EndpointNotAllowed
 
     def _check_webhook(self, query: str) -> None:
-        """Every parameter that some server could take for ``fal_webhook`` must be it, once, with an allowed origin."""
-        found = False
-        for parameter in re.split("[&;]", query):
-            name, _, value = parameter.partition("=")
-            if "falwebhook" not in re.sub("[^a-z0-9]", "", unquote(unquote(name)).lower()):
-                continue
-            if found or name != WEBHOOK or not self._allows_webhook(value):
-                raise WebhookNotAllowed
-            found = True
+        """Every parameter that some server could take for ``fal_webhook`` must be it, once, with an allowed origin.
+
+        Such a server may separate parameters at semicolons too, or decode the query before it separates them.
+        """
+        layers = (query, unquote(query), unquote(unquote(query)))
+        counts = {sum(map(_may_be_webhook, re.split("[&;]", layer))) for layer in layers}
+        if counts == {0}:
+            return
+        parameter = next((text for text in query.split("&") if text.startswith(f"{WEBHOOK}=")), "")
+        if counts != {1} or not self._allows_webhook(parameter.removeprefix(f"{WEBHOOK}=")):
+            raise WebhookNotAllowed
 
     def _allows_webhook(self, value: str) -> bool:
         assert self.webhooks is not None
@@ -266,6 +268,11 @@ def _is_queue_call(method: str, segments: Sequence[str]) -> bool:
             is_id = request_id != REQUESTS and _REQUEST_ID.fullmatch(request_id) is not None
             return is_id and (method, *rest) in QUEUE_CALLS
     return False
+
+
+def _may_be_webhook(parameter: str) -> bool:
+    name = unquote(unquote(parameter.partition("=")[0]))
+    return "falwebhook" in re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _is_host(host: str, allowed: str) -> bool:

@@ -19,8 +19,10 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     │   └── OriginNotAllowed
     ├── UnsupportedMediaType  415   a body that is not JSON
     ├── BodyTooLarge          413
+    ├── BodyTooSlow           408   it stopped coming, or hardly comes
     ├── Unauthorized          401   authorize did not let the caller in
     ├── KeyMissing            500   the operator has set no key
+    ├── HeadersTooLarge       431   what of them would go to fal
     ├── Misconfigured         500   the operator gave the handler wrong arguments
     ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the caller may repeat
     └── UpstreamError         502, or 500 where repeating could bill twice
@@ -41,11 +43,13 @@ from collections.abc import Sequence
 __all__ = [
     "AccessRefused",
     "BodyTooLarge",
+    "BodyTooSlow",
     "CallerGone",
     "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
     "EndpointNotAllowed",
+    "HeadersTooLarge",
     "HostNotAllowed",
     "KeyMissing",
     "MalformedAnswer",
@@ -156,6 +160,13 @@ class BodyTooLarge(ProxyError):
     message = "The body is larger than this proxy accepts."
 
 
+class BodyTooSlow(ProxyError):
+    """Nothing was sent to fal, so that a browser, which may repeat this status by itself, may."""
+
+    status = 408
+    message = "The body of the request took too long to arrive."
+
+
 class Unauthorized(ProxyError):
     status = 401
     message = "This proxy does not let you in."
@@ -163,6 +174,11 @@ class Unauthorized(ProxyError):
 
 class KeyMissing(ProxyError):
     message = "The proxy is not configured: it has no fal.ai key."
+
+
+class HeadersTooLarge(ProxyError):
+    status = 431
+    message = "The headers for fal are larger than this proxy accepts."
 
 
 class Misconfigured(ProxyError):

@@ -39,6 +39,7 @@ from tornado_fal_proxy.cors import CORS_PREFIX, CorsRules, vary
 from tornado_fal_proxy.errors import (
     AccessRefused,
     BodyTooLarge,
+    BodyTooSlow,
     CallerGone,
     KeyMissing,
     MethodNotAllowed,
@@ -60,6 +61,12 @@ logger = logging.getLogger("tornado_fal_proxy")
 # How long the rest of a refused request's body is read and thrown away. Closing at once would reset the connection
 # under a caller that is still sending, who then never sees the answer.
 LINGER_S = 5.0
+# Of a body that is on its way this much must come in this long, again and again, or the call is answered 408: else a
+# caller would hold a place with nothing. It outlasts a change from one network to another, and is less than a phone
+# sends over EDGE.
+BODY_WINDOW_S, BODY_WINDOW_BYTES = 30.0, 128 * 1024
+# How often that is looked at, while there is such a body.
+BODY_SWEEP_S = 5.0
 
 _DEFAULT_CONFIG = ProxyConfig()
 
@@ -72,7 +79,8 @@ _EagerTask: Callable[..., asyncio.Task[None]] = (
 class _Backend:
     """What the handlers of one configuration share on one loop: connections to fal, and a watch over their callers.
 
-    Bytes of a caller's that nobody reads yet, such as its next request, keep Tornado from seeing that it leaves.
+    Bytes of a caller's that nobody reads yet, such as its next request, keep Tornado from seeing that it leaves. And
+    Tornado waits for the rest of a body for as long as the connection lives.
     """
 
     def __init__(self, config: ProxyConfig) -> None:
@@ -80,6 +88,9 @@ class _Backend:
         self._loop = asyncio.get_running_loop()
         self._watch = HangupWatch()
         self._callers: dict[int, weakref.ref[IOStream]] = {}
+        # Handlers whose body is on its way, with the time and what had come when that was looked at last.
+        self.arriving: dict[FalProxyHandler, tuple[float, int]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
         if (fd := self._watch.fileno()) is not None:
             self._loop.add_reader(fd, self._close_left)
 
@@ -97,7 +108,28 @@ class _Backend:
             if caller is not None:
                 caller.close()
 
+    def expect_body(self, handler: FalProxyHandler) -> None:
+        """From now on the body must come, until ``handler`` is taken out of :attr:`arriving`."""
+        self.arriving[handler] = self._loop.time(), 0
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(BODY_SWEEP_S, self._end_slow_bodies)
+
+    def _end_slow_bodies(self) -> None:
+        now = self._loop.time()
+        for handler, (since, size) in list(self.arriving.items()):
+            received = handler.received_so_far()
+            if received is None:
+                del self.arriving[handler]
+            elif now - since >= BODY_WINDOW_S:
+                self.arriving[handler] = now, received
+                if received - size < BODY_WINDOW_BYTES:
+                    handler.give_up_body()
+        self._sweep = self._loop.call_later(BODY_SWEEP_S, self._end_slow_bodies) if self.arriving else None
+
     def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self.arriving.clear()
         if (fd := self._watch.fileno()) is not None:
             self._loop.remove_reader(fd)
         self._watch.close()
@@ -139,7 +171,7 @@ class FalProxyHandler(RequestHandler):
         if self._cors is not None:
             self._add_cors_headers(self._cors)  # for answers that are the subclass's own
         self._target: Target | None = None
-        self._authorization = b""
+        self._lines: list[bytes] = []
         self._backend: _Backend | None = None
         self._transfer: Transfer | None = None
         self._body: list[bytes] = []
@@ -177,13 +209,17 @@ class FalProxyHandler(RequestHandler):
                     raise Unauthorized
             if config.resolve_key is not None or type(self).resolve_key is not FalProxyHandler.resolve_key:
                 backend.watch(self._connection.stream)
-                self._authorization = _authorization(await self._ask(self.resolve_key, target))
+                authorization = _authorization(await self._ask(self.resolve_key, target))
             else:
-                self._authorization = config.authorization()
+                authorization = config.authorization()
+            self._lines, self._pairs = request_headers(self._pairs, authorization), []
             # Nothing is awaited from here on, so a place that is taken is always given back.
             backend.client.admit()
             self._backend = backend
             self._target = target
+            headers = self.request.headers
+            if "Content-Length" in headers or "Transfer-Encoding" in headers:
+                backend.expect_body(self)
         except CallerGone:
             self._answered = True
             self.set_status(CallerGone.status)  # for the application's log; nobody reads it
@@ -231,12 +267,23 @@ class FalProxyHandler(RequestHandler):
         else:
             self._body.append(chunk)
 
+    def received_so_far(self) -> int | None:
+        """How much of the body has come; None when all of it has."""
+        return None if self.request._body_future.done() else self._body_size
+
+    def give_up_body(self) -> None:
+        """Answer a caller whose body does not come, and give back its place."""
+        self._body.clear()
+        self._refuse(BodyTooSlow())
+
     async def get(self, *_args: str, **_kwargs: str) -> None:
         await self._relay()
 
     async def post(self, *_args: str, **_kwargs: str) -> None:
         target = self._target
-        if target is not None and (access := self._config.access) is not None and access.judges_body(target):
+        if self._answered or target is None:
+            pass
+        elif (access := self._config.access) is not None and access.judges_body(target):
             try:
                 access.check_body(b"".join(self._body))
             except AccessRefused as exc:
@@ -265,7 +312,8 @@ class FalProxyHandler(RequestHandler):
             self.set_header(name, value)
         self._set_vary("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
         self._answered = True
-        self.set_status(204)  # Tornado finishes it when the request has been read
+        self.set_status(204)
+        self._send(b"")
 
     def _add_cors_headers(self, cors: CorsRules) -> None:
         """Say who may read the answer, whatever it says of that by itself."""
@@ -300,6 +348,7 @@ class FalProxyHandler(RequestHandler):
             return
         if self._target is None or self._backend is None:
             raise RuntimeError("FalProxyHandler.prepare() did not run: a subclass must await super().prepare()")
+        self._backend.arriving.pop(self, None)
         caller = self._connection.stream
         if caller.closed():
             return
@@ -310,11 +359,11 @@ class FalProxyHandler(RequestHandler):
             transfer = self._transfer = self._backend.client.start(
                 self.request.method or "",
                 self._target,
-                request_headers(self._pairs, self._authorization),
+                self._lines,
                 body,
                 high_water=self._config.hold_bytes if post else HIGH_WATER_BYTES,
             )
-            self._pairs = []
+            self._lines = []
             self._backend.watch(caller)
             head = await transfer.read_head()
             held = (post and not head.event_stream) or not head.has_body
@@ -428,14 +477,18 @@ class FalProxyHandler(RequestHandler):
         if self._cors is not None:
             self._add_cors_headers(self._cors)
         self.set_header("Content-Type", "application/json")
-        body = json.dumps({"message": message}).encode()
+        self._send(json.dumps({"message": message}).encode())
+
+    def _send(self, body: bytes) -> None:
+        """Finish an answer of our own, while the request may still be coming."""
         if self.request._body_future.done() or "Expect" in self.request.headers:
-            self.finish(body)
+            self.finish(body or None)
             return
         # The answer is complete with this. To finish() now would close the connection, a body being on its way or not;
         # that follows when the body was read away or LINGER_S are over.
-        self.set_header("Content-Length", len(body))
-        self.write(body)
+        if body:
+            self.set_header("Content-Length", len(body))
+            self.write(body)
         self.flush()
         self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._end_linger)
         self.request._body_future.add_done_callback(self._end_linger)
@@ -472,6 +525,7 @@ class FalProxyHandler(RequestHandler):
     def _release(self) -> None:
         backend, self._backend = self._backend, None
         if backend is not None:
+            backend.arriving.pop(self, None)
             backend.client.release()
 
     def _break_off(self) -> None:

@@ -26,8 +26,9 @@ IDLE_CONNECTION_S = 50
 # After a pooled connection turned out to be dead, others likely are. Until libcurl must have looked at all of them by
 # itself, which it does once a second, POSTs avoid them.
 SUSPICION_S = 1.1
-# Of strangers, at once: half of libcurl's pool.
-LOOK_UPS = 10
+# Of strangers, at once: half of libcurl's pool, for it asks for the IPv4 and the IPv6 addresses in a thread each. With
+# 10 all of it was taken, and a host that exists waited for its look-up until one of theirs gave up.
+LOOK_UPS = 5
 # How long a look-up whose call is gone may keep its thread: resolv.conf(5) allows two tries of 5 s at three servers.
 HANG_S = 30.0
 # Hosts that are remembered: more than fal has.

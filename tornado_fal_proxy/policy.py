@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.errors import (
     BodyTooLarge,
+    HeadersTooLarge,
     MalformedAnswer,
     MethodNotAllowed,
     TargetMissing,
@@ -58,6 +59,12 @@ _TARGET = re.compile(
     r"(/[!-\"$->@-\[\]-~]*)?(?:\?([!-\"$-\[\]-~]*))?(?:\#[!-\[\]-~]*)?"
 )
 _MAX_HOST = 253  # RFC 1035 section 2.3.4, without the root's dot
+# Many callers share a connection to fal, and a server may close it for one head that is too large for it: so one has
+# less than any common server takes. The length of a URL is what RFC 9110 section 4.1 asks of all of them; the size of
+# the headers counts 32 bytes more for each, as servers do (RFC 9113 section 6.5.2). fal's clients send about six.
+MAX_URL_CHARS = 8000
+MAX_RELAYED_HEADERS, MAX_RELAYED_BYTES = 64, 8192
+_OVERHEAD = 32
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _JSON = re.compile(r"application/json[ \t]*(?:;.*)?", re.IGNORECASE)
@@ -128,6 +135,8 @@ class ResponseHead(NamedTuple):
 
 def parse_target(url: str) -> Target:
     """``url`` as a Target. A fragment is allowed and dropped, as every HTTP client does. Raises TargetRefused."""
+    if len(url) > MAX_URL_CHARS:
+        raise TargetRefused(f"a URL of {len(url)} characters")
     match = _TARGET.fullmatch(url)
     if match is None or len(match[1]) > _MAX_HOST:
         raise TargetRefused
@@ -187,9 +196,9 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
     """The header lines to send to fal for a call that came with ``headers``, in libcurl's notation.
 
     That notation (CURLOPT_HTTPHEADER) writes ``name;`` for an empty value and ``name:`` to keep libcurl from adding a
-    header of its own.
+    header of its own. Raises HeadersTooLarge.
     """
-    lines = [authorization, _CLIENT_PROXY_LINE, b"Expect:"]
+    lines = []
     absent = set(_RELAYED_BY_NAME)
     listed = _listed_by_connection(headers)
     for name, value in headers:
@@ -198,8 +207,9 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
             if line is not None:
                 absent.discard(name)
                 lines.append(line)
-    lines.extend(f"{name}:".encode() for name in absent)
-    return lines
+    if len(lines) > MAX_RELAYED_HEADERS or sum(map(len, lines)) + _OVERHEAD * len(lines) > MAX_RELAYED_BYTES:
+        raise HeadersTooLarge(f"{len(lines)} headers for fal of {sum(map(len, lines))} bytes")
+    return [authorization, _CLIENT_PROXY_LINE, b"Expect:", *lines, *(f"{name}:".encode() for name in absent)]
 
 
 @lru_cache(256)

@@ -37,6 +37,7 @@ from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.connection import close_after
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams
+from tornado_fal_proxy.logs import PlainFormatter
 from tornado_fal_proxy.options import PROGRAM, Settings, parse_settings
 from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, open_files, reserve
 from tornado_fal_proxy.systemd import Notifier, NotListening, activated_sockets
@@ -162,11 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             EXIT_CANNOT_LISTEN if about_the_port else EXIT_USAGE,
         )
     process = " [%(process)d]" if settings.processes > 1 else ""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(PlainFormatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[to_stderr])
     if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
         logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
     if settings.config is not None:

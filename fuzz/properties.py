@@ -1,0 +1,547 @@
+"""Properties of the proxy's decisions, each a function that returns when it holds and raises AssertionError otherwise.
+
+Strategy: no property repeats what the code under test does. Each asks somebody else: another parser, another reading of
+the same bytes, or a model of the rules that is shorter than they are because it may be wider. ``TARGETS`` names them
+with a function that makes their arguments from the bytes of a fuzzer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import ada_url
+import pycurl
+from tornado.httputil import HTTPHeaders
+
+from tornado_fal_proxy.access import (
+    INITIATE,
+    INITIATE_MULTIPART,
+    REQUESTS,
+    REST_HOSTS,
+    TOKENS,
+    AccessRules,
+    access_rules,
+)
+from tornado_fal_proxy.cors import cors_rules
+from tornado_fal_proxy.errors import (
+    AccessRefused,
+    HeadersTooLarge,
+    MalformedAnswer,
+    MethodNotAllowed,
+    ProxyError,
+    TargetRefused,
+)
+from tornado_fal_proxy.handler import split_utf8
+from tornado_fal_proxy.policy import (
+    Pairs,
+    ResponseHead,
+    Target,
+    decide,
+    parse_response_head,
+    parse_target,
+    request_headers,
+)
+from tornado_fal_proxy.transfer import Owner, Transfer
+
+__all__ = [
+    "CORS",
+    "RULES",
+    "TARGETS",
+    "FuzzTarget",
+    "access",
+    "chunks",
+    "origin",
+    "request",
+    "response",
+    "target",
+    "token",
+]
+
+CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
+HOP_BY_HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
+
+
+# The target: whoever reads it reads the same address.
+
+# What a WHATWG parser encodes in paths and queries that are written with these characters raw.
+ENCODED_IN_PATH = set('"<>^`{}')
+ENCODED_IN_QUERY = set("\"<>'")
+DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?=/|\Z)", re.IGNORECASE)
+
+
+def is_fals(host: str) -> bool:
+    """Said in other words than the pattern's."""
+    return host.split(".")[-2:] in (["fal", "ai"], ["fal", "run"])
+
+
+def target(url: str) -> Target | None:
+    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address.
+
+    A WHATWG parser rewrites what it reads: it encodes some characters and resolves dot segments. Where a path has
+    neither, it must be left as it is; otherwise decoding both makes them the same, but for the segments.
+    """
+    try:
+        found = parse_target(url)
+    except TargetRefused:
+        return None
+    assert is_fals(found.host)
+    for text in (url, found.url):
+        plain = urlsplit(text)
+        assert (plain.scheme, plain.hostname, plain.port or 443) == ("https", found.host, 443)
+        assert (plain.username, plain.password) == (None, None)
+        assert (plain.path or "/", plain.query) == (found.path, found.query or "")
+        whatwg = ada_url.URL(text)
+        assert (whatwg.protocol, whatwg.hostname, whatwg.port) == ("https:", found.host, "")
+        assert (whatwg.username, whatwg.password) == ("", "")
+        assert _same_text(whatwg.search.removeprefix("?"), found.query or "", ENCODED_IN_QUERY)
+        if not DOT_SEGMENT.search(found.path):
+            assert _same_text(whatwg.pathname, found.path, ENCODED_IN_PATH)
+    assert urlsplit(found.url).fragment == ada_url.URL(found.url).hash == ""
+    assert parse_target(found.url) == found
+    return found
+
+
+def _same_text(parsed: str, ours: str, encoded: set[str]) -> bool:
+    """Whether a WHATWG parser left the text as it is, but for the characters that it writes in percent-encoding."""
+    return parsed == "".join(f"%{ord(character):02X}" if character in encoded else character for character in ours)
+
+
+# The access rules: in whatever way a server may read a path, what it then serves is allowed.
+
+
+def _rules(**fields: Any) -> AccessRules:
+    rules = access_rules(**fields)
+    assert rules is not None
+    return rules
+
+
+ORIGIN = "https://hooks.example"
+# The patterns of a configuration, and its rules.
+RULES: list[tuple[tuple[str, ...], AccessRules]] = [
+    (patterns, _rules(allowed_endpoints=patterns, allowed_webhooks=(ORIGIN,), **more))
+    for patterns, more in (
+        (("fal-ai/flux/dev", "fal-ai/fast-sdxl"), {}),
+        (("fal-ai/flux/**",), {"allow_cancel": True}),
+        (("*/flux-dev", "workflows/me/*", "comfy/*/x/**"), {"allow_uploads": True}),
+        (("fal-ai/Flux-*-pro/**", "**/tts"), {"allow_cancel": True, "allow_uploads": True}),
+    )
+]
+METHODS = ("GET", "POST", "PUT")
+
+Habit = Callable[[str], str]
+
+
+def _without_dots(path: str) -> str:
+    """RFC 3986 section 5.2.4."""
+    kept: list[str] = []
+    for segment in path.split("/")[1:]:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/" + "/".join(kept)
+
+
+# What servers, and what stands before them, do to a path before they look it up. Any of them in any order.
+HABITS: tuple[Habit, ...] = (
+    unquote,
+    lambda path: unquote(path, "latin-1"),
+    _without_dots,
+    lambda path: re.sub(r"//+", "/", path),
+    lambda path: re.sub(r";[^/]*", "", path),
+    lambda path: path.replace("\\", "/"),
+    lambda path: path.replace("+", " "),
+    lambda path: path.rstrip("/") or "/",
+    lambda path: path.strip(),
+    lambda path: path.partition("\0")[0],
+    lambda path: re.split("[?#]", path)[0],
+    lambda path: re.sub(r"[. ]+(?=/|\Z)", "", path),
+    lambda path: unicodedata.normalize("NFKC", path),
+)
+MOST_READINGS = 256
+
+
+def readings(path: str) -> set[str]:
+    """All that a server may take ``path`` for, but for the case of its letters."""
+    found, new = {path}, [path]
+    while new and len(found) < MOST_READINGS:
+        path = new.pop()
+        for habit in HABITS:
+            if (reading := habit(path)) not in found:
+                found.add(reading)
+                new.append(reading)
+    return found
+
+
+def access(number: int, method: str, url: str) -> Target | None:
+    """A call that the rules of RULES[number] let pass, read by a server of any habit, is one that they allow."""
+    patterns, rules = RULES[number % len(RULES)]
+    try:
+        found = decide(method, [("x-fal-target-url", url)], max_body_bytes=1, access=rules)
+    except (AccessRefused, TargetRefused, MethodNotAllowed, ProxyError):
+        return None
+    assert method in ("GET", "POST") or (method == "PUT" and rules.cancel)
+    for path in readings(found.path):
+        for folded in (False, True):
+            assert _is_allowed(patterns, rules, method, found, path, folded), f"a server may read {path!r}"
+    if found.query is not None:
+        assert all(value == ORIGIN or value.startswith(f"{ORIGIN}/") for value in webhooks(found.query))
+    return found
+
+
+def _is_allowed(
+    patterns: Sequence[str], rules: AccessRules, method: str, found: Target, path: str, folded: bool
+) -> bool:
+    """Whether a server that reads ``path`` serves an allowed endpoint. Wider than the rules: * takes any letter."""
+    if found.host in REST_HOSTS:
+        upload = path in (INITIATE, INITIATE_MULTIPART)
+        return method == "POST" and (
+            (upload and rules.uploads) or (path == TOKENS and found.query is None) or (path + "/" == TOKENS)
+        )
+    if folded:
+        path, patterns = path.lower(), [pattern.lower() for pattern in patterns]
+    segments = path.split("/")[1:]
+    length = 3 if segments[0] in ("workflows", "comfy") else 2
+    if REQUESTS in segments:
+        app, behind = segments[:length], segments[length:]
+        begins = any(
+            _matches(pattern.split("/")[:end], app) for pattern in patterns for end in range(1, pattern.count("/") + 2)
+        )
+        calls = {"GET": ([], ["status"], ["status", "stream"]), "PUT": (["cancel"],)}
+        return (
+            found.host == "queue.fal.run"
+            and begins
+            and len(behind) >= 2
+            and behind[0] == REQUESTS
+            and behind[2:] in calls.get(method, ())
+        )
+    ids = [segments, segments[:-1]] if found.host == "fal.run" and segments[-1] == "stream" else [segments]
+    return (
+        found.host in ("fal.run", "queue.fal.run")
+        and method != "PUT"
+        and any(len(one) >= length and _matches(pattern.split("/"), one) for pattern in patterns for one in ids)
+    )
+
+
+def _matches(pattern: Sequence[str], segments: Sequence[str]) -> bool:
+    parts = ("(?:[^/]+/)*" if part == "**" else re.escape(part).replace(r"\*", "[^/]*") + "/" for part in pattern)
+    return re.fullmatch("".join(parts), "".join(f"{segment}/" for segment in segments)) is not None
+
+
+def webhooks(query: str) -> list[str]:
+    """The values that some server may take for fal_webhook's."""
+    found = []
+    for text in (query, unquote(query), unquote(unquote(query))):
+        for separated in (text, text.replace(";", "&")):
+            for name, value in parse_qsl(separated, keep_blank_values=True):
+                if re.sub(r"[-_. \[\]]", "", name.lower()) == "falwebhook":
+                    found.append(value)
+    for value in found:
+        assert ada_url.URL(value).origin == ORIGIN, f"a browser's parser reads {value!r} otherwise"
+    return found
+
+
+# Headers: no line breaks, and nothing that only concerns one hop.
+
+AUTHORIZATION = b"authorization: Key an-id:a-secret"
+
+
+def request(pairs: Pairs) -> list[bytes]:
+    """The lines for fal are whole lines with names from the list, and one authorization, which is the proxy's."""
+    try:
+        lines = request_headers(pairs, AUTHORIZATION)
+    except HeadersTooLarge:
+        return []
+    assert sum(map(len, lines)) < 10_000
+    names = []
+    for line in lines:
+        text = line.decode("latin-1")
+        assert not CONTROLS.search(text)
+        name, mark = re.match(r"([^:;]*)(.?)", text.lower()).groups()  # type: ignore[union-attr]
+        assert mark in (":", ";")
+        assert TOKEN.fullmatch(name)
+        assert mark == ":" or text == f"{name};"
+        names.append(name)
+    relayed = {name for name in names if not re.fullmatch(r"x-(?:app-)?fal-.+", name)}
+    assert relayed == {"authorization", "expect", "accept", "content-type", "user-agent"}
+    assert "x-fal-target-url" not in names
+    assert lines[0] == AUTHORIZATION
+    assert names.count("authorization") == names.count("x-fal-client-proxy") == 1
+    listed = {
+        option.strip(" \t").lower() for name, value in pairs if name == "connection" for option in value.split(",")
+    }
+    for name, value in pairs:
+        if name in listed and value:
+            assert f"{name}: {value}".encode("latin-1", "replace") not in lines[3:]
+    pycurl.Curl().setopt(pycurl.HTTPHEADER, lines)
+    return lines
+
+
+def response(lines: Sequence[bytes]) -> ResponseHead | None:
+    """The caller's headers are names and values that Tornado takes, without line breaks, framing or hop-by-hop ones."""
+    try:
+        head = parse_response_head(lines)
+    except MalformedAnswer as exc:
+        assert len(exc.detail) < 500
+        return None
+    assert 100 <= head.status <= 999
+    headers = HTTPHeaders()
+    for name, value in head.headers:
+        assert TOKEN.fullmatch(name)
+        assert name == name.lower()
+        assert not CONTROLS.search(value)
+        assert value == value.strip(" \t")
+        assert name not in (*HOP_BY_HOP, "content-length", "content-encoding")
+        assert not name.startswith("proxy-")
+        headers.add(name, value)
+        value.encode("latin-1")
+    assert head.length is None or 0 <= head.length < 10**18
+    return head
+
+
+# A token's body: however its JSON is read, it asks for allowed apps and a short life.
+
+TOKEN_RULES = _rules(allowed_endpoints=("fal-ai/flux", "fal-ai/fast-*", "a/b/c"))
+MAY_HAVE_TOKENS = re.compile(r"flux|fast-[^/]*")
+
+
+def _first_key_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(reversed(pairs))
+
+
+def _any_case(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As Go's encoding/json takes names."""
+    return {name.lower(): value for name, value in pairs}
+
+
+READERS: tuple[Callable[[bytes], Any], ...] = (
+    json.loads,
+    lambda body: json.loads(body.decode("latin-1")),
+    lambda body: json.loads(body, object_pairs_hook=_first_key_wins),
+    lambda body: json.loads(body, object_pairs_hook=_any_case),
+    lambda body: json.loads(body, parse_int=float),  # as JavaScript
+    lambda body: json.loads(body, strict=False),
+    lambda body: json.loads(re.sub(rb"/\*.*?\*/|//[^\n]*", b"", body)),
+)
+
+
+def token(body: bytes) -> bool:
+    """Whether a token is given. Then each reader finds allowed apps, a life of 1 to 300 s, and nothing else."""
+    try:
+        TOKEN_RULES.check_body(body)
+    except AccessRefused as exc:
+        assert str(exc.detail).isprintable()
+        return False
+    for reader in READERS:
+        fields = reader(body)
+        assert set(fields) == {"allowed_apps", "token_expiration"}
+        assert fields["allowed_apps"]
+        assert all(MAY_HAVE_TOKENS.fullmatch(app) for app in fields["allowed_apps"])
+        assert 1 <= fields["token_expiration"] <= 300
+    return True
+
+
+# CORS: what is allowed is what a browser sends for a page of an allowed origin.
+
+EXACT = ("https://app.example.com", "http://localhost:3000", "http://[::1]:8080")
+CORS = cors_rules((*EXACT, "https://*.example.org", "https://*.example.net:8443"))
+
+
+def origin(text: str) -> bool:
+    """Whether pages of ``text`` may call. The headers have no control character, whatever was asked for."""
+    assert CORS is not None
+    allowed = CORS.allows(text)
+    headers = CORS.answer_headers(text)
+    assert bool(headers) == allowed
+    for _, value in headers + CORS.preflight_headers(text):
+        assert not CONTROLS.search(value)
+        value.encode("latin-1")
+    if allowed:
+        assert dict(headers)["Access-Control-Allow-Origin"] == text
+        try:
+            url = ada_url.URL(text)
+        except ValueError:
+            return allowed  # a host that no browser has a page of
+        assert url.origin == text
+        assert text in EXACT or (
+            url.protocol == "https:"
+            and (
+                (url.hostname.endswith(".example.org") and not url.port)
+                or (url.hostname.endswith(".example.net") and url.port == "8443")
+            )
+        )
+    return allowed
+
+
+# A stream: whole characters in each chunk, and not a byte lost.
+
+
+class _NoOwner:
+    """A client that does nothing, for a transfer without libcurl."""
+
+    def __getattr__(self, name: str) -> Callable[..., float]:
+        return lambda *_: 0.0
+
+
+def chunks(pieces: Sequence[tuple[bytes, bool]]) -> list[bytes]:
+    """What the caller gets of an event stream, by the same steps as the handler's.
+
+    Each piece comes with whether all that is there is read before the next one comes.
+    """
+    transfer = Transfer(cast(Owner, _NoOwner()), cast(pycurl.Curl, object()), None, host="fal.run", repeatable=True)
+    transfer.high_water = sum(len(piece) for piece, _ in pieces) + 1
+    written, undecoded = [], b""
+    for number, (piece, read) in enumerate(pieces, 1):
+        if piece:
+            assert transfer.on_body(piece) is None
+        while transfer._chunks and (read or number == len(pieces)):
+            chunk = transfer.read_rest_of_line(_now(transfer.read()))
+            chunk, undecoded = split_utf8(undecoded + chunk)
+            assert len(undecoded) < 4
+            if chunk:
+                written.append(chunk)
+    if undecoded:
+        written.append(undecoded)
+    whole = b"".join(piece for piece, _ in pieces)
+    assert b"".join(written) == whole
+    try:
+        text = whole.decode()
+    except UnicodeDecodeError:
+        return written
+    assert "".join(chunk.decode() for chunk in written) == text
+    return written
+
+
+def _now(coroutine: Any) -> bytes:
+    """The result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return bytes(stop.value)
+    raise AssertionError("it waits")
+
+
+# Bytes into arguments.
+
+
+class FuzzTarget(NamedTuple):
+    """``run`` is given a fuzzer's bytes; ``words`` are what it may put together."""
+
+    run: Callable[[bytes], object]
+    words: tuple[bytes, ...]
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Not split at line breaks, so that lines may have some."""
+    return data.split(b"\x1e")
+
+
+def _pairs(data: bytes) -> list[tuple[str, str]]:
+    fields = (line.decode("latin-1").partition(":") for line in _lines(data))
+    return [(name.lower(), value.strip(" ")) for name, _, value in fields]
+
+
+def _access(data: bytes) -> object:
+    number, method = divmod(data[0] if data else 0, len(METHODS))
+    return access(number, METHODS[method], data[1:].decode("latin-1"))
+
+
+def _chunks(data: bytes) -> object:
+    """The first byte says how many follow that are lengths of pieces, with a bit for whether to read then."""
+    count, data = (data[0] % 16, data[1:]) if data else (0, data)
+    lengths, data = data[:count], data[count:]
+    pieces = []
+    for length in lengths:
+        pieces.append((data[: length % 128], length >= 128))
+        data = data[length % 128 :]
+    return chunks([*pieces, (data, True)])
+
+
+_URLS = (
+    *(b"https://", b"fal.run", b"queue.fal.run", b"rest.fal.ai", b"rest.alpha.fal.ai", b":443", b"@", b"%2e", b"%2f"),
+    *(b"\\", b"\t", b"\r", b"\n", b" ", b"[", b"]", b"#", b"?", b"xn--", b"\xa0", b"\xad"),
+)
+_PATHS = (
+    *(b"/fal-ai", b"/flux", b"/dev", b"/stream", b"/requests/", b"/status", b"/cancel", b"workflows/", b"comfy/"),
+    *(b"/tokens/", b"/../", b"/./", b"//", b"%2e%2e", b"%252e", b";", b"?fal_webhook=", b"https%3A%2F%2Fhooks.example"),
+    *(
+        b"flux-dev",
+        b"Flux-",
+        b"-pro",
+        b"/tts",
+        b"/storage/upload/initiate",
+        b"?storage_type=fal-cdn-v3",
+        b"fal%5Fwebhook",
+    ),
+)
+TARGETS: dict[str, FuzzTarget] = {
+    "target": FuzzTarget(lambda data: target(data.decode("latin-1")), _URLS),
+    "access": FuzzTarget(_access, _URLS + _PATHS),
+    "request": FuzzTarget(
+        lambda data: request(_pairs(data)),
+        (
+            b"\x1e",
+            b"x-fal-",
+            b"x-app-fal-",
+            b"accept:",
+            b"connection:",
+            b"authorization:",
+            b"content-type:",
+            b"\r\n",
+            b";",
+        ),
+    ),
+    "response": FuzzTarget(
+        lambda data: response(_lines(data)),
+        (
+            b"HTTP/1.1 200 OK\r\n\x1e",
+            b"HTTP/2 200 \r\n\x1e",
+            b"connection:",
+            b"proxy-authenticate:",
+            b"content-length:",
+            b"\r",
+            b"\n",
+            b"\x1e",
+            b" ",
+        ),
+    ),
+    "token": FuzzTarget(
+        token,
+        (
+            b'"allowed_apps"',
+            b'"token_expiration"',
+            b"[",
+            b"]",
+            b'"flux"',
+            b'"fast-',
+            b":",
+            b",",
+            b"{",
+            b"}",
+            b"120",
+            b"1e2",
+        ),
+    ),
+    "origin": FuzzTarget(
+        lambda data: origin(data.decode("latin-1")),
+        (
+            b"https://",
+            b"http://",
+            b".example.org",
+            b".example.net:8443",
+            b"app.example.com",
+            b"localhost",
+            b"xn--",
+            b":",
+        ),
+    ),
+    "chunks": FuzzTarget(
+        _chunks, ("é".encode(), "日".encode(), "🌊".encode(), b"data: ", b"\n\n", b"\xf0", b"\x9f", b"\x80")
+    ),
+}

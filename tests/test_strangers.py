@@ -1,0 +1,48 @@
+"""Names that nobody knows: a caller may name any number of hosts below fal.run, and only it waits for them."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REQUIRE_TOOLS, tool
+
+HERE = Path(__file__).parent
+MOST_DELAY_MS = 100
+
+
+def isolated() -> list[str]:
+    """What runs a command in a network and with mounts of its own. Without it the test is skipped, and fails in CI."""
+    command = [tool("unshare"), *([] if os.geteuid() == 0 else ["--map-root-user"]), "--net", "--mount"]
+    tried = subprocess.run(
+        [*command, tool("mount"), "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"no namespaces: {tried.stderr.strip()}")
+    return command
+
+
+@pytest.mark.gen_test
+async def test_strangers() -> None:
+    """2,000 calls to hosts whose names do not exist or hang delay nobody else, and leave nothing behind."""
+    process = await asyncio.create_subprocess_exec(
+        *isolated(), sys.executable, HERE / "strangers.py", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    stdout, stderr = await process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    seen = json.loads(stdout)
+    answered, asked = seen["answered"], seen["asked"]
+    assert answered["502"] + answered["504"] == 2000
+    assert asked["hang"] + asked["fail"] < 2000, "only a few are looked up at once, and the others' time is over then"
+    assert seen["calls_during"] > 100
+    assert seen["during_ms"]["median"] < seen["before_ms"]["median"] + 10
+    assert seen["during_ms"]["max"] < seen["before_ms"]["max"] + MOST_DELAY_MS
+    assert seen["cold_ms"]["max"] < MOST_DELAY_MS, "look-up, handshake and answer, on hosts that fal's clients call"
+    assert seen["after_ms"]["median"] < seen["before_ms"]["median"] + 10
+    assert seen["stranger"] == 200, "a host that exists is served, though nobody called it before"
+    assert seen["afterwards"]["files"] <= seen["at_rest"]["files"] + 4
+    assert seen["afterwards"]["threads"] <= seen["at_rest"]["threads"] + 20, "libcurl's pool"
+    assert seen["afterwards"]["kb"] < seen["at_rest"]["kb"] + 40_000
