@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from caller import Caller, call, request
@@ -246,6 +247,43 @@ async def test_stream(setup: Setup, protocol: str, method: str) -> None:
     go.put_nowait(b"")
     assert await caller.chunk() == b""
     await caller.close()
+
+
+class NoClient:
+    """What a transfer tells its client, for a transfer without libcurl."""
+
+    def now(self) -> float:
+        return 0.0
+
+    def open_window_soon(self, transfer: Transfer) -> None:
+        pass
+
+    def resume(self, transfer: Transfer) -> None:
+        pass
+
+
+SMALL, BULK = b"x" * 100, b"x" * 16_000
+
+
+@pytest.mark.parametrize(
+    ("pieces", "joined"),
+    [
+        ([SMALL, SMALL], [SMALL, SMALL]),
+        ([SMALL, BULK], [SMALL, BULK]),
+        ([BULK, SMALL, BULK], [BULK + SMALL + BULK]),
+        ([BULK] * 6, [BULK * 5, BULK]),
+    ],
+)
+@pytest.mark.gen_test
+async def test_only_pieces_of_a_large_body_are_joined(pieces: list[bytes], joined: list[bytes]) -> None:
+    """Of those that are here already: what fal sends in small pieces reaches the caller in these."""
+    client: Any = NoClient()
+    handle: Any = object()
+    transfer = Transfer(client, handle, None, host="fal.run", repeatable=True)
+    transfer.high_water = 10**6
+    for piece in pieces:
+        transfer.on_body(piece)
+    assert [transfer.read_rest(await transfer.read()) for _ in joined] == joined
 
 
 @pytest.mark.gen_test

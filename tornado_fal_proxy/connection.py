@@ -15,7 +15,7 @@ import socket
 from functools import lru_cache
 from typing import Any
 
-from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection, _QuietException
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerConnectionDelegate
 from tornado.iostream import IOStream, StreamClosedError, UnsatisfiableReadError
 from tornado.log import gen_log
@@ -113,9 +113,6 @@ class CallerConnection(HTTP1ServerConnection):
                 try:
                     again = await request.read_response(delegate.start_request(self, request))
                 except (StreamClosedError, UnsatisfiableReadError, asyncio.CancelledError):
-                    return
-                except _QuietException:  # Tornado has logged it
-                    request.close()
                     return
                 except Exception:  # noqa: BLE001  (whatever it is ends this connection, and none else)
                     gen_log.error("Uncaught exception", exc_info=True)

@@ -318,7 +318,6 @@ class FalProxyHandler(RequestHandler):
     def _add_cors_headers(self, cors: CorsRules) -> None:
         """Say who may read the answer, whatever it says of that by itself."""
         for name in [name for name in self._headers if name.lower().startswith(CORS_PREFIX)]:
-            self._headers[name] = ""  # Tornado 6.5 cannot delete one that was added twice
             del self._headers[name]
         for name, value in cors.answer_headers(self._origin()):
             self._headers[name] = value

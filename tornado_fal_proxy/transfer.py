@@ -33,6 +33,8 @@ __all__ = ["FIRST_WINDOW_BYTES", "HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "Owne
 
 # A piece of body is at most 16 kB, so a reader that keeps up is never paused, and one that does not costs little.
 HIGH_WATER_BYTES = 64 * 1024
+# A piece of at least this many bytes is part of a large body: half of what libcurl reads at once.
+BULK_BYTES = 8 * 1024
 # What a server may send of a streamed answer before its caller has read that far. At a round trip of 100 ms it allows
 # 2.5 MB/s, and it bounds what a caller costs that stopped reading.
 WINDOW_BYTES = 256 * 1024
@@ -193,7 +195,12 @@ class Transfer:
         return chunk
 
     def read_rest(self, chunk: bytes) -> bytes:
-        """``chunk`` and the pieces behind it that are here already, up to about ``HIGH_WATER_BYTES``."""
+        """``chunk`` and, where it is so large that libcurl may have cut it off, the pieces behind it that are here.
+
+        Up to about ``HIGH_WATER_BYTES``. What was sent in small pieces is passed on in these.
+        """
+        if len(chunk) < BULK_BYTES:
+            return chunk
         pieces, size = [chunk], len(chunk)
         while self._chunks and size < HIGH_WATER_BYTES:
             pieces.append(self._pop())
