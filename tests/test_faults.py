@@ -142,7 +142,7 @@ FAULTS = {
     "result breaks off": Fault(breaks_off_the_result, "ConnectionLost", get=None),
     "close in the result": Fault(closes_in_the_result, "ConnectionLost", get=None),
     "stall in the result": Fault(stalls_in_the_result, "UpstreamTimeout", get=None),
-    "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedAnswer", get=None),
+    "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedAnswer"),
     "chunks break off": Fault(breaks_off_the_chunks, "", get=None, protocols=("http/1.1",)),
 }
 

@@ -86,7 +86,7 @@ def test_metadata(wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("tornado-fal-proxy", __version__)
     assert metadata.get("License-Expression", metadata["License"]) == "MIT"
     assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"sandbox", "metrics", "fuzz", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"sandbox", "metrics", "br", "fuzz", "test"}
     required = {
         requirement.partition(">")[0].partition("<")[0]
         for requirement in metadata.get_all("Requires-Dist", [])

@@ -366,7 +366,7 @@ class FalProxyHandler(RequestHandler):
             self._backend.watch(caller)
             head = await transfer.read_head()
             held = (post and not head.event_stream) or not head.has_body
-            whole = transfer.complete or (held and await transfer.hold())
+            whole = (held or transfer.complete) and await transfer.hold()
             self._copy_head(head)
             if whole:
                 await self._write_whole(head, transfer.take())

@@ -82,6 +82,7 @@ _HOP_BY_HOP = frozenset(
 _SET_BY_SERVER = frozenset({"content-length", "content-encoding"})
 _STAYS_HERE = _HOP_BY_HOP | _SET_BY_SERVER
 _NOTHING: frozenset[str] = frozenset()
+_NO_CODING = ("", "identity")
 _RELAYED_BY_NAME = frozenset({"accept", "content-type", "user-agent"})
 _RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{_NAME}")
 _NEVER_RELAYED = frozenset({TARGET_HEADER, "x-fal-client-proxy"})
@@ -119,6 +120,7 @@ class ResponseHead(NamedTuple):
 
     ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where the
     target declared it and the body is not encoded, else None. ``protocol`` is ``"1.0"``, ``"1.1"`` or ``"2"``.
+    ``coding`` is the content-encoding in lower case, empty where there is none.
     """
 
     status: int
@@ -126,6 +128,7 @@ class ResponseHead(NamedTuple):
     headers: list[tuple[str, str]]
     length: int | None
     event_stream: bool
+    coding: str = ""
 
     @property
     def has_body(self) -> bool:
@@ -236,6 +239,7 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
         raise MalformedAnswer(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
     fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
     length, encoded, event_stream = None, False, False
+    codings: list[str] = []
     never = _listed_by_connection(fields)
     headers = []
     for name, value in fields:
@@ -246,10 +250,18 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
                 event_stream = value.lower().startswith("text/event-stream")
         elif name == "content-length":
             length = _length(value)
-        elif name in ("content-encoding", "transfer-encoding"):
-            encoded = True  # by a transfer-encoding too a length is void (RFC 9112 section 6.3)
+        elif name == "content-encoding":
+            encoded = True
+            codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]
+        elif name == "transfer-encoding":
+            encoded = True  # by it too a length is void (RFC 9112 section 6.3)
     return ResponseHead(
-        int(status_line[2]), status_line[1].decode(), headers, None if encoded else length, event_stream
+        int(status_line[2]),
+        status_line[1].decode(),
+        headers,
+        None if encoded else length,
+        event_stream,
+        ", ".join(codings),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import pycurl
 
+from tornado_fal_proxy.decoding import Decoder, Undecodable, decoder_for
 from tornado_fal_proxy.errors import (
     CallerGone,
     ConnectFailed,
@@ -61,7 +62,6 @@ _ERRORS: dict[int, type[UpstreamError]] = {
     pycurl.E_OPERATION_TIMEDOUT: UpstreamTimeout,
     pycurl.E_UNSUPPORTED_PROTOCOL: MalformedAnswer,
     pycurl.E_FTP_WEIRD_SERVER_REPLY: MalformedAnswer,
-    pycurl.E_BAD_CONTENT_ENCODING: MalformedAnswer,
     _E_TOO_LARGE: MalformedAnswer,
 }
 
@@ -107,6 +107,8 @@ class Transfer:
         "_arrived",
         "_buffered",
         "_chunks",
+        "_decoded",
+        "_decoder",
         "_failure",
         "_head_lines",
         "_held",
@@ -156,6 +158,8 @@ class Transfer:
         self._failure: ProxyError | None = None
         self._head_lines: list[bytes] = []
         self._chunks: list[bytes] = []
+        self._decoder: Decoder | None = None
+        self._decoded: list[bytes] = []  # what a hold found out, and nobody has read
         self._arrived = 0  # since the window was opened last
         self._buffered = 0
         self._held = False
@@ -177,20 +181,23 @@ class Transfer:
         while not self.complete and not self.paused:
             await self._wait()
         self._held = False
+        most = self.high_water
         self.window, self.high_water = WINDOW_BYTES, HIGH_WATER_BYTES
-        return self.complete
+        return self.complete and (self._decoder is None or self._decode_whole(most))
 
     async def read(self) -> bytes:
-        """The next piece of the body as it came from libcurl, or ``b""`` at its end."""
-        while not self._chunks:
+        """The next piece of the body as it came from libcurl, or as it was decoded; ``b""`` at its end."""
+        if self._decoded:
+            return self._decoded.pop(0)
+        while not (piece := self._next()):
             if self.complete:
                 return b""
             await self._wait()
-        return self._pop()
+        return piece
 
     def read_rest_of_line(self, chunk: bytes) -> bytes:
         """``chunk`` and the pieces behind it that are here already and that libcurl cut off in the middle of a line."""
-        while self._chunks and not chunk.endswith((b"\n", b"\r")):
+        while self._chunks and self._decoder is None and not chunk.endswith((b"\n", b"\r")):
             chunk += self._pop()
         return chunk
 
@@ -199,7 +206,7 @@ class Transfer:
 
         Up to about ``HIGH_WATER_BYTES``. What was sent in small pieces is passed on in these.
         """
-        if len(chunk) < BULK_BYTES:
+        if len(chunk) < BULK_BYTES or self._decoder is not None:
             return chunk
         pieces, size = [chunk], len(chunk)
         while self._chunks and size < HIGH_WATER_BYTES:
@@ -208,7 +215,9 @@ class Transfer:
         return b"".join(pieces)
 
     def take(self) -> bytes:
-        """All that has arrived and was not read, of a body that is complete."""
+        """All that has arrived and was not read, of a body that is complete; of one that is encoded, after a hold."""
+        if self._decoder is not None:
+            return b"".join(self._decoded)
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         return data
@@ -217,6 +226,34 @@ class Transfer:
         """End the transfer now: libcurl closes the connection or resets the stream before this returns."""
         self._owner.abandon(self, CallerGone())
         self._chunks.clear()
+        self._decoded.clear()
+
+    def _next(self) -> bytes:
+        """The next piece of what is here, ``b""`` when nothing is."""
+        decoder = self._decoder
+        if decoder is None:
+            return self._pop() if self._chunks else b""
+        try:
+            while decoder.has_more or self._chunks:
+                if piece := decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES):
+                    return piece
+            if self.complete:
+                decoder.end()
+        except Undecodable as exc:
+            raise MalformedAnswer(
+                f"the body is not in its content-encoding: {exc}", may_have_run=not self.repeatable
+            ) from None
+        return b""
+
+    def _decode_whole(self, most: int) -> bool:
+        """Whether all of the body, which is here, has at most that many bytes."""
+        size = 0
+        while piece := self._next():
+            self._decoded.append(piece)
+            size += len(piece)
+            if size > most:
+                return False
+        return True
 
     def _pop(self) -> bytes:
         chunk = self._chunks.pop(0)
@@ -281,6 +318,10 @@ class Transfer:
         else:
             if head.status < 200:
                 return  # an interim answer (RFC 9110 section 15.2): the final one follows
+            if head.coding:
+                self._decoder = decoder_for(head.coding)
+                if self._decoder is None:
+                    head.headers.append(("content-encoding", head.coding))
             self.head = head
             if head.event_stream:
                 self.high_water = HIGH_WATER_BYTES

@@ -43,6 +43,7 @@ from tornado.curl_httpclient import CurlAsyncHTTPClient
 
 from tornado_fal_proxy import memory
 from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.decoding import ACCEPT_ENCODING
 from tornado_fal_proxy.errors import (
     ConnectionLost,
     MalformedAnswer,
@@ -169,7 +170,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         transfer.high_water = high_water
         curl.setopt(pycurl.URL, f"https://{target.host}/")
         curl.setopt(pycurl.REQUEST_TARGET, target.request_target)
-        curl.setopt(pycurl.HTTPHEADER, headers)
+        curl.setopt(pycurl.HTTPHEADER, [*headers, ACCEPT_ENCODING])
         curl.setopt(pycurl.PREREQFUNCTION, transfer.on_connected)
         curl.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
         curl.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
@@ -257,7 +258,6 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.UPLOAD_BUFFERSIZE, self._upload_buffer_bytes)
         curl.setopt(pycurl.FOLLOWLOCATION, 0)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
-        curl.setopt(pycurl.ENCODING, "")  # offer and decode all that libcurl can
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
         if RATE_IS_WINDOW:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)

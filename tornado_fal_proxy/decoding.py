@@ -1,0 +1,142 @@
+"""Decodes the answers of fal's server a bounded piece at a time.
+
+Strategy. libcurl can decode, but it makes all of what it has read of it at once, whether its reader is paused or not:
+a few bytes become 64 MB for each caller that does not read. So fal's answers come as they are, and whoever reads a
+transfer decodes as much as it takes. gzip and deflate are the standard library's; ``br`` is asked for, and decoded,
+where the package ``brotli`` is installed. An answer in a coding that nobody asked for passes as it is, with its
+``content-encoding``: it is paid for.
+
+Source: RFC 9110 section 8.4.1.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Protocol
+
+try:
+    import brotli
+except ImportError:  # an extra
+    brotli = None
+if not hasattr(getattr(brotli, "Decompressor", None), "can_accept_more_data"):  # before 1.2 it knows no bound
+    brotli = None
+
+__all__ = ["ACCEPT_ENCODING", "Decoder", "Undecodable", "decoder_for"]
+
+ACCEPT_ENCODING = b"accept-encoding: deflate, gzip, br" if brotli else b"accept-encoding: deflate, gzip"
+
+# zlib's wbits: a gzip header and trailer, those of zlib, or none.
+_GZIP, _ZLIB, _RAW = 31, 15, -15
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class Undecodable(ValueError):
+    """A body is not in the coding that its head declares, or ends too early for it."""
+
+
+class Decoder(Protocol):
+    """Of one body. ``has_more`` tells that :meth:`decode` has something to do without more data."""
+
+    has_more: bool
+
+    def decode(self, data: bytes, most: int) -> bytes:
+        """What ``data``, and all before it, become: about ``most`` bytes of it. Raises Undecodable.
+
+        While ``has_more`` is true ``data`` must be empty.
+        """
+
+    def end(self) -> None:
+        """There is no more data. Raises Undecodable when there should be."""
+
+
+def decoder_for(coding: str) -> Decoder | None:
+    """The decoder for the value of a content-encoding in lower case, None where there is none."""
+    if coding in ("gzip", "x-gzip"):
+        return _Zlib(_GZIP)
+    if coding == "deflate":
+        return _Deflate()
+    return _Brotli() if coding == "br" and brotli else None
+
+
+class _Zlib:
+    def __init__(self, wbits: int) -> None:
+        self.has_more = False
+        self._wbits = wbits
+        self._stream = zlib.decompressobj(wbits)
+        self._begun = False
+        self._rest = b""
+
+    def decode(self, data: bytes, most: int) -> bytes:
+        self._rest += data
+        pieces = []
+        while most > 0 and not (self._stream.eof and not self._begin_member()):
+            piece = self._decompress(self._rest, most)
+            pieces.append(piece)
+            most -= len(piece)
+            self._rest = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
+            if not self._rest:
+                break
+        if self._stream.eof and not _GZIP_MAGIC.startswith(self._rest[:2]):
+            self._rest = b""
+        self.has_more = most <= 0 or bool(self._rest and not self._stream.eof)
+        return b"".join(pieces)
+
+    def end(self) -> None:
+        if self._begun and not self._stream.eof:
+            raise Undecodable("it ends too early")
+
+    def _decompress(self, data: bytes, most: int) -> bytes:
+        self._begun = self._begun or bool(data)
+        try:
+            return self._stream.decompress(data, most)
+        except zlib.error as exc:
+            raise Undecodable(str(exc)) from None
+
+    def _begin_member(self) -> bool:
+        """Whether another member of a gzip file follows (RFC 1952 section 2.2). What else follows is ignored."""
+        if self._wbits != _GZIP or not self._rest.startswith(_GZIP_MAGIC):
+            return False
+        self._stream = zlib.decompressobj(_GZIP)
+        return True
+
+
+class _Deflate(_Zlib):
+    """Some servers send it without zlib's header (RFC 1950 section 2.2), and all clients take it."""
+
+    def __init__(self) -> None:
+        super().__init__(_ZLIB)
+        self._first = b""
+
+    def decode(self, data: bytes, most: int) -> bytes:
+        if len(self._first) < 2:
+            held, self._first = self._first, (self._first + data)[:2]
+            if len(self._first) < 2:
+                self._begun = self._begun or bool(data)
+                return b""
+            data = held + data
+            if self._first[0] & 15 != 8 or int.from_bytes(self._first, "big") % 31:
+                self._stream = zlib.decompressobj(_RAW)
+        return super().decode(data, most)
+
+
+class _Brotli:
+    def __init__(self) -> None:
+        self.has_more = False
+        self._stream: Any = brotli.Decompressor()
+        self._begun = False
+
+    def decode(self, data: bytes, most: int) -> bytes:
+        if self._stream.is_finished():
+            self.has_more = False
+            return b""
+        try:
+            decoded: bytes = self._stream.process(data, output_buffer_limit=most)
+        except brotli.error as exc:
+            raise Undecodable(str(exc)) from None
+        self._begun = self._begun or bool(data)
+        self.has_more = len(decoded) >= most or not self._stream.can_accept_more_data()
+        return decoded
+
+    def end(self) -> None:
+        if self._begun and not self._stream.is_finished():
+            raise Undecodable("it ends too early")
