@@ -115,7 +115,7 @@ class Running:
     async def ended(self, code: int = 0) -> tuple[str, str]:
         async with asyncio.timeout(TIMEOUT_S):
             stdout, stderr = await self.process.communicate()
-        assert "Traceback" not in stderr.decode()
+        assert "Traceback" not in stderr.decode(), stderr.decode()[-6000:]
         assert self.process.returncode == code, stderr.decode()
         return stdout.decode(), stderr.decode()
 

@@ -24,7 +24,7 @@ from tornado_fal_proxy import FalProxyHandler
 from tornado_fal_proxy.policy import parse_target
 from tornado_fal_proxy.server import Server
 from tornado_fal_proxy.upstream import UpstreamClient
-from tornado_fal_proxy.workers import Alone
+from tornado_fal_proxy.workers import Alone, Board
 
 # Of the client: what is called, or overridden, with its parameters.
 METHODS = {
@@ -133,7 +133,7 @@ async def test_requests_of_a_connection(setup: Setup) -> None:
 
     listener, port = bind_unused_port()
     server = Watching(Application([("/", Answering)], log_function=lambda handler: None))
-    server.listen_on([listener], Alone(*[lambda: None] * 3), set())
+    server.listen_on([listener], Alone(0, Board(1), *[lambda: None] * 3), set())
     caller = await Caller.open(port)
     await caller.send("GET", path="/")
     assert (await caller.answer()).header("connection") is None

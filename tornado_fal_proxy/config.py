@@ -26,10 +26,12 @@ from tornado_fal_proxy.errors import ConfigError, KeyMissing
 
 __all__ = [
     "DEFAULT_ROUTE",
+    "EMPTY_LIST",
     "ENV_PREFIX",
     "FALSE",
     "TRUE",
     "ProxyConfig",
+    "as_list",
     "authorization_line",
     "key_from",
     "key_from_file",
@@ -97,7 +99,7 @@ def key_from_file(environ: Mapping[str, str]) -> str | None:
     return key
 
 
-def _list(text: str) -> tuple[str, ...]:
+def as_list(text: str) -> tuple[str, ...]:
     """The texts between commas, without white space around them."""
     return () if text.strip().lower() == EMPTY_LIST else tuple(item.strip() for item in text.split(","))
 
@@ -166,7 +168,7 @@ class ProxyConfig:
         None, "open every connection to this address instead of fal's (names and TLS checks stay fal's)", "HOST:PORT"
     )
     allowed_endpoints: Sequence[str] | None = _option(
-        None, "endpoints that may be called, as patterns; * is within a segment, ** any depth", "PATTERN,...", _list
+        None, "endpoints that may be called, as patterns; * is within a segment, ** any depth", "PATTERN,...", as_list
     )
     allow_uploads: bool = _option(False, "with allowed endpoints, uploads to fal's storage too", "")
     max_token_expiration_s: int = _option(
@@ -175,11 +177,11 @@ class ProxyConfig:
         "SECONDS",
     )
     allowed_hosts: Sequence[str] | None = _option(
-        None, "hosts of fal's that may be called, such as queue.fal.run or *.fal.run", "HOST,...", _list
+        None, "hosts of fal's that may be called, such as queue.fal.run or *.fal.run", "HOST,...", as_list
     )
     allow_cancel: bool = _option(False, "let PUT through to cancel a queued job", "")
     allowed_webhooks: Sequence[str] | None = _option(
-        None, "origins that fal_webhook may name, or none; without it any", "ORIGIN,...", _list
+        None, "origins that fal_webhook may name, or none; without it any", "ORIGIN,...", as_list
     )
     authorize: Callable[[Any, Any], Any] | None = _option(  # noqa: RUF009  (it is a field)
         None,
@@ -191,7 +193,7 @@ class ProxyConfig:
         None, "function that is given handler and target, and whose result is the key", "MODULE:FUNCTION", _function
     )
     allowed_origins: Sequence[str] | None = _option(
-        None, "origins whose pages may call, exact or such as https://*.example.com (CORS)", "ORIGIN,...", _list
+        None, "origins whose pages may call, exact or such as https://*.example.com (CORS)", "ORIGIN,...", as_list
     )
     allow_credentials: bool = _option(False, "let those pages' browsers send cookies", "")
 

@@ -51,10 +51,11 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.hangup import HangupWatch
 from tornado_fal_proxy.policy import ResponseHead, Target, decide, request_headers
+from tornado_fal_proxy.telemetry import REQUEST_ID, Call
 from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, Transfer
 from tornado_fal_proxy.upstream import UpstreamClient
 
-__all__ = ["FalProxyHandler", "close_upstreams"]
+__all__ = ["FalProxyHandler", "close_upstreams", "upstreams"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -148,6 +149,11 @@ def close_upstreams(application: Application) -> None:
         backend.close()
 
 
+def upstreams(application: Application) -> list[UpstreamClient]:
+    """The clients of ``application`` that were made so far: one for each configuration and loop."""
+    return [backend.client for backend in _backends.get(application, {}).values()]
+
+
 @stream_request_body
 class FalProxyHandler(RequestHandler):
     """Relays ``GET`` and ``POST`` to the URL in ``x-fal-target-url``, with the key added.
@@ -179,6 +185,10 @@ class FalProxyHandler(RequestHandler):
         self._answered = False
         self._streaming = False
         self._linger: asyncio.TimerHandle | None = None
+        #: What is known of this call so far, for logs; see :meth:`on_call_end`.
+        self.call = Call(self.request.method or "", self.request.headers.get(REQUEST_ID))
+        self._over = False
+        self._headers[REQUEST_ID] = self.call.request_id
 
     # The way in.
 
@@ -202,6 +212,7 @@ class FalProxyHandler(RequestHandler):
             target = decide(
                 self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes, access=config.access
             )
+            self.call.target = target
             backend = self._shared_backend()
             if config.authorize is not None or type(self).authorize is not FalProxyHandler.authorize:
                 backend.watch(self._connection.stream)
@@ -222,7 +233,7 @@ class FalProxyHandler(RequestHandler):
                 backend.expect_body(self)
         except CallerGone:
             self._answered = True
-            self.set_status(CallerGone.status)  # for the application's log; nobody reads it
+            self._caller_has_gone()
         except ProxyError as exc:
             self._refuse(exc)
 
@@ -260,7 +271,7 @@ class FalProxyHandler(RequestHandler):
     def data_received(self, chunk: bytes) -> None:
         if self._answered:
             return  # lingering
-        self._body_size += len(chunk)
+        self._body_size = self.call.received_bytes = self._body_size + len(chunk)
         if self._body_size > self._config.max_body_bytes:
             self._body.clear()
             self._refuse(BodyTooLarge())
@@ -313,6 +324,7 @@ class FalProxyHandler(RequestHandler):
         self._set_vary("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
         self._answered = True
         self.set_status(204)
+        self._end_call()
         self._send(b"")
 
     def _add_cors_headers(self, cors: CorsRules) -> None:
@@ -350,7 +362,9 @@ class FalProxyHandler(RequestHandler):
         self._backend.arriving.pop(self, None)
         caller = self._connection.stream
         if caller.closed():
+            self._caller_has_gone()
             return
+        call = self.call
         post = self.request.method == "POST"
         body = b"".join(self._body)
         self._body.clear()
@@ -363,26 +377,32 @@ class FalProxyHandler(RequestHandler):
                 high_water=self._config.hold_bytes if post else HIGH_WATER_BYTES,
             )
             self._lines = []
+            call.relayed = True
             self._backend.watch(caller)
             head = await transfer.read_head()
             held = (post and not head.event_stream) or not head.has_body
             whole = (held or transfer.complete) and await transfer.hold()
             self._copy_head(head)
+            call.head = head
+            call.answer_begins()
             if whole:
                 await self._write_whole(head, transfer.take())
             else:
                 await self._write_stream(head, transfer)
+            self._end_call()
         except (CallerGone, StreamClosedError):
-            self.set_status(CallerGone.status)  # for the application's log; nobody reads it
+            self._caller_has_gone()
         except UpstreamError as exc:
             self._log_upstream_error(exc)
             if self._streaming:
-                self._break_off()
+                self._break_off(exc)
             else:
                 self._refuse(exc)
         finally:
             if self._transfer is not None:
                 self._transfer.cancel()
+            if self._finished:
+                self._end_call()
 
     def _copy_head(self, head: ResponseHead) -> None:
         self.set_status(head.status, responses.get(head.status, "Unknown"))
@@ -395,10 +415,12 @@ class FalProxyHandler(RequestHandler):
             else:
                 names.add(name)
                 headers[name] = value
+        headers[REQUEST_ID] = self.call.request_id
         if self._cors is not None:
             self._add_cors_headers(self._cors)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.call.sent_bytes = len(body)
         if not head.has_body:
             # finish() alone would strip headers that describe the representation, such as a 304's content-type.
             self.flush(include_footers=True)
@@ -438,9 +460,11 @@ class FalProxyHandler(RequestHandler):
             else:
                 chunk = transfer.read_rest(chunk)
             if chunk:
+                self.call.sent_bytes += len(chunk)
                 self.write(chunk)
                 await self._delivered(self.flush())
         if undecoded:
+            self.call.sent_bytes += len(undecoded)
             self.write(undecoded)
         self._streaming = False
         await self._delivered(self.finish())
@@ -454,8 +478,9 @@ class FalProxyHandler(RequestHandler):
             try:
                 await asyncio.wait_for(written, self._config.idle_timeout_s)
             except TimeoutError:
-                self._break_off()
-                raise CallerGone("the caller stopped reading") from None
+                gone = CallerGone("the caller stopped reading")
+                self._break_off(gone)
+                raise gone from None
 
     # Answers of our own.
 
@@ -463,10 +488,18 @@ class FalProxyHandler(RequestHandler):
         """Answer with ``error``, and leave the connection in a state in which the caller sees it."""
         level = logging.ERROR if error.status == 500 else logging.INFO
         if not isinstance(error, UpstreamError):
-            logger.log(level, "%d %s: %s", error.status, self.request.method, error.detail or error.message)
-        self._answer(error.status, error.message, error.headers)
+            logger.log(
+                level, "%d %s: %s", error.status, self.request.method, error.detail or error.message, extra=self._extra
+            )
+        self._answer(error.status, error.message, error.headers, error)
 
-    def _answer(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+    def _answer(
+        self,
+        status: int,
+        message: str,
+        headers: tuple[tuple[str, str], ...] = (),
+        error: BaseException | None = None,
+    ) -> None:
         self._answered = True
         self._release()
         super().clear()
@@ -476,7 +509,12 @@ class FalProxyHandler(RequestHandler):
         if self._cors is not None:
             self._add_cors_headers(self._cors)
         self.set_header("Content-Type", "application/json")
-        self._send(json.dumps({"message": message}).encode())
+        self._headers[REQUEST_ID] = self.call.request_id
+        body = json.dumps({"message": message}).encode()
+        self.call.sent_bytes = len(body)
+        self.call.answer_begins()
+        self._end_call(error)
+        self._send(body)
 
     def _send(self, body: bytes) -> None:
         """Finish an answer of our own, while the request may still be coming."""
@@ -500,13 +538,13 @@ class FalProxyHandler(RequestHandler):
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         """Answer an exception (an HTTPError of a subclass or of Tornado, or a bug) as fal's clients expect it."""
+        exception = kwargs.get("exc_info", (None, None, None))[1]
         if self._streaming:
-            self._break_off()
+            self._break_off(exception)
         elif not self._answered:
-            exception = kwargs.get("exc_info", (None, None, None))[1]
             reason = exception.reason if isinstance(exception, HTTPError) else None
             headers = MethodNotAllowed.headers if status_code == 405 else ()
-            self._answer(status_code, reason or responses.get(status_code, "Unknown"), headers)
+            self._answer(status_code, reason or responses.get(status_code, "Unknown"), headers, exception)
 
     # The way out.
 
@@ -514,9 +552,12 @@ class FalProxyHandler(RequestHandler):
         super().on_connection_close()
         if self._transfer is not None:
             self._transfer.cancel()
+        self._caller_has_gone()
         self.on_finish()
 
     def on_finish(self) -> None:
+        if not self.call.relayed:
+            self._end_call()  # an answer of a subclass's own
         self._release()
         if self._linger is not None:
             self._linger.cancel()
@@ -527,8 +568,26 @@ class FalProxyHandler(RequestHandler):
             backend.arriving.pop(self, None)
             backend.client.release()
 
-    def _break_off(self) -> None:
+    def _caller_has_gone(self) -> None:
+        self.set_status(CallerGone.status)  # for logs; nobody reads it
+        self._end_call(CallerGone())
+
+    def _end_call(self, error: BaseException | None = None) -> None:
+        if self._over:
+            return
+        self._over = True
+        self.call.ends(self._status_code, error)
+        self.on_call_end(self.call)
+
+    def on_call_end(self, call: Call) -> None:
+        """Called once for each call when it is over, for logs and metrics: override it. It must not raise or wait.
+
+        The caller has its answer, or has left, or is sent the last of a refusal.
+        """
+
+    def _break_off(self, error: BaseException | None) -> None:
         """End the connection so that the caller cannot take what it has for a complete answer."""
+        self._end_call(error)
         connection = self._connection
         if self.request.version == "HTTP/1.0" and not connection.stream.closed():
             # Here a clean close may be the mark of a complete answer. A reset is not.
@@ -576,7 +635,13 @@ class FalProxyHandler(RequestHandler):
             type(error).__name__,
             "; the job may have run" if error.may_have_run else "",
             "; the answer was broken off" if self._streaming else "",
+            extra=self._extra,
         )
+
+    @property
+    def _extra(self) -> dict[str, str]:
+        """What formatters may show beside the message."""
+        return {"request_id": self.call.request_id}
 
 
 async def _result(value: Any) -> Any:

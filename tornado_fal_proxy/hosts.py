@@ -15,6 +15,7 @@ that waited for it fail with it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
 __all__ = ["HANDSHAKE_WAIT_S", "HANG_S", "IDLE_CONNECTION_S", "KNOWN_HOSTS", "LOOK_UPS", "SUSPICION_S", "Call", "Hosts"]
@@ -68,7 +69,9 @@ class Hosts(Generic[C]):
 
     def __init__(self) -> None:
         self._hosts: dict[str, _Host[C]] = {}
-        self._strangers: dict[C, None] = {}  # leading calls that wait for a look-up
+        # Those that may be forgotten, for nobody leads or waits there: the one that was so first comes first.
+        self._idle: OrderedDict[str, None] = OrderedDict()
+        self._strangers: OrderedDict[C, None] = OrderedDict()  # leading calls that wait for a look-up
         self._looking_up = 0
 
     @property
@@ -109,6 +112,7 @@ class Hosts(Generic[C]):
                 return False
             host.leader = call
             call.leads = True
+            self._idle.pop(call.host, None)
         if host.proven:
             return True
         if self._looking_up >= LOOK_UPS:
@@ -162,8 +166,7 @@ class Hosts(Generic[C]):
         self._looking_up -= 1
         free = []
         while self._strangers and self._looking_up < LOOK_UPS:
-            call = next(iter(self._strangers))
-            del self._strangers[call]
+            call, _ = self._strangers.popitem(last=False)
             self._looking_up += 1
             call.looks_up = True
             free.append(call)
@@ -180,16 +183,15 @@ class Hosts(Generic[C]):
             return []
         host.leader, free = None, list(host.waiting)
         host.waiting.clear()
+        if call.host not in FAMILIAR:
+            self._idle[call.host] = None
         return free
 
     def _host(self, name: str) -> _Host[C]:
         host = self._hosts.get(name)
         if host is None:
-            if len(self._hosts) >= KNOWN_HOSTS:
-                # The longest known that nobody waits for; what leads or waits there must be found again.
-                for old in [old for old, host in self._hosts.items() if host.leader is None and old not in FAMILIAR][
-                    :1
-                ]:
-                    del self._hosts[old]
+            if len(self._hosts) >= KNOWN_HOSTS and self._idle:
+                forgotten, _ = self._idle.popitem(last=False)
+                del self._hosts[forgotten]
             host = self._hosts[name] = _Host(name in FAMILIAR)
         return host

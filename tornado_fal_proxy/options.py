@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tornado_fal_proxy._version import __version__
+from tornado_fal_proxy.callers import TrustedProxies
 from tornado_fal_proxy.config import (
     DEFAULT_ROUTE,
+    EMPTY_LIST,
     ENV_PREFIX,
     FALSE,
     MOST_S,
     TRUE,
     ProxyConfig,
+    as_list,
     key_from,
     key_from_file,
     relay_options,
@@ -37,9 +40,12 @@ PROGRAM = "tornado-fal-proxy"
 # Only this machine: who exposes a paid key to the world should say so.
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 8080
+NO_PORT = "none"
 DEFAULT_LOG_LEVEL = "info"
+DEFAULT_LOG_FORMAT = "text"
 TAKEN_ROUTES = ("/", "/healthz")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 # The options that say who may call what; the others say how a call is relayed.
 ACCESS_OPTIONS = (
     *("allowed_endpoints", "allow_uploads", "max_token_expiration_s", "allowed_hosts", "allow_cancel"),
@@ -65,11 +71,16 @@ _DEFAULTS = {
     "processes": str(DEFAULT_PROCESSES),
     "drain_timeout_s": str(DEFAULT_DRAIN_TIMEOUT_S),
     "log_level": DEFAULT_LOG_LEVEL,
+    "log_format": DEFAULT_LOG_FORMAT,
+    "trusted_proxies": EMPTY_LIST,
+    "admin_address": DEFAULT_ADDRESS,
+    "admin_port": NO_PORT,
     "sandbox": "no",
 }
 # Which texts they may have, and how to say so. The address is for the operating system to judge.
 _RULES: dict[str, tuple[Callable[[str], bool], str]] = {
-    "port": (lambda text: bool(_PORT.fullmatch(text)) and int(text) < 65_536, "a number from 0 to 65535"),
+    "port": (lambda text: _is_port(text), "a number from 0 to 65535"),
+    "admin_port": (lambda text: text == NO_PORT or _is_port(text), f"a number from 0 to 65535, or {NO_PORT}"),
     "route": (
         lambda text: bool(_ROUTE.fullmatch(text)) and text not in TAKEN_ROUTES,
         f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}",
@@ -83,15 +94,20 @@ _RULES: dict[str, tuple[Callable[[str], bool], str]] = {
         f"a number of seconds from 0 to {MOST_S}",
     ),
     "log_level": (lambda text: text.lower() in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
+    "log_format": (lambda text: text.lower() in LOG_FORMATS, f"one of {', '.join(LOG_FORMATS)}"),
     "sandbox": (lambda text: text.lower() in TRUE + FALSE, f"one of {', '.join(TRUE + FALSE)}"),
 }
+
+
+def _is_port(text: str) -> bool:
+    return bool(_PORT.fullmatch(text)) and int(text) < 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the service does, checked. ``config`` is None in sandbox mode, where the sandbox decides it.
 
-    ``processes`` is how many serve, at least one.
+    ``processes`` is how many serve, at least one. ``admin_port`` is None where there is none.
     """
 
     address: str
@@ -100,6 +116,10 @@ class Settings:
     processes: int
     drain_timeout_s: float
     log_level: str
+    log_format: str
+    trusted_proxies: TrustedProxies
+    admin_address: str
+    admin_port: int | None
     sandbox: bool
     config: ProxyConfig | None
     texts: Mapping[str, str | None]
@@ -156,8 +176,19 @@ def _parser() -> _Parser:
         "SECONDS",
         DEFAULT_DRAIN_TIMEOUT_S,
     )
+    watch = parser.add_argument_group("watching")
+    add(watch, "log_level", "least level to log: " + ", ".join(LOG_LEVELS), "LEVEL", DEFAULT_LOG_LEVEL)
+    add(watch, "log_format", "how to log: " + ", ".join(LOG_FORMATS), "FORMAT", DEFAULT_LOG_FORMAT)
+    add(
+        watch,
+        "trusted_proxies",
+        "proxies in front whose X-Forwarded-For is believed: addresses, networks, unix for a socket file",
+        "ADDRESS,...",
+        None,
+    )
+    add(watch, "admin_port", "port for /metrics, /readyz and /healthz; 0 takes a free one", "PORT", NO_PORT)
+    add(watch, "admin_address", "address for these", "ADDRESS", DEFAULT_ADDRESS)
     other = parser.add_argument_group("other")
-    add(other, "log_level", "least level to log: " + ", ".join(LOG_LEVELS), "LEVEL", DEFAULT_LOG_LEVEL)
     other.add_argument(
         "--sandbox",
         action="store_const",
@@ -189,7 +220,11 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     processes = (int(own["processes"]) or _cores()) if _RULES["processes"][0](own["processes"]) else 1
     if sandbox and processes > 1:
         problems.append("processes: the sandbox runs in one")
-    config = None
+    trusted, config = TrustedProxies(), None
+    try:
+        trusted = TrustedProxies(as_list(own["trusted_proxies"]))
+    except ValueError as exc:
+        problems.append(f"trusted_proxies: {exc}")
     try:
         config = _relay_config(texts, environ, sandbox)
     except ConfigError as exc:
@@ -203,6 +238,10 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         processes=processes,
         drain_timeout_s=float(own["drain_timeout_s"]),
         log_level=own["log_level"].lower(),
+        log_format=own["log_format"].lower(),
+        trusted_proxies=trusted,
+        admin_address=own["admin_address"],
+        admin_port=None if own["admin_port"] == NO_PORT else int(own["admin_port"]),
         sandbox=sandbox,
         config=config,
         texts=texts,

@@ -11,44 +11,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import importlib
+import importlib.util
 import json
 import logging
 import os
 import resource
 import socket
 import sys
+import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tornado.http1connection import HTTP1Connection
+from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream
-from tornado.log import access_log
 from tornado.netutil import bind_sockets
 from tornado.routing import URLSpec
 from tornado.web import Application, RequestHandler
 
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._version import __version__
+from tornado_fal_proxy.admin import HealthHandler, admin_application
+from tornado_fal_proxy.callers import UNIX, TrustedProxies
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.connection import close_after
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams
-from tornado_fal_proxy.logs import PlainFormatter
+from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams, upstreams
+from tornado_fal_proxy.logs import Fields, JsonFormatter, PlainFormatter, log_fields
 from tornado_fal_proxy.options import PROGRAM, Settings, parse_settings
 from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, open_files, reserve
 from tornado_fal_proxy.systemd import Notifier, NotListening, activated_sockets
-from tornado_fal_proxy.workers import Alone, CannotStart, Crew, Ending, Worker
+from tornado_fal_proxy.telemetry import Call
+from tornado_fal_proxy.workers import Alone, Board, CannotStart, Crew, Ending, Worker
 
 if TYPE_CHECKING:
+    from tornado_fal_proxy.metrics import Metrics
     from tornado_fal_proxy.sandbox import Sandbox
 
 __all__ = ["main", "make_application"]
 
 logger = logging.getLogger("tornado_fal_proxy")
+access_logger = logging.getLogger("tornado_fal_proxy.access")
 
 # EXIT_CUT: the service ended as it was told, but not all calls were finished by then.
 EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE, EXIT_CUT, EXIT_WORKERS = 0, 1, 2, 3, 4
@@ -57,35 +63,36 @@ EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE, EXIT_CUT, EXIT_WORKERS = 0, 1, 2, 3, 4
 OWN_FILES = 32
 # Calls that share one connection to fal over HTTP/2, as servers commonly allow.
 STREAMS_PER_CONNECTION = 100
+NOBODY = TrustedProxies()
+# How often a process shows how many calls and connections it has.
+LOOK_S = 5.0
 
 
-class HealthHandler(RequestHandler):
-    """``GET /healthz``: the process is alive and its loop turns."""
+class LoggedHandler(FalProxyHandler):
+    """Tells the service of each call."""
 
-    def get(self) -> None:
-        self.set_header("Content-Type", "application/json")
-        self.set_header("Cache-Control", "no-store")
-        self.finish(b'{"status": "ok"}')
-
-    head = get
+    def on_call_end(self, call: Call) -> None:
+        assert isinstance(self.application, Service)
+        self.application.call_ended(call, self.request)
 
 
 class MessageHandler(RequestHandler):
     """Answers whatever is asked with a status and, as the proxy does, ``{"message": ...}``."""
 
-    def initialize(self, status: int, message: str) -> None:
+    def initialize(self, status: int, message: str, why: str) -> None:
         self.set_status(status)
         self._message = message
+        self.why = why
         self.set_header("Content-Type", "application/json")
 
     def prepare(self) -> None:
         self.finish(json.dumps({"message": self._message}))
 
 
-NOT_FOUND = {"status": 404, "message": "Not found."}
+NOT_FOUND = {"status": 404, "message": "Not found.", "why": "NotFound"}
 # Nothing was sent to fal, so the caller may ask again, and finds another process.
-CLOSING = {"status": 503, "message": "The proxy is closing; try again."}
-FULL = {"status": 503, "message": "The proxy has no room for another connection; try again."}
+CLOSING = {"status": 503, "message": "The proxy is closing; try again.", "why": "Closing"}
+FULL = {"status": 503, "message": "The proxy has no room for another connection; try again.", "why": "NoRoom"}
 
 
 class Service(Application):
@@ -96,23 +103,40 @@ class Service(Application):
     """
 
     closing = False
+    metrics: Metrics | None = None
 
-    def __init__(self, config: ProxyConfig, route: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config, self.route = config, route
+        self.config, self.route, self._trusted = config, route, trusted
         self.shed: weakref.WeakSet[IOStream] = weakref.WeakSet()
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
-        if self.closing or (self.shed and self._connection(request).stream in self.shed):
-            close_after(self._connection(request))
+        connection = self._connection(request)
+        family = getattr(connection.context, "address_family", None)  # the socket may be closed by now
+        peer = UNIX if family == socket.AF_UNIX else request.remote_ip or ""
+        request.remote_ip = self._trusted.caller(peer, request.headers.get_list("X-Forwarded-For"))
+        if self.closing or (self.shed and connection.stream in self.shed):
+            close_after(connection)
             return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
         if request.path == self.route:
-            return self.get_handler_delegate(request, FalProxyHandler, {"config": self.config})
+            return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
         return super().find_handler(request, **kwargs)
 
     def log_request(self, handler: RequestHandler) -> None:
-        if access_log.isEnabledFor(logging.INFO) or handler.get_status() >= 400:
-            super().log_request(handler)
+        if isinstance(handler, FalProxyHandler | HealthHandler):
+            return  # on_call_end tells, and what is asked every few seconds is no news
+        request = handler.request
+        call = Call(request.method or "", None)
+        call.why = getattr(handler, "why", "")
+        call.ends(handler.get_status())
+        self.call_ended(call, request)
+
+    def call_ended(self, call: Call, request: HTTPServerRequest) -> None:
+        """Write the line of the access log, and count."""
+        if access_logger.isEnabledFor(logging.INFO):
+            log_fields(access_logger, Fields(call.fields(request.remote_ip or "")))
+        if self.metrics is not None:
+            self.metrics.count(call)
 
     @staticmethod
     def _connection(request: HTTPServerRequest) -> HTTP1Connection:
@@ -120,11 +144,14 @@ class Service(Application):
         return request.connection
 
 
-def make_application(config: ProxyConfig, route: str, more: Sequence[URLSpec] = ()) -> Service:
+def make_application(
+    config: ProxyConfig, route: str, more: Sequence[URLSpec] = (), trusted: TrustedProxies = NOBODY
+) -> Service:
     """The whole service as a Tornado application, with the rules ``more`` beside its own."""
     return Service(
         config,
         route,
+        trusted,
         [
             URLSpec("/healthz", HealthHandler),
             *more,
@@ -147,24 +174,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv, os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None
+        if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
+            raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
     except ConfigError as exc:
         return _fail(str(exc), EXIT_USAGE)
     try:
         sockets = activated_sockets(os.environ)
         activated = bool(sockets)
-        sockets = sockets or bind_sockets(settings.port, settings.address, backlog=LISTEN_BACKLOG)
+        sockets = sockets or _bind(settings.port, settings.address, "")
+        admin_sockets = _bind(settings.admin_port, settings.admin_address, "admin-")
     except NotListening as exc:
         return _fail(str(exc), EXIT_CANNOT_LISTEN)
-    except (OSError, UnicodeError) as exc:  # UnicodeError: a name that DNS cannot hold
-        what = f"cannot listen on {settings.address} port {settings.port}: {getattr(exc, 'strerror', None) or exc}"
-        about_the_port = getattr(exc, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
-        return _fail(
-            f"{what}; choose another --port" if about_the_port else f"{what}; see --address",
-            EXIT_CANNOT_LISTEN if about_the_port else EXIT_USAGE,
-        )
+    except ConfigError as exc:
+        return _fail(str(exc), EXIT_USAGE)
     process = " [%(process)d]" if settings.processes > 1 else ""
     to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(PlainFormatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s"))
+    plain = PlainFormatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
+    to_stderr.setFormatter(JsonFormatter() if settings.log_format == "json" else plain)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[to_stderr])
     if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
         logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
@@ -174,7 +200,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     _raise_open_files(settings)
     memory.map_large_blocks()
     memory.collect_rarely()
-    return _run(_Service(settings, sockets, sandbox, notifier))
+    with _shared_metrics(settings) as directory:
+        return _run(_Service(settings, sockets, admin_sockets, directory, sandbox, notifier))
+
+
+def _bind(port: int | None, address: str, kind: str) -> list[socket.socket]:
+    """Listening sockets. Raises NotListening, and ConfigError where the address is at fault."""
+    if port is None:
+        return []
+    try:
+        return bind_sockets(port, address, backlog=LISTEN_BACKLOG)
+    except (OSError, UnicodeError) as exc:  # UnicodeError: a name that DNS cannot hold
+        what = f"cannot listen on {address} port {port}: {getattr(exc, 'strerror', None) or exc}"
+        if getattr(exc, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            raise NotListening(f"{what}; choose another --{kind}port") from exc
+        raise ConfigError([f"{what}; see --{kind}address"]) from exc
+
+
+@contextlib.contextmanager
+def _shared_metrics(settings: Settings) -> Iterator[str | None]:
+    """A directory in which workers count together, None where there is no need of one."""
+    if settings.admin_port is None or settings.processes == 1:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as directory:
+        yield directory
 
 
 def what_is_open(config: ProxyConfig) -> tuple[bool, str]:
@@ -216,6 +266,8 @@ class _Service:
 
     settings: Settings
     sockets: list[socket.socket]
+    admin_sockets: list[socket.socket]
+    metrics_directory: str | None
     sandbox: Sandbox | None
     notifier: Notifier
 
@@ -227,6 +279,8 @@ class _Service:
     def ready(self) -> None:
         url = _url_of(self.sockets[0])
         _say(f"{PROGRAM} {__version__} listens on {url}{self.settings.route}", sys.stdout)
+        if self.admin_sockets:
+            _say(f"metrics: {_url_of(self.admin_sockets[0])}/metrics", sys.stdout)
         if self.sandbox is not None:
             _say(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:", sys.stdout)
             _say(
@@ -245,7 +299,7 @@ class _Service:
 def _run(service: _Service) -> int:
     settings, notifier = service.settings, service.notifier
     if settings.processes == 1:
-        alone = Alone(service.ready, notifier.stopping, notifier.alive)
+        alone = Alone(0, Board(1), service.ready, notifier.stopping, notifier.alive)
         return asyncio.run(_serve(service, alone))
     crew = Crew(
         settings.processes,
@@ -274,9 +328,10 @@ async def _serve(service: _Service, worker: Alone | Worker) -> int:
         texts = {**settings.texts, "ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
-    application = make_application(config, settings.route, more)
+    application = make_application(config, settings.route, more, settings.trusted_proxies)
     server = Server(application)
     server.listen_on(service.sockets, worker, application.shed)
+    admin = _serve_admin(service, worker, application, config.max_in_flight) if service.admin_sockets else None
     worker.ready()
     beat = asyncio.create_task(_beat(worker, service.alive_s))
     await ending.asked.wait()
@@ -286,10 +341,42 @@ async def _serve(service: _Service, worker: Alone | Worker) -> int:
     application.closing = True
     close_upstreams(application)
     await server.end()
+    if admin is not None:
+        admin.stop()
+        await admin.close_all_connections()
     if sandbox is not None:
         await sandbox.close()
     beat.cancel()
     return EXIT_OK if all_finished else EXIT_CUT
+
+
+def _serve_admin(service: _Service, worker: Alone | Worker, application: Service, max_in_flight: int) -> HTTPServer:
+    """Answer the operator's tools from now on."""
+    from tornado_fal_proxy.metrics import Metrics  # an extra
+
+    loop, board = asyncio.get_running_loop(), worker.board
+
+    def look() -> None:
+        clients = upstreams(application)
+        board.show(
+            worker.row,
+            in_flight=sum(client.in_flight for client in clients),
+            upstream_connections=sum(client.connections() for client in clients),
+        )
+
+    def look_again() -> None:
+        look()
+        loop.call_later(LOOK_S, look_again)
+
+    look_again()
+    application.metrics = metrics = Metrics(board, worker.row, service.metrics_directory, max_in_flight)
+
+    def is_ready() -> bool:
+        return any(row.connections is not None for row in board.rows())
+
+    admin = HTTPServer(admin_application(metrics, is_ready, look))
+    admin.add_sockets(service.admin_sockets)
+    return admin
 
 
 async def _beat(worker: Alone | Worker, seconds: float | None) -> None:

@@ -11,7 +11,9 @@ client does, and what happens on idle ones goes unnoticed.
 
 from __future__ import annotations
 
+import os
 import select
+import stat
 
 import pycurl
 
@@ -74,6 +76,17 @@ class UpstreamSockets:
                 self._epoll.modify(fd, _ONLY_LEAVING)
                 self._events[fd] = _ONLY_LEAVING
         return active, closed
+
+    def count(self) -> int:
+        """How many are open. It asks the kernel about each, and forgets those that were closed."""
+        count = 0
+        for fd, events in list(self._events.items()):
+            try:
+                self._epoll.modify(fd, events)
+                count += stat.S_ISSOCK(os.fstat(fd).st_mode)  # libcurl also waits on an eventfd of its own
+            except OSError:
+                del self._events[fd]
+        return count
 
     def close(self) -> None:
         """Watch nothing any more."""

@@ -128,6 +128,10 @@ class UpstreamClient(CurlAsyncHTTPClient):
         """Calls that were admitted and not released."""
         return self._in_flight
 
+    def connections(self) -> int:
+        """Connections that are open, as far as that can be known: 0 without epoll."""
+        return 0 if self._sockets is None else self._sockets.count()
+
     def admit(self) -> None:
         """Take one of ``max_in_flight`` places. Raises TooManyCalls; else :meth:`release` gives it back."""
         if self._in_flight >= self._config.max_in_flight:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Alone", "Board", "CannotStart", "Crew", "Ending", "Worker"]
+__all__ = ["Alone", "Board", "CannotStart", "Crew", "Ending", "Row", "Worker"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -72,39 +72,93 @@ def _wanted() -> list[signal.Signals]:
     return [n for n in TO_PARENT if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a worker shows of itself. ``connections`` is None while it takes none."""
+
+    connections: int | None
+    in_flight: int
+    upstream_connections: int
+
+
 class Board:
-    """Two numbers of each worker, for all to see. Nothing is locked: they are hints, a moment old at best."""
+    """A few numbers of each worker, for all to see. Nothing is locked: they are hints, a moment old at best."""
+
+    _CONNECTIONS, _BEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _COLUMNS = range(6)
 
     def __init__(self, rows: int) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 16 * rows)).cast("q")
-        self._rows = rows
+        self._cells = memoryview(mmap.mmap(-1, 8 * self._COLUMNS * rows)).cast("q")
+        self._rows = range(0, self._COLUMNS * rows, self._COLUMNS)
         for row in range(rows):
             self.clear(row)
 
     def clear(self, row: int) -> None:
         """That worker has gone."""
-        self._cells[2 * row] = -1
-        self._cells[2 * row + 1] = 0
+        self._cells[self._rows[row] + self._CONNECTIONS] = -1
+        for column in (self._BEAT, self._IN_FLIGHT, self._UPSTREAM):
+            self._cells[self._rows[row] + column] = 0
+
+    def count_start(self, row: int) -> None:
+        """That worker is started, once more perhaps."""
+        self._cells[self._rows[row] + self._STARTS] += 1
+
+    def restarts(self) -> int:
+        """How many workers took the place of one that ended."""
+        return sum(max(self._cells[at + self._STARTS] - 1, 0) for at in self._rows)
 
     def occupy(self, row: int, connections: int | None) -> None:
-        self._cells[2 * row] = -1 if connections is None else connections
+        """How many connections it has; None: it takes no more."""
+        self._cells[self._rows[row] + self._CONNECTIONS] = -1 if connections is None else connections
+
+    def show(self, row: int, *, in_flight: int, upstream_connections: int) -> None:
+        self._cells[self._rows[row] + self._IN_FLIGHT] = in_flight
+        self._cells[self._rows[row] + self._UPSTREAM] = upstream_connections
 
     def fewest(self, row: int) -> int | None:
         """The least number of connections that another than ``row`` has; None when no other takes any."""
-        others = [n for other, n in enumerate(self._cells[::2]) if other != row and n >= 0]
+        own = self._rows[row]
+        others = [n for at in self._rows if at != own and (n := self._cells[at + self._CONNECTIONS]) >= 0]
         return min(others, default=None)
+
+    def rows(self) -> list[Row]:
+        """All that they show."""
+        rows = []
+        for at in self._rows:
+            connections = self._cells[at + self._CONNECTIONS]
+            rows.append(
+                Row(
+                    None if connections < 0 else connections,
+                    self._cells[at + self._IN_FLIGHT],
+                    self._cells[at + self._UPSTREAM],
+                )
+            )
+        return rows
 
     def beat(self, row: int) -> None:
         """That worker's loop turns."""
-        self._cells[2 * row + 1] = time.monotonic_ns()
+        self._cells[self._rows[row] + self._BEAT] = time.monotonic_ns()
 
     def age_s(self, row: int) -> float:
         """Seconds since its last beat."""
-        return (time.monotonic_ns() - self._cells[2 * row + 1]) / 1e9
+        return (time.monotonic_ns() - self._cells[self._rows[row] + self._BEAT]) / 1e9
 
 
 @dataclass(frozen=True)
-class Alone:
+class _OnBoard:
+    """A process that serves, with its row on the board."""
+
+    row: int
+    board: Board
+
+    def occupy(self, connections: int | None) -> None:
+        self.board.occupy(self.row, connections)
+
+    def fewest(self) -> int | None:
+        return self.board.fewest(self.row)
+
+
+@dataclass(frozen=True)
+class Alone(_OnBoard):
     """The one process of a service: what a :class:`Worker` is, without parent and others."""
 
     on_ready: Callable[[], None]
@@ -126,27 +180,13 @@ class Alone:
     def stopping(self) -> None:
         self.on_stop()
 
-    def occupy(self, connections: int | None) -> None:
-        """There is nobody to tell."""
-
-    def fewest(self) -> int | None:
-        return None
-
 
 @dataclass(frozen=True)
-class Worker:
+class Worker(_OnBoard):
     """What a worker knows of itself: its row on the board, and the pipes to its parent."""
 
-    row: int
-    board: Board
     parent_gone: int
     news: int
-
-    def occupy(self, connections: int | None) -> None:
-        self.board.occupy(self.row, connections)
-
-    def fewest(self) -> int | None:
-        return self.board.fewest(self.row)
 
     def alive(self) -> None:
         self.board.beat(self.row)
@@ -259,6 +299,7 @@ class Crew:
                 self._start(row)
 
     def _start(self, row: int) -> None:
+        self.board.count_start(row)
         # The parent's handlers must not run in the child; end_as_told() lets the signals in again.
         signal.pthread_sigmask(signal.SIG_BLOCK, TO_PARENT)
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.servers import KEY, CannotStart
 
-__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Place", "ours_in"]
+__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Place", "ours_in", "ours_with"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -152,6 +152,11 @@ OURS = Peer("ours", "tornado_fal_proxy", _ours, isolated=False, files_per_call=1
 def ours_in(processes: int) -> Peer:
     """This proxy in so many processes, on all CPUs."""
     return replace(OURS, command=lambda place: [*_ours(place), f"--processes={processes}"], everywhere=True)
+
+
+def ours_with(*options: str) -> Peer:
+    """This proxy with more options, which win over those that it has here."""
+    return replace(OURS, command=lambda place: [*_ours(place), *options])
 
 
 FLOOR = Peer("floor", "Tornado, relays nothing", _floor, relays=False, isolated=False, files_per_call=1)
