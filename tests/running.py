@@ -107,6 +107,13 @@ class Running:
             **environ,
         )
 
+    async def admin_port(self) -> int:
+        """The port for the operator's tools: its second line names it."""
+        assert self.process.stdout is not None
+        line = (await self.process.stdout.readline()).decode()
+        (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", line.strip())
+        return int(port)
+
     async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
         """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
         self.process.send_signal(number)

@@ -1,7 +1,8 @@
 """deploy/: what the files say of the proxy is so, and what they start works as they start it.
 
-nginx has tests/test_nginx.py. Neither Docker nor Kubernetes runs here: their files are validated, and what they start
-is started by hand, by their own words with the paths replaced.
+nginx has tests/test_nginx.py, Prometheus and Grafana have tests/test_observability.py. Neither Docker nor Kubernetes
+runs here: their files are validated, and what they start is started by hand, by their own words with the paths
+replaced.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from load import answer
 from running import Running, eventually
 from upstream import Upstream
 
+from tornado_fal_proxy.callers import UNIX
 from tornado_fal_proxy.config import DEFAULT_HOLD_BYTES, DEFAULT_IDLE_TIMEOUT_S, DEFAULT_MAX_BODY_BYTES, DEFAULT_ROUTE
 from tornado_fal_proxy.options import DEFAULT_ADDRESS, DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_PORT, parse_settings
 from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, reserve
@@ -40,8 +43,11 @@ NGINX = DEPLOY / "nginx/tornado-fal-proxy.conf"
 UNIT, SOCKET = (DEPLOY / f"systemd/tornado-fal-proxy.{kind}" for kind in ("service", "socket"))
 DOCKERFILE, COMPOSE = DEPLOY / "docker/Dockerfile", DEPLOY / "docker/compose.yaml"
 KUBERNETES = DEPLOY / "kubernetes/tornado-fal-proxy.yaml"
+PROMETHEUS, GRAFANA = DEPLOY / "prometheus/prometheus.yaml", DEPLOY / "grafana/dashboard.json"
 
 INSTALLED = "/opt/tornado-fal-proxy"
+# Where the files here put the metrics.
+ADMIN_PORT = 9464
 # From a signal to the end of the process, with default options: what whoever stops it must wait.
 LONGEST_END_S = DEFAULT_DRAIN_TIMEOUT_S + 2 * CLOSE_GRACE_S + KILL_AFTER_S
 # As "systemd-analyze security" counts, in tenths: below 2.0.
@@ -58,10 +64,18 @@ def run(*command: str | Path, **more: Any) -> str:
 
 
 def test_all_files_are_known() -> None:
-    """No file of these directories goes untested."""
+    """No file goes untested."""
     known = {NGINX, NGINX.with_name("auth-request.conf"), UNIT, SOCKET, DOCKERFILE, COMPOSE, KUBERNETES}
-    folders = {file.parent for file in known}
-    assert {file for folder in folders for file in folder.iterdir() if file.name != "fal_key"} == known
+    known |= {PROMETHEUS, PROMETHEUS.with_name("alerts.yaml"), PROMETHEUS.with_name("alerts_test.yaml"), GRAFANA}
+    assert {file for file in DEPLOY.rglob("*") if file.is_file() and file.name != "fal_key"} == known
+
+
+def test_the_admin_port_is_one() -> None:
+    """Prometheus looks where the files here put it."""
+    (scrape,) = yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
+    assert scrape["static_configs"] == [{"targets": [f"{DEFAULT_ADDRESS}:{ADMIN_PORT}"]}]
+    for file in (UNIT, COMPOSE):
+        assert f"http://{DEFAULT_ADDRESS}:{ADMIN_PORT}/metrics" in file.read_text()
 
 
 def test_nginx_agrees() -> None:
@@ -96,6 +110,10 @@ def settings_of(unit: Path) -> dict[str, list[str]]:
     return settings
 
 
+def environment_of(service: dict[str, list[str]]) -> dict[str, str]:
+    return dict(text.split("=", 1) for text in service["Service.Environment"])
+
+
 def test_units_agree() -> None:
     """Address, backlog, exit codes, time and files to open are what the proxy has and takes by default."""
     listens, service = settings_of(SOCKET), settings_of(UNIT)
@@ -108,7 +126,10 @@ def test_units_agree() -> None:
     assert float(service["Service.TimeoutStopSec"][0]) > LONGEST_END_S
     program, *argv = shlex.split(service["Service.ExecStart"][0])
     assert program.startswith(INSTALLED)
-    config = parse_settings(argv, {"FAL_KEY": KEY}).config
+    settings = parse_settings(argv, {"FAL_KEY": KEY} | environment_of(service))
+    assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
+    assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS, UNIX)
+    config = settings.config
     assert config is not None
     files = int(service["Service.LimitNOFILE"][0])
     calls = config.max_in_flight
@@ -156,8 +177,11 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
     service = settings_of(UNIT)
     (credential,) = service["Service.LoadCredential"]
     (tmp_path / credential.partition(":")[0]).write_text(KEY + "\n")
-    environ = dict(text.replace("%d", str(tmp_path)).split("=", 1) for text in service["Service.Environment"])
-    assert environ == {"FAL_KEY_FILE": str(tmp_path / "fal_key")}
+    environ = {name: text.replace("%d", str(tmp_path)) for name, text in environment_of(service).items()}
+    assert environ["FAL_KEY_FILE"] == str(tmp_path / "fal_key")
+    private = tmp_path / "private"
+    private.mkdir()
+    environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(private)}
     command = shlex.split(service["Service.ExecStart"][0].replace(f"{INSTALLED}/bin", str(Path(sys.executable).parent)))
     trace = tmp_path / "trace"
     # -D: the process that is started is the service.
@@ -171,6 +195,7 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
         got = await call(running.port, target="https://fal.run/short")
         assert got.status == 200
         assert upstream.exchanges[0].header("authorization") == f"Key {KEY}".encode()
+        assert b"fal_proxy_calls_total" in await metrics(running)
         for pid in (running.pid, *running.workers()):
             for shows in ("cmdline", "environ"):
                 assert KEY.encode() not in Path(f"/proc/{pid}/{shows}").read_bytes()
@@ -188,8 +213,18 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
     assert {"AF_INET", "AF_UNIX"} <= families <= set(service["Service.RestrictAddressFamilies"][0].split())
     assert service["Service.MemoryDenyWriteExecute"] == ["yes"]
     assert not re.findall(r" mmap\(.*PROT_WRITE\|PROT_EXEC.*| mprotect\(.*PROT_EXEC.*", traced)
-    assert service["Service.ProtectSystem"] == ["strict"]
-    assert not re.findall(r" open(?:at)?\(.*(?:O_WRONLY|O_RDWR|O_CREAT).*", traced)
+    assert (service["Service.ProtectSystem"], service["Service.PrivateTmp"]) == (["strict"], ["yes"])
+    written = re.findall(r' open(?:at)?\([^"]*"([^"]*)".*(?:O_WRONLY|O_RDWR|O_CREAT)', traced)
+    assert [path for path in written if not path.startswith(f"{private}/")] == []
+    assert written
+    assert not list(private.iterdir())
+
+
+async def metrics(running: Running) -> bytes:
+    """What it says on its admin port. Once, for the line that names the port comes once."""
+    answer = await call(await running.admin_port(), "GET", target=None, path="/metrics")
+    assert answer.status == 200
+    return answer.body
 
 
 async def start(setup: Setup, upstream: Upstream, *argv: str, **more: Any) -> Running:
@@ -303,20 +338,24 @@ def as_user(user: str) -> list[str]:
 async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the Dockerfile installs serves as it says, for a user without rights; its health check tells; it drains."""
     service = compose()["services"]["proxy"]
-    secret = image / "secret"
+    secret, temporary = image / "secret", image / "tmp"
     secret.write_text(KEY)
+    temporary.mkdir()
+    temporary.chmod(0o1777)
     assert service["environment"]["FAL_KEY_FILE"] == "/run/secrets/" + service["secrets"][0]
     inside = [part.replace(INSTALLED, f"{image}{INSTALLED}") for part in argv(the("ENTRYPOINT"))]
     monkeypatch.setattr("running.COMMAND", [*as_user(the("USER")), *inside])
     name, address = the("ENV").split("=")
     upstream = await setup.upstream(answer)
-    environ = {name: address, "FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ = service["environment"] | {name: address, "FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary)}
     running = await start(setup, upstream, *service["command"], cwd=image, **environ)
     if os.geteuid() == 0:
         assert Path(f"/proc/{running.pid}").stat().st_uid == int(the("USER").split(":")[0])
     (where,) = {os.readlink(f"/proc/{pid}/exe") for pid in (running.pid, *running.workers())}
     assert fnmatch(Path(where).name, "python3*")
     assert (await call(running.port, target="https://fal.run/short")).status == 200
+    assert b"fal_proxy_calls_total" in await metrics(running)
     assert await healthy(image, running.port)
     await running.end()
     assert not await healthy(image, running.port)
@@ -356,7 +395,10 @@ def test_compose_agrees() -> None:
     # Both are on one loopback, where the file of nginx looks for the proxy; only nginx's port is published.
     assert (nginx["network_mode"], proxy["environment"]["FAL_PROXY_ADDRESS"]) == ("service:proxy", DEFAULT_ADDRESS)
     assert proxy["ports"] == ["443:443"]
-    parse_settings(proxy["command"], {"FAL_KEY": KEY})
+    settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY": KEY})
+    assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
+    assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS,)
+    assert proxy["tmpfs"] == ["/tmp"]
     assert content["secrets"].keys() == set(proxy["secrets"])
 
 
@@ -376,7 +418,7 @@ def test_kubernetes_is_right(version: str) -> None:
 
 
 def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
-    """All objects mean the same pods; ports, path, options and times are the proxy's."""
+    """All objects mean the same pods; ports, paths, options and times are the proxy's."""
     pod = kubernetes["Deployment"]["spec"]["template"]
     (labels,) = {
         str(labels)
@@ -395,12 +437,23 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
 
     (container,) = pod["spec"]["containers"]
     settings = parse_settings(container["args"], {"FAL_KEY": KEY})
-    (port,) = container["ports"]
-    assert (settings.address, settings.port) == ("0.0.0.0", port["containerPort"])
-    assert {kubernetes["Service"]["spec"]["ports"][0]["targetPort"], port["name"]} == {"http"}
-    assert kubernetes["NetworkPolicy"]["spec"]["ingress"][0]["ports"] == [{"port": port["name"]}]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"] == {"path": "/healthz", "port": port["name"]}
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": settings.port, "admin": settings.admin_port}
+    assert (settings.address, settings.admin_address, settings.admin_port) == ("0.0.0.0", "0.0.0.0", ADMIN_PORT)
+    (served,) = kubernetes["Service"]["spec"]["ports"]
+    assert served["targetPort"] == "http"
+    (callers, callers_ports), (watchers, watchers_ports) = (
+        (rule["from"], rule["ports"]) for rule in kubernetes["NetworkPolicy"]["spec"]["ingress"]
+    )
+    assert callers != watchers
+    assert (callers_ports, watchers_ports) == ([{"port": "http"}], [{"port": "admin"}])
+    probes = {name: container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert {probe["port"] for probe in probes.values()} == {"admin"}
+    assert [probe["path"] for probe in probes.values()] == ["/healthz", "/readyz", "/healthz"]
+    # Its file system is read-only, and several processes would write to count together.
+    assert settings.processes == 1
+    (trusted,) = settings.trusted_proxies.texts
+    assert ip_network(trusted).prefixlen >= 16
     _, waits = container["lifecycle"]["preStop"]["exec"]["command"]
     end = LONGEST_END_S - DEFAULT_DRAIN_TIMEOUT_S + settings.drain_timeout_s
     assert pod["spec"]["terminationGracePeriodSeconds"] > float(waits) + end
@@ -411,6 +464,29 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
     assert (mount["name"], volume["secret"]["secretName"]) == (volume["name"], "tornado-fal-proxy")
     assert not volume["secret"]["defaultMode"] & stat.S_IRWXO
     assert "--from-file=key=" in KUBERNETES.read_text()
+
+
+@pytest.mark.gen_test
+async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
+    """A pod that was told to end is alive and not ready while its last calls are answered."""
+    (container,) = kubernetes["Deployment"]["spec"]["template"]["spec"]["containers"]
+    arguments = [re.sub(r"port=\d+$", "port=0", argument) for argument in container["args"]]
+    upstream = await setup.upstream(answer)
+    running = await start(setup, upstream, *arguments, FAL_KEY=KEY)
+    admin = await running.admin_port()
+
+    async def statuses() -> list[int]:
+        paths = [container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")]
+        return [(await call(admin, "GET", target=None, path=path)).status for path in paths]
+
+    assert await statuses() == [200, 200]
+    last = asyncio.create_task(call(running.port, target="https://fal.run/poll"))
+    await eventually(lambda: upstream.exchanges)
+    running.process.terminate()
+    await running.said("ending: 1 calls in flight")
+    assert await statuses() == [200, 503]
+    assert (await last).status == 200
+    await running.ended()
 
 
 def test_pods_have_no_rights(kubernetes: dict[str, Any]) -> None:

@@ -335,7 +335,7 @@ async def test_only_the_route_is_public(setup: Setup) -> None:
     port = setup.proxy(upstream)
     async with nginx((NAME,), deployed(port)) as front:
         with calling(front, "HTTP/2") as caller:
-            for path in ("/", "/healthz", ROUTE + "/", ROUTE + "x", "/api/fal", "/x" + ROUTE):
+            for path in ("/", "/healthz", "/readyz", "/metrics", ROUTE + "/", ROUTE + "x", "/api/fal", "/x" + ROUTE):
                 response = await caller.call(path=path)
                 assert response.code == 404, path
                 assert b"nginx" in response.body, path
@@ -577,6 +577,23 @@ async def test_who_calls(setup: Setup) -> None:
     assert told == [("127.0.0.1", "https")] * 2
     for exchange in upstream.exchanges:
         assert not [name for name, _ in exchange.headers if b"forwarded" in name or b"-ip" in name]
+
+
+@pytest.mark.gen_test
+async def test_who_calls_is_logged(setup: Setup) -> None:
+    """The service's log has the address that nginx sees, and the id that the caller was told."""
+    upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
+    running = await Running.before(setup, upstream, "--trusted-proxies=127.0.0.1")
+    async with nginx((NAME,), deployed(running.port)) as front:
+        caller = await tls_caller(front, "127.0.0.9")
+        await caller.send(headers=["x-forwarded-for: 203.0.113.9"])
+        answer = await caller.answer()
+        await caller.close()
+    assert answer.status == 200
+    _, log = await running.end()
+    (line,) = (line for line in log.splitlines() if " tornado_fal_proxy.access: " in line)
+    assert " caller=127.0.0.9 " in line.replace("access:", " ")
+    assert f" request_id={answer.header('x-request-id')} " in line
 
 
 PAGE, STRANGE_PAGE = "https://app.example.com", "https://evil.example"

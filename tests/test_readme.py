@@ -1,4 +1,4 @@
-"""README.md is true: its commands, its Python, its tables, what it says of nginx, and its links."""
+"""README.md is true: its commands, its Python, its tables, what it says of nginx and the log, and its links."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,8 @@ from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_u
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
 from tornado_fal_proxy.options import parse_settings
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service import main
+from tornado_fal_proxy.service import access_logger, main
+from tornado_fal_proxy.telemetry import Call
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -216,6 +217,14 @@ def test_nginx() -> None:
     assert f"{rate} calls a second from an address ({burst} at once, and {held} held)" in said
     names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
     assert names == {"fal-proxy.example.com", "app.example.com"}
+
+
+def test_log_line() -> None:
+    """The line that is shown has the fields of the access log, in their order."""
+    (line,) = blocks("text")
+    logger, _, fields = line.partition(": ")
+    assert logger.endswith(f" INFO {access_logger.name}")
+    assert re.findall(r"(\w+)=\S+", fields) == list(Call("POST", None).fields(""))
 
 
 def test_links() -> None:
