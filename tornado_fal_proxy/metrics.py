@@ -38,7 +38,7 @@ class Metrics:
     """The metrics of the worker in ``row``; in ``directory``, which the workers share, where there are several."""
 
     def __init__(self, board: Board, row: int, directory: str | None, max_in_flight: int) -> None:
-        prometheus_client.disable_created_metrics()  # several workers' files have none either
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # several workers have none either
         registry = CollectorRegistry()
         if directory is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
