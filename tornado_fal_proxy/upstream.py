@@ -36,6 +36,7 @@ import logging
 import os
 import select
 import socket
+from functools import partial
 from typing import Any
 
 import pycurl
@@ -76,6 +77,9 @@ KEPT_BODY_BYTES = 16 * 1024
 MAPPED_UPLOAD_BUFFER_BYTES, UPLOAD_BUFFER_BYTES = 256 * 1024, 16 * 1024
 # How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
+# The same where something was sent to it that is not acknowledged. The kernel tries for 15 minutes, and over HTTP/2
+# each call that comes meanwhile joins those that hang. A route that heals by itself takes less than this.
+UNACKNOWLEDGED_S = 30.0
 # Whether a limit of libcurl's rate serves as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
 RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 # libcurl wakes each transfer once a second. In steps of this many milliseconds thousands of them wake together, and
@@ -119,6 +123,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         self._sweep_interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, 5.0)
         self._to_open: list[Transfer] = []
         self._in_flight = 0
+        self._prepare_socket = partial(_give_up_after, min(UNACKNOWLEDGED_S, config.idle_timeout_s))
         self._upload_buffer_bytes = MAPPED_UPLOAD_BUFFER_BYTES if memory.are_mapped() else UPLOAD_BUFFER_BYTES
 
     # For the handler.
@@ -269,6 +274,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         curl.setopt(pycurl.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        curl.setopt(pycurl.SOCKOPTFUNCTION, self._prepare_socket)
         if config.ca_certs is not None:
             curl.setopt(pycurl.CAINFO, os.fspath(config.ca_certs))
         if config.connect_to is not None:
@@ -476,3 +482,11 @@ class UpstreamClient(CurlAsyncHTTPClient):
                 self.abandon(transfer, reason)
         if more := over[ENDED_AT_ONCE:]:
             self._loop.call_later(ENDING_INTERVAL_S, self._end_some, more)
+
+
+def _give_up_after(seconds: float, fd: int, _purpose: int) -> int:
+    """SOCKOPTFUNCTION: let the kernel end a connection on which nothing was acknowledged for so long. Linux only."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+            duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(seconds * 1000), 1))
+    return pycurl.SOCKOPT_OK
