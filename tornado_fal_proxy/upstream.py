@@ -75,6 +75,9 @@ KEPT_BODY_BYTES = 16 * 1024
 # libcurl keeps it for each POST until that has its answer. Where large blocks are mapped, only the pages that were
 # written to count, mostly one; elsewhere all of it, so there it is the least that libcurl takes.
 MAPPED_UPLOAD_BUFFER_BYTES, UPLOAD_BUFFER_BYTES = 256 * 1024, 16 * 1024
+# For how long a connection takes new calls, and an address counts that was looked up: together less than a minute, so
+# that a name that moves is followed in that, even by a connection that is never idle. libcurl's own are a day and 60 s.
+CONNECTION_LIFETIME_S, ADDRESS_LIFETIME_S = IDLE_CONNECTION_S, 9
 # How soon a peer that vanished without a word is noticed: 60 s of silence, then probes 15 s apart.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
 # The same where something was sent to it that is not acknowledged. The kernel tries for 15 minutes, and over HTTP/2
@@ -271,6 +274,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
         if RATE_IS_WINDOW:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         curl.setopt(pycurl.MAXAGE_CONN, IDLE_CONNECTION_S)
+        curl.setopt(pycurl.MAXLIFETIME_CONN, CONNECTION_LIFETIME_S)
+        curl.setopt(pycurl.DNS_CACHE_TIMEOUT, ADDRESS_LIFETIME_S)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         curl.setopt(pycurl.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
