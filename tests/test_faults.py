@@ -1,6 +1,7 @@
 """Trouble on fal's side: what the caller gets, how often the job ran, what the log says. Over both protocols."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,17 @@ async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name:
         logs.expect("the job may have run")
     upstream.handler = fine
     assert (await call(port, method)).status == 200, "the next call is not harmed"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_silence_counts_from_the_request(setup: Setup, logs: Logs, protocol: str, method: str) -> None:
+    """A call that fal never answers ends after idle_timeout_s, and a POST not later than a GET."""
+    port = setup.proxy(await setup.upstream(stalls, protocol), idle_timeout_s=0.8)
+    logs.expect("UpstreamTimeout")
+    began = time.monotonic()
+    assert (await call(port, method)).status == (504 if method == "GET" else 500)
+    assert 0.8 <= time.monotonic() - began < 1.5
 
 
 @pytest.mark.parametrize("method", METHODS)

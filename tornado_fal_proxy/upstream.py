@@ -180,6 +180,8 @@ class UpstreamClient(CurlAsyncHTTPClient):
             pool = None
         transfer = Transfer(self, curl, pool, host=target.host, repeatable=method != "POST")
         transfer.high_water = high_water
+        if len(body) <= FIRST_WINDOW_BYTES:
+            transfer.uploaded = len(body)  # it leaves at once, so that seeing it gone later is no sign of life
         curl.setopt(pycurl.URL, f"https://{target.host}/")
         curl.setopt(pycurl.REQUEST_TARGET, target.request_target)
         curl.setopt(pycurl.HTTPHEADER, [*headers, ACCEPT_ENCODING])
