@@ -97,6 +97,11 @@ class Caller:
     async def answer(self) -> Answer:
         """The whole answer."""
         answer = await self.head()
+        await self.rest(answer)
+        return answer
+
+    async def rest(self, answer: Answer) -> None:
+        """Read the body behind that head."""
         if answer.header("transfer-encoding") == "chunked":
             while chunk := await self.chunk():
                 answer.body += chunk
@@ -104,7 +109,6 @@ class Caller:
             answer.body = await self.reader.readexactly(int(length))
         elif answer.status not in (204, 304):
             answer.body = await self.reader.read(-1)
-        return answer
 
     async def answer_is_over(self) -> bool:
         """Whether nothing came behind the answer."""

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,17 @@ def tool(name: str, path: str | Path | None = None) -> str:
     if found is None:
         (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"{name} is not installed")
     return str(found)
+
+
+def isolated() -> list[str]:
+    """What runs a command in a network and with mounts of its own. Without it the test is skipped, and fails in CI."""
+    command = [tool("unshare"), *([] if os.geteuid() == 0 else ["--map-root-user"]), "--net", "--mount"]
+    tried = subprocess.run(
+        [*command, tool("mount"), "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"no namespaces: {tried.stderr.strip()}")
+    return command
 
 
 def unused_port() -> int:

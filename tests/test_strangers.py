@@ -2,27 +2,15 @@
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REQUIRE_TOOLS, tool
+from conftest import isolated
 
 HERE = Path(__file__).parent
 MOST_DELAY_MS = 100
-
-
-def isolated() -> list[str]:
-    """What runs a command in a network and with mounts of its own. Without it the test is skipped, and fails in CI."""
-    command = [tool("unshare"), *([] if os.geteuid() == 0 else ["--map-root-user"]), "--net", "--mount"]
-    tried = subprocess.run(
-        [*command, tool("mount"), "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False
-    )
-    if tried.returncode:
-        (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"no namespaces: {tried.stderr.strip()}")
-    return command
 
 
 @pytest.mark.gen_test

@@ -132,6 +132,10 @@ class Exchange(ABC):
         """Send GOAWAY (HTTP/2 only). Streams up to `last_stream_id`, by default all, go on; later ones are ignored."""
         raise NotImplementedError(f"{self.protocol} has no GOAWAY")
 
+    def limit_streams(self, count: int) -> None:
+        """Allow that many streams at once on this connection from now on (HTTP/2 only)."""
+        raise NotImplementedError(f"{self.protocol} has no streams")
+
     async def raw(self, data: bytes) -> None:
         """Arbitrary bytes in place of an answer (HTTP/1.1 only); after `end` the connection serves the next request."""
         raise NotImplementedError(f"{self.protocol} is not raw bytes")
@@ -173,12 +177,14 @@ class Upstream:
         ssl_context: ssl.SSLContext,
         protocols: Sequence[str] = ("h2", "http/1.1"),
         max_concurrent_streams: int = 100,
+        host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
         if protocols:
             ssl_context.set_alpn_protocols(protocols)
         self.handler = handler
         self.max_concurrent_streams = max_concurrent_streams
+        self.host = host
         self.port = port
         #: TLS connections ever completed.
         self.connections = 0
@@ -192,7 +198,7 @@ class Upstream:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def open_connections(self) -> int:
@@ -200,7 +206,7 @@ class Upstream:
 
     async def start(self) -> None:
         """Listen, on any free port unless one was given or used before."""
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=BACKLOG)
+        self._listener = socket.create_server((self.host, self.port), backlog=BACKLOG)
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
         self._acceptor = self._spawn(self._accept())
@@ -470,11 +476,10 @@ class _H2:
             )
         )
         self.state.initiate_connection()
-        # As an update, for h2 holds the caller to it only once the caller has acknowledged it.
-        self.state.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: max_concurrent_streams})
         self._exchanges: dict[int, _H2Exchange] = {}
         self._last_stream_id: int | None = None  # once GOAWAY was sent
-        self.flush()
+        # As an update, for h2 holds the caller to it only once the caller has acknowledged it.
+        self.limit_streams(max_concurrent_streams)
 
     def receive(self, data: bytes) -> None:
         for event in self.state.receive_data(data):
@@ -489,6 +494,10 @@ class _H2:
         self._last_stream_id = self.state.highest_inbound_stream_id if last_stream_id is None else last_stream_id
         frame = GoAwayFrame(last_stream_id=self._last_stream_id, error_code=code)
         self.connection.transport.write(frame.serialize())
+
+    def limit_streams(self, count: int) -> None:
+        self.state.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: count})
+        self.flush()
 
     def _take(self, event: h2.events.Event) -> None:  # noqa: C901  (one case for each kind)
         match event:
@@ -563,6 +572,9 @@ class _H2Exchange(Exchange):
     def goaway(self, last_stream_id: int | None = None, code: int = 0) -> None:
         self._codec.goaway(last_stream_id, code)
 
+    def limit_streams(self, count: int) -> None:
+        self._codec.limit_streams(count)
+
     def leave(self) -> None:
         super().leave()
         self.window_changed.set()
@@ -606,6 +618,10 @@ class Authority:
         """A server's context, with a fresh certificate for `names` (by default fal's)."""
         yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
         return tls_server_context(self._ca.issue_cert(*names or FAL_NAMES, not_after=yesterday if expired else None))
+
+    def write_certificate(self, path: Path) -> None:
+        """Key and certificate of a server of fal's, for another process."""
+        self._ca.issue_cert(*FAL_NAMES).private_key_and_cert_chain_pem.write_to_path(str(path))
 
 
 def tls_server_context(certificate: trustme.LeafCert) -> ssl.SSLContext:
