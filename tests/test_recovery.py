@@ -1,7 +1,7 @@
 """What callers see of each fault of fal's side, that it is over soon, and that nothing of it stays in the service.
 
-``pytest tests/test_recovery.py -s`` prints the table of docs/faults.md, and with TORNADO_FAL_PROXY_REAL_TIME=1 its
-times. test_faults.py has what single calls get; recovery.py says how it is done here.
+``pytest tests/test_recovery.py -s`` prints what the table of docs/faults.md is made of. test_faults.py has what single
+calls get; recovery.py says how it is done here.
 """
 
 import json
@@ -15,6 +15,8 @@ import pytest
 from conftest import isolated, tool
 from recovery import FAULTS, Report, is_at_rest
 from wire import DEVICE
+
+from tornado_fal_proxy.upstream import ADDRESS_LIFETIME_S, CONNECTION_LIFETIME_S
 
 SCRIPT = Path(__file__).parent / "recovery.py"
 # What the allocator keeps of the buffers of many connections made anew. It grows with the first ones and then stays.
@@ -85,6 +87,11 @@ def test_recovery(find: Find, name: str, protocol: str) -> None:
     assert report.recovered_s <= fault.within_s
     assert is_at_rest(report.after, report.before), report
     assert report.after["kb"] <= report.before["kb"] + MOST_KB
+
+
+def test_a_name_that_moves_is_followed_within_a_minute() -> None:
+    """The above runs with shorter times: these are the real ones."""
+    assert CONNECTION_LIFETIME_S + ADDRESS_LIFETIME_S < 60
 
 
 def row(report: Report) -> str:
