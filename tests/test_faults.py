@@ -383,6 +383,33 @@ async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: st
 
 
 @pytest.mark.gen_test
+async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
+    """A connection whose only call is paused when fal closes it costs no other call."""
+
+    async def answers_gets_endlessly(exchange: Exchange) -> None:
+        if exchange.method == "POST":
+            return await fine(exchange)
+        await exchange.start(200, JSON)
+        while True:
+            await exchange.send(b" " * 10_000)
+
+    upstream = await setup.upstream(answers_gets_endlessly, protocol)
+    port = setup.proxy(upstream)
+    stalled = await Caller.open(port, receive_buffer=16 * 1024)
+    await stalled.send("GET")
+    await stalled.head()
+    await asyncio.sleep(0.5)
+    await upstream.close()
+    await upstream.start()
+    await asyncio.sleep(1.5)  # so that no other rule keeps POSTs away
+    assert (await call(port, "POST")).status == 200
+    logs.expect("the answer was broken off")
+    await stalled.reader.read()
+    assert stalled.reader.at_eof()
+    await stalled.close()
+
+
+@pytest.mark.gen_test
 async def test_goaway_between_calls(setup: Setup) -> None:
     """A graceful GOAWAY: what is in flight is answered, and later calls take a new connection."""
 

@@ -127,6 +127,8 @@ class Transfer:
         "may_have_left",
         "paused",
         "pool",
+        "port",
+        "remains",
         "repeatable",
         "started",
         "touched",
@@ -150,6 +152,8 @@ class Transfer:
         self.leads = False
         self.looks_up = False
         self.started = False  # libcurl has it
+        self.port = 0  # of our end of its connection
+        self.remains = False  # fal has closed that: what is there is all that comes, and is taken
         self.fresh = False
         self.window = FIRST_WINDOW_BYTES
         self.touched = owner.now()
@@ -294,6 +298,7 @@ class Transfer:
         if self.may_have_left and not self.repeatable:
             return pycurl.PREREQFUNC_ABORT
         self.may_have_left = True
+        self.port = local_port
         self._owner.connected(self, local_port)
         return pycurl.PREREQFUNC_OK
 
@@ -332,7 +337,7 @@ class Transfer:
         """WRITEFUNCTION: a piece of the body."""
         if self.curl is None or self._failure is not None:
             return None  # nobody wants it any more
-        if self._buffered >= self.high_water:
+        if self._buffered >= self.high_water and not self.remains:
             self.paused = True
             self._wake()
             return pycurl.WRITEFUNC_PAUSE

@@ -23,7 +23,8 @@ begun: there libcurl spreads the rate over the length that was declared, and wou
 
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, for it must not be sent again.
 libcurl looks at a pooled connection at most once a second, so the idle ones are watched here as well, and POSTs avoid
-the pool of a host of which one was closed just now.
+the pool of a host of which one was closed just now. At one on which a paused transfer is, it does not look at all: what
+is left of that is taken, however slow its reader is.
 
 Nothing here is called inside libcurl but ``connected``, ``learn``, ``_handle_socket`` and ``_set_timeout``.
 """
@@ -237,7 +238,7 @@ class UpstreamClient(CurlAsyncHTTPClient):
             curl.pause(pycurl.PAUSE_CONT)
         # To set the rate of a transfer that has filled up again already would wrongly unpause it.
         if RATE_IS_WINDOW and not transfer.paused:
-            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, transfer.window)
+            curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, 0 if transfer.remains else transfer.window)
         self._set_timeout(0)
 
     def open_window_soon(self, transfer: Transfer) -> None:
@@ -372,8 +373,21 @@ class UpstreamClient(CurlAsyncHTTPClient):
         active, closed = self._sockets.ready()
         for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
-                self._hosts.suspect(self._ports.get(duplicate.getsockname()[1], ""), self.now())
+                port = duplicate.getsockname()[1]
+                self._hosts.suspect(self._ports.get(port, ""), self.now())
+                self._take_remains(port)
         return active
+
+    def _take_remains(self, port: int) -> None:
+        """Let libcurl find out that a connection is closed on which there are only paused transfers, or none.
+
+        As long as one is paused libcurl does not look, and over HTTP/2 would send other calls on the same connection.
+        """
+        for transfer in list(self._running.values()):
+            shares = transfer.head is not None and transfer.head.protocol == "2"
+            if transfer.paused and transfer.port == port and shares:
+                transfer.paused, transfer.remains = False, True
+                self.resume(transfer)
 
     def _act(self, fd: int, action: int) -> None:
         try:
