@@ -4,6 +4,8 @@ import asyncio
 import gc
 import inspect
 import socket
+import struct
+import weakref
 from typing import Any
 
 import pytest
@@ -14,11 +16,11 @@ from hypothesis import strategies as st
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
 from tornado.httputil import HTTPHeaders, HTTPInputError
-from tornado.iostream import IOStream
+from tornado.iostream import IOStream, StreamClosedError
 from upstream import Exchange, Upstream
 
 from tornado_fal_proxy import close_upstreams, connection, server
-from tornado_fal_proxy.connection import CallerConnection, Request
+from tornado_fal_proxy.connection import CallerConnection, CallerStream, Request
 from tornado_fal_proxy.server import Server
 from tornado_fal_proxy.service import make_application
 
@@ -208,8 +210,17 @@ async def broken(exchange: Exchange) -> None:
     exchange.abort_connection()
 
 
+async def endless(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, [("content-type", "text/event-stream")])
+    while True:
+        await exchange.send(b"data: \n\n" * 1000)
+
+
 CALLS: dict[str, tuple[Any, str]] = {
     "answered": (answered, "answer"),
+    "left in its body": (silent, "part"),
+    "left with much unread": (endless, "unread"),
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
     "failed": (broken, "answer"),
@@ -229,15 +240,21 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
 
     async def one() -> None:
         known = len(upstream.exchanges)
-        caller = await Caller.open(port)
-        await caller.send(method)
+        caller = await Caller.open(port, receive_buffer=16 * 1024)
+        if end == "part":
+            caller.writer.write(request("POST", b"x" * 1000)[:-1])
+            await asyncio.sleep(0.05)
+        else:
+            await caller.send(method)
         if end == "leave":
             while len(upstream.exchanges) == known:
                 await asyncio.sleep(0.01)
-        else:
+        elif end != "part":
             await (caller.answer() if end == "answer" else caller.head())
+        if end == "unread":
+            await asyncio.sleep(0.3)  # until no more is taken from the proxy
         caller.leave()
-        if how.startswith("left"):
+        if how.startswith("left") and end != "part":
             await upstream.exchanges[-1].gone.wait()
 
     await one()
@@ -255,6 +272,28 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.gen_test
+async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
+    """Where that is found out by writing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        stream: IOStream | None = CallerStream(listener.accept()[0])
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    assert stream is not None
+    with pytest.raises(StreamClosedError):
+        await stream.write(b"a")
+    assert isinstance(stream.error, ConnectionResetError)
+    gone = weakref.ref(stream)
+    gc.disable()
+    try:
+        stream = None
+        await asyncio.sleep(0)
+        assert gone() is None
+    finally:
         gc.enable()
 
 

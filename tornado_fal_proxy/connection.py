@@ -29,11 +29,17 @@ _NOT_KEPT = ("authorization", "cookie", "proxy-authorization")
 
 
 class CallerStream(IOStream):
-    """A stream that sends at once whatever is written (TCP_NODELAY), from the beginning to the end."""
+    """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no garbage."""
 
     def __init__(self, connection: socket.socket, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
         super().set_nodelay(True)
+
+    def close(self, exc_info: Any = False) -> None:
+        """As Tornado's, which keeps an error, and with its traceback the frames that hold this stream: a cycle."""
+        super().close(exc_info)
+        if self.error is not None:
+            self.error.__traceback__ = None
 
     def set_nodelay(self, value: bool) -> None:
         """Nothing. Tornado switches it on and off for each answer."""

@@ -390,7 +390,8 @@ class FalProxyHandler(RequestHandler):
             else:
                 await self._write_stream(head, transfer)
             self._end_call()
-        except (CallerGone, StreamClosedError):
+        except (CallerGone, StreamClosedError) as exc:
+            exc.__traceback__ = None  # it holds the frames that hold the future that holds it
             self._caller_has_gone()
         except UpstreamError as exc:
             self._log_upstream_error(exc)
@@ -549,7 +550,16 @@ class FalProxyHandler(RequestHandler):
     # The way out.
 
     def on_connection_close(self) -> None:
+        prepared = self._prepared_future is not None and self._prepared_future.done()
+        waits_for_body = prepared and not self.request._body_future.done()
         super().on_connection_close()
+        self._body.clear()
+        if waits_for_body:
+            # Nothing of this handler will run but Tornado's wait, which raises what the future holds, in a frame that
+            # holds the handler. With another future in its place, and without ui, no cycle is left.
+            self.request._body_future = asyncio.get_running_loop().create_future()
+            self.request._body_future.set_result(None)
+            self._break_cycles()
         if self._transfer is not None:
             self._transfer.cancel()
         self._caller_has_gone()
