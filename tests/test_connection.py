@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 import pytest
-from caller import Caller, request
+from caller import Caller, call, request
 from conftest import Logs, Setup
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from tornado_fal_proxy import close_upstreams, connection, server
 from tornado_fal_proxy.connection import CallerConnection, CallerStream, Request
 from tornado_fal_proxy.server import Server
 from tornado_fal_proxy.service import make_application
+from tornado_fal_proxy.upstream import UpstreamClient
 
 # Heads, each with what is unusual about it.
 HEADS = {
@@ -295,6 +296,18 @@ async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.gen_test
+async def test_a_kept_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
+    """A handle of libcurl's that waits for its next call lets go of the last, and so of what decoded its answer."""
+    port = serve(setup, await setup.upstream(answered, protocol))
+    for method in ("GET", "POST"):
+        assert (await call(port, method)).status == 200
+    clients = [thing for thing in gc.get_objects() if type(thing) is UpstreamClient and not thing._shut]
+    kept = [handle for client in clients for handles in client._handles.values() for handle in handles]
+    assert len(kept) == 2
+    assert [held for handle in kept for held in gc.get_referents(handle) if hasattr(held, "__self__")] == []
 
 
 def test_private_names_of_tornado() -> None:

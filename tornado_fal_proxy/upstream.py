@@ -303,6 +303,10 @@ class UpstreamClient(CurlAsyncHTTPClient):
             curl.setopt(pycurl.FRESH_CONNECT, 0)
         if transfer.leads:
             curl.setopt(pycurl.VERBOSE, 0)
+            curl.setopt(pycurl.DEBUGFUNCTION, None)
+        # They would keep the transfer, and with it its decoder: of brotli that is up to 16 MB.
+        for callback in (pycurl.PREREQFUNCTION, pycurl.HEADERFUNCTION, pycurl.WRITEFUNCTION):
+            curl.setopt(callback, None)
         if pool is self._handles["POST"]:
             curl.setopt(pycurl.POSTFIELDS, b"")  # let go of the body
         pool.append(curl)
