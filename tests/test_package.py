@@ -106,7 +106,7 @@ def test_sdist(project: set[str], sdist: Path, wheel: Path, tmp_path: Path) -> N
     files = {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
     made = {name for name in files if name == "PKG-INFO" or name.startswith("tornado_fal_proxy.egg-info/")}
     assert files - made <= project
-    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", ".ci/")
+    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", "soak/", ".ci/")
     single = {"CHANGELOG.md", "LICENSE", "README.md", "ruff.toml", "setup.cfg", "setup.py"}
     assert {name for name in project if name.startswith(folders) or name in single} <= files
 
