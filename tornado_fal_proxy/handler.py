@@ -479,9 +479,8 @@ class FalProxyHandler(RequestHandler):
             try:
                 await asyncio.wait_for(written, self._config.idle_timeout_s)
             except TimeoutError:
-                gone = CallerGone("the caller stopped reading")
-                self._break_off(gone)
-                raise gone from None
+                self._break_off(CallerGone("the caller stopped reading"))
+                raise CallerGone from None  # another, for a name for it here would be a cycle
 
     # Answers of our own.
 
