@@ -382,6 +382,21 @@ async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: st
         assert (await call(port, "POST")).status == 200
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_closed_long_ago(setup: Setup, protocol: str, method: str) -> None:
+    """A connection that fal closed while it was idle, with nothing but TLS's word for it, is used by no later call."""
+    upstream = await setup.upstream(fine, protocol)
+    port = setup.proxy(upstream)
+    for _ in range(3):
+        assert (await call(port, method)).status == 200
+        await upstream.close()
+        await upstream.start()
+        await asyncio.sleep(1.2)  # so that no other rule keeps POSTs away
+    assert (await call(port, method)).status == 200
+    assert len(upstream.exchanges) == 4
+
+
 @pytest.mark.gen_test
 async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
     """A connection whose only call is paused when fal closes it costs no other call."""

@@ -379,6 +379,9 @@ class UpstreamClient(CurlAsyncHTTPClient):
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
                 port = duplicate.getsockname()[1]
                 self._hosts.suspect(self._ports.get(port, ""), self.now())
+                # libcurl 8.23 takes a connection over HTTP/2 that ended as TLS has it for alive, unless both sides have
+                # closed it. On this one no answer can come any more.
+                duplicate.shutdown(socket.SHUT_WR)
                 self._take_remains(port)
         return active
 
