@@ -113,9 +113,9 @@ class Nobody:
         return None
 
 
-def serve(setup: Setup, upstream: Upstream | None = None) -> int:
+def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
     """The service's own server in the loop of the test, in front of ``upstream`` or of nobody."""
-    application = make_application(setup.config(upstream or "127.0.0.1:1"), "/api/fal/proxy")
+    application = make_application(setup.config(upstream or "127.0.0.1:1", **fields), "/api/fal/proxy")
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     running = Server(application)
@@ -222,10 +222,15 @@ CALLS: dict[str, tuple[Any, str]] = {
     "answered": (answered, "answer"),
     "left in its body": (silent, "part"),
     "left with much unread": (endless, "unread"),
+    "left by the proxy, for it does not read": (endless, "deaf"),
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
     "failed": (broken, "answer"),
 }
+
+
+# Until no more is taken from the proxy; until that has had enough of it.
+UNREAD_S = {"unread": 0.3, "deaf": 1}
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -235,7 +240,7 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
     """What a call and its connection were made of goes with them, without a collection of garbage."""
     handler, end = CALLS[how]
     upstream = await setup.upstream(handler, protocol)
-    port = serve(setup, upstream)
+    port = serve(setup, upstream, idle_timeout_s=0.3 if end == "deaf" else 900)
     if how == "failed":
         logs.expect("ConnectionLost")
 
@@ -252,8 +257,7 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
                 await asyncio.sleep(0.01)
         elif end != "part":
             await (caller.answer() if end == "answer" else caller.head())
-        if end == "unread":
-            await asyncio.sleep(0.3)  # until no more is taken from the proxy
+        await asyncio.sleep(UNREAD_S.get(end, 0))
         caller.leave()
         if how.startswith("left") and end != "part":
             await upstream.exchanges[-1].gone.wait()
