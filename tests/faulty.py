@@ -13,6 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from h2.exceptions import StreamClosedError
 from upstream import Exchange, Gone, Upstream
 
 __all__ = ["BYTE_S", "EVENT", "EVENTS", "POLL_S"]
@@ -149,7 +150,8 @@ class Faulty:
             return
         await exchange.respond(413, b'{"detail": "too large"}', [JSON, ("x-served-by", self.upstream.host)])
         if exchange.protocol == "h2":
-            exchange.reset(0)
+            with suppress(StreamClosedError):  # the body has come all the same
+                exchange.reset(0)
         else:
             await exchange.close_connection()
 

@@ -210,8 +210,9 @@ class Server:
         assert await self._says() == mode
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End it. Its exit code says whether anything was wrong with it, or with the HTTP that it was spoken to."""
         self.signal(number)
-        await self._process.wait()
+        assert await self._process.wait() == (0 if number == signal.SIGTERM else -number)
 
     def signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -487,8 +488,7 @@ async def moves_and_ends(stand: Stand) -> None:
 
 
 async def moves_back(stand: Stand) -> None:
-    with suppress(ProcessLookupError):
-        await stand.server.end()
+    await stand.server.end()
     await stand.server.start()
     stand.wanted = stand.server.host
     stand.home()
