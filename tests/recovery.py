@@ -521,11 +521,11 @@ TOO_SLOW = frozenset({"POST 500", "POST 504", "GET 504", "stream 500", "stream 5
 
 FAULTS = {
     "killed": Fault(is_killed, BROKEN | NOT_SENT, NOT_SENT),
-    "restarted": Fault(is_restarted, BROKEN | NOT_SENT, frozenset({"POST 500"})),
+    "restarted": Fault(is_restarted, BROKEN | NOT_SENT, BROKEN),
     "stopped": Fault(is_stopped, TOO_SLOW, frozenset({"POST 500", "GET 504"})),
     "every third connection reset": Fault(does("connection resets", 120), BROKEN, BROKEN),
     "GOAWAY, streams go on": Fault(does("goaway"), protocols=("h2",)),
-    "GOAWAY and close": Fault(does("goaway and close"), BROKEN, frozenset({"POST 500"}), protocols=("h2",)),
+    "GOAWAY and close": Fault(does("goaway and close"), BROKEN, BROKEN, protocols=("h2",)),
     "RST_STREAM for every third": Fault(
         does("stream resets", 40), BROKEN, frozenset({"POST 500", "stream cut"}), protocols=("h2",)
     ),
@@ -542,7 +542,7 @@ FAULTS = {
     ),
     "200 ms and 2 % loss": Fault(is_far_and_lossy, within_s=5, network="wire", idle_s=PATIENT_S, connect_s=PATIENT_S),
     "name moves, old server ends": Fault(
-        moves_and_ends, BROKEN | NOT_SENT, frozenset({"POST 500"}), 60, network="names", is_undone=moves_back
+        moves_and_ends, BROKEN | NOT_SENT, BROKEN, 60, network="names", is_undone=moves_back
     ),
     "name moves, old server stays": Fault(moves, within_s=60, network="names", is_undone=moves_back),
 }
