@@ -176,6 +176,20 @@ async def test_each_call_is_told_once(setup: Setup, logs: Logs, name: str) -> No
     assert KEY not in json.dumps(told.fields("127.0.0.1"))
 
 
+@pytest.mark.gen_test
+async def test_what_is_told_changes_no_answer(setup: Setup, logs: Logs) -> None:
+    """An on_call_end that raises is logged, without the text of the exception."""
+
+    class Raising(FalProxyHandler):
+        def on_call_end(self, call: Call) -> None:
+            raise ValueError(KEY)
+
+    rule = (ROUTE, Raising, {"config": setup.config(await setup.upstream(answers))})
+    port = setup.serve(Application([rule], log_function=lambda handler: None))
+    logs.expect("on_call_end raised ValueError\n")
+    assert [(await call(port, method)).status for method in ("POST", "GET", "DELETE")] == [200, 200, 405]
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [

@@ -262,9 +262,7 @@ class FalProxyHandler(RequestHandler):
         except (HTTPError, Finish, ProxyError):
             raise
         except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)
-            frames = "".join(traceback.format_tb(exc.__traceback__))
-            name = getattr(function, "__name__", "a function")
-            raise Misconfigured(f"{name} raised {type(exc).__name__}\n{frames.rstrip()}") from None
+            raise Misconfigured(_raised(getattr(function, "__name__", "a function"), exc)) from None
         if self._finished or self._connection.stream.closed():
             raise CallerGone  # or it has its answer already, from that function
         return result
@@ -588,10 +586,13 @@ class FalProxyHandler(RequestHandler):
             return
         self._over = True
         self.call.ends(self._status_code, error)
-        self.on_call_end(self.call)
+        try:
+            self.on_call_end(self.call)
+        except Exception as exc:  # noqa: BLE001  (nobody's answer shall depend on what is told of it)
+            logger.error("%s", _raised("on_call_end", exc), extra=self._extra)
 
     def on_call_end(self, call: Call) -> None:
-        """Called once for each call when it is over, for logs and metrics: override it. It must not raise or wait.
+        """Called once for each call when it is over, for logs and metrics: override it. It must not wait.
 
         The caller has its answer, or has left, or is sent the last of a refusal.
         """
@@ -658,6 +659,11 @@ class FalProxyHandler(RequestHandler):
 async def _result(value: Any) -> Any:
     """``value``, or what it becomes when it is awaited."""
     return await value if inspect.isawaitable(value) else value
+
+
+def _raised(name: str, exc: Exception) -> str:
+    """What to log of an exception of the operator's code: not its text, which may hold anything."""
+    return f"{name} raised {type(exc).__name__}\n{''.join(traceback.format_tb(exc.__traceback__)).rstrip()}"
 
 
 def _authorization(key: object) -> bytes:
