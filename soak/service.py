@@ -50,6 +50,7 @@ def counts() -> dict[str, int]:
     kept = sum(len(pool) for client in clients for pool in client._handles.values())
     fetching = sum(len(client._curls) for client in clients)  # fetch()'s, which the proxy does not use
     curls = sum(type(item) is pycurl.Curl for item in objects)
+    objects.clear()  # among them, before Python 3.12, is what holds this list
     return result | {
         "handles": curls - kept - fetching,
         "in flight": sum(client.in_flight for client in clients),
