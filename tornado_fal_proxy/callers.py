@@ -20,6 +20,8 @@ __all__ = ["UNIX", "TrustedProxies"]
 UNIX = "unix"
 # Proxies in a row that are looked at.
 MOST_HOPS = 16
+# An address as text: RFC 4291 section 2.2, form 3.
+LONGEST = 45
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ class TrustedProxies:
         return address is not None and any(address in network for network in self._networks)
 
 
-@lru_cache(4096)
 def _address(text: str) -> IPv4Address | IPv6Address | None:
+    # The zone of an IPv6 address (RFC 4007 section 11), which a peer may have, is any text.
+    text = text.partition("%")[0]
+    return _parsed(text) if len(text) <= LONGEST else None
+
+
+@lru_cache(4096)
+def _parsed(text: str) -> IPv4Address | IPv6Address | None:
     try:
         address = ip_address(text)
     except ValueError:

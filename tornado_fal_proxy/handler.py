@@ -477,6 +477,9 @@ class FalProxyHandler(RequestHandler):
         if self._connection.stream.writing():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written, self._config.idle_timeout_s)
+                stream = self._connection.stream
+                if stream.closed() and stream._total_write_done_index < stream._total_write_index:
+                    raise CallerGone  # Tornado says of this too that it was written
                 return
             # Not where the time-out is caught: that would hold this frame, which holds what is raised.
             self._break_off(CallerGone("the caller stopped reading"))

@@ -29,7 +29,7 @@ class Fields(dict[str, Any]):
     def __str__(self) -> str:
         texts = ["-" if value is None else str(value) for value in self.values()]
         if not _PLAIN.fullmatch("".join(texts)):
-            texts = [text if _PLAIN.fullmatch(text) else json.dumps(text) for text in texts]
+            texts = [text if _PLAIN.fullmatch(text) else _as_json(text) for text in texts]
         return " ".join(map("=".join, zip(self, texts, strict=True)))
 
 
@@ -71,4 +71,9 @@ class JsonFormatter(logging.Formatter):
                 line["request_id"] = request_id
             if record.exc_info:
                 line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return _as_json(line)
+
+
+def _as_json(value: Any) -> str:
+    """In ASCII, without the one control character that JSON lets stand."""
+    return json.dumps(value).replace("\x7f", "\\u007f")

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -64,6 +65,10 @@ OWN_FILES = 32
 # Calls that share one connection to fal over HTTP/2, as servers commonly allow.
 STREAMS_PER_CONNECTION = 100
 NOBODY = TrustedProxies()
+# Several times what all labels together take.
+METRICS_FILE_BYTES = 1024 * 1024
+# How long a connection to the admin port is kept without a request.
+ADMIN_KEPT_S = 120.0
 # How often a process shows how many calls and connections it has.
 LOOK_S = 5.0
 
@@ -82,7 +87,7 @@ class MessageHandler(RequestHandler):
     def initialize(self, status: int, message: str, why: str) -> None:
         self.set_status(status)
         self._message = message
-        self.why = why
+        self.status, self.why = status, why
         self.set_header("Content-Type", "application/json")
 
     def prepare(self) -> None:
@@ -125,10 +130,16 @@ class Service(Application):
     def log_request(self, handler: RequestHandler) -> None:
         if isinstance(handler, FalProxyHandler | HealthHandler):
             return  # on_call_end tells, and what is asked every few seconds is no news
-        request = handler.request
+        request, status = handler.request, handler.get_status()
         call = Call(request.method or "", None)
-        call.why = getattr(handler, "why", "")
-        call.ends(handler.get_status())
+        call.began -= request.request_time()
+        call.answer_begins()
+        call.sent_bytes = int(handler._headers.get("Content-Length", 0))
+        if isinstance(handler, MessageHandler) and status == handler.status:
+            call.why = handler.why
+        elif status >= 400:
+            call.why = "HTTPError"
+        call.ends(status)
         self.call_ended(call, request)
 
     def call_ended(self, call: Call, request: HTTPServerRequest) -> None:
@@ -200,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _raise_open_files(settings)
     memory.map_large_blocks()
     memory.collect_rarely()
-    with _shared_metrics(settings) as directory:
-        return _run(_Service(settings, sockets, admin_sockets, directory, sandbox, notifier))
+    try:
+        with _shared_metrics(settings) as directory:
+            return _run(_Service(settings, sockets, admin_sockets, directory, sandbox, notifier))
+    except ConfigError as exc:
+        return _fail(str(exc), EXIT_USAGE)
 
 
 def _bind(port: int | None, address: str, kind: str) -> list[socket.socket]:
@@ -219,11 +233,25 @@ def _bind(port: int | None, address: str, kind: str) -> list[socket.socket]:
 
 @contextlib.contextmanager
 def _shared_metrics(settings: Settings) -> Iterator[str | None]:
-    """A directory in which workers count together, None where there is no need of one."""
+    """A directory in which workers count together, None where there is no need of one. Raises ConfigError.
+
+    The files have all their blocks now: where there are none left, to write to a mapped file kills the process.
+    """
     if settings.admin_port is None or settings.processes == 1:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as directory:
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-", ignore_cleanup_errors=True)
+            )
+            for name in itertools.product(("counter", "histogram"), range(settings.processes)):
+                with open(os.path.join(directory, "{}_{}.db".format(*name)), "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, METRICS_FILE_BYTES)
+        except OSError as exc:
+            raise ConfigError(
+                [f"--admin-port: no room for metrics in the temporary directory: {exc.strerror}; see TMPDIR"]
+            ) from exc
         yield directory
 
 
@@ -374,7 +402,7 @@ def _serve_admin(service: _Service, worker: Alone | Worker, application: Service
     def is_ready() -> bool:
         return any(row.connections is not None for row in board.rows())
 
-    admin = HTTPServer(admin_application(metrics, is_ready, look))
+    admin = HTTPServer(admin_application(metrics, is_ready, look), idle_connection_timeout=ADMIN_KEPT_S)
     admin.add_sockets(service.admin_sockets)
     return admin
 
