@@ -46,6 +46,8 @@ class TrustedProxies:
 
     def caller(self, peer: str, forwarded_for: Sequence[str]) -> str:
         """The address of the caller behind ``peer``, which is itself one where it is not trusted."""
+        if not (self.texts and forwarded_for):
+            return peer
         caller, hops = peer, ",".join(forwarded_for).rsplit(",", MOST_HOPS)[-MOST_HOPS:]
         while hops and self._trusts(caller):
             address = _address(hops.pop().strip(" \t"))

@@ -31,7 +31,6 @@ __all__ = ["Metrics"]
 
 # Short calls on one end, models that think for many minutes on the other.
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-METHODS = ("GET", "POST", "PUT", "OPTIONS")
 
 
 class Metrics:
@@ -71,8 +70,7 @@ class Metrics:
     def count(self, call: Call) -> None:
         """A call is over."""
         endpoint = endpoint_class(call.target)
-        method = call.method if call.method in METHODS else "other"
-        self._calls_of(method, endpoint, call.outcome, call.why).inc()
+        self._calls_of(call.method, endpoint, call.outcome, call.why).inc()
         if call.relayed:
             if call.head is not None and call.first_byte_s is not None:
                 self._answers_of(call.head.protocol, call.head.status // 100).inc()

@@ -247,7 +247,7 @@ def _shared_metrics(settings: Settings) -> Iterator[str | None]:
             )
             for name in itertools.product(("counter", "histogram"), range(settings.processes)):
                 with open(os.path.join(directory, "{}_{}.db".format(*name)), "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, METRICS_FILE_BYTES)
+                    file.write(bytes(METRICS_FILE_BYTES))
         except OSError as exc:
             raise ConfigError(
                 [f"--admin-port: no room for metrics in the temporary directory: {exc.strerror}; see TMPDIR"]

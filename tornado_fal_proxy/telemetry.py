@@ -21,7 +21,8 @@ REQUEST_ID = "X-Request-Id"
 
 # What load balancers and tracing libraries make, and nothing that a log or a terminal could trip over.
 _ID = re.compile(r"[0-9A-Za-z._:+/=@-]{1,128}")
-_METHODS = ("GET", "POST", "PUT", "OPTIONS")
+# Those that can be answered with anything but a refusal; a call by any other method is told as "other".
+METHODS = ("GET", "POST", "PUT", "OPTIONS")
 # An endpoint's name in the log: longer ones are cut.
 _MOST_CHARS = 200
 
@@ -67,7 +68,7 @@ class Call:
 
     def __init__(self, method: str, given_id: str | None) -> None:
         self.began = time.monotonic()
-        self.method = method
+        self.method = method if method in METHODS else "other"
         self.request_id = request_id(given_id)
         self.target: Target | None = None
         self.head: ResponseHead | None = None
@@ -106,7 +107,7 @@ class Call:
         head, target = self.head, self.target
         return {
             "caller": caller,
-            "method": self.method if self.method in _METHODS else "other",
+            "method": self.method,
             "endpoint": None if target is None else f"{target.host}{target.path}"[:_MOST_CHARS],
             "status": self.status,
             "bytes": self.sent_bytes,

@@ -375,24 +375,27 @@ class UpstreamClient(CurlAsyncHTTPClient):
     def _ready_sockets(self) -> list[tuple[int, int]]:
         assert self._sockets is not None
         active, closed = self._sockets.ready()
+        ports = set()
         for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
                 port = duplicate.getsockname()[1]
                 self._hosts.suspect(self._ports.get(port, ""), self.now())
+                ports.add(port)
                 # libcurl 8.23 takes a connection over HTTP/2 that ended as TLS has it for alive, unless both sides have
                 # closed it. On this one no answer can come any more.
                 duplicate.shutdown(socket.SHUT_WR)
-                self._take_remains(port)
+        if ports:
+            self._take_remains(ports)
         return active
 
-    def _take_remains(self, port: int) -> None:
-        """Let libcurl find out that a connection is closed on which there are only paused transfers, or none.
+    def _take_remains(self, ports: set[int]) -> None:
+        """Let libcurl find out that connections are closed on which there are only paused transfers, or none.
 
         As long as one is paused libcurl does not look, and over HTTP/2 would send other calls on the same connection.
         """
         for transfer in list(self._running.values()):
             shares = transfer.head is not None and transfer.head.protocol == "2"
-            if transfer.paused and transfer.port == port and shares:
+            if transfer.paused and transfer.port in ports and shares:
                 transfer.paused, transfer.remains = False, True
                 self.resume(transfer)
 
