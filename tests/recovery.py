@@ -39,17 +39,20 @@ from wire import DEVICE, FAR, NEAR, Wire
 __all__ = ["FAULTS", "REAL_TIME", "Fault", "Report"]
 
 REAL_TIME = bool(os.environ.get("TORNADO_FAL_PROXY_REAL_TIME"))
-# Seconds without a byte, after which a call is ended; and for so long at most are a connection and an address used.
+# Seconds without a byte, after which a call is ended.
 IDLE_S = 40 if REAL_TIME else 3
+# For so long at most a connection takes new calls, and an address is used.
+LIFETIME_S = 1
 HASTE = """
 import tornado_fal_proxy.upstream as upstream
-upstream.CONNECTION_LIFETIME_S, upstream.ADDRESS_LIFETIME_S = 1, 1
+upstream.CONNECTION_LIFETIME_S, upstream.ADDRESS_LIFETIME_S = %d, 1
 """
-CONNECT_S = 2
+# Enough for a slow machine to greet all callers at once, which is how they come back from some faults.
+CONNECT_S = 5
 # Where packets get lost the same one may be lost three times.
 PATIENT_S = 30
 # How long it may take until all is as it was: pooled connections that are too many are closed when they are old.
-REST_S = 75 if REAL_TIME else 15
+REST_S = 75 if REAL_TIME else 30
 # For all faults of a protocol; far more than they take.
 MOST_S = 1800 if REAL_TIME else 180
 
@@ -241,7 +244,7 @@ class Stand:
         self._authority = Authority(directory)
         self._authority.write_certificate(self.certificate)
         self._hosts = directory / "hosts"
-        (directory / "sitecustomize.py").write_text("" if REAL_TIME else HASTE)
+        self._sitecustomize = directory / "sitecustomize.py"
         self._directory = directory
         self.wanted = ""  # the server that ought to answer
         self.recovery_began: float | None = None
@@ -259,6 +262,7 @@ class Stand:
                 stand.server = Server(stand, "127.0.0.1")
             await stand.server.start()
             stand.wanted = stand.server.host
+            stand._sitecustomize.write_text("" if REAL_TIME else HASTE % fault.lifetime_s)
             await stand._start_service(
                 *(() if network else (f"--connect-to=127.0.0.1:{stand.server.port}",)),
                 f"--idle-timeout-s={fault.idle_s}",
@@ -512,6 +516,7 @@ class Fault:
     network: str = ""  # of its own, and what must be there: "names" or "wire"
     idle_s: int = IDLE_S
     connect_s: int = CONNECT_S
+    lifetime_s: int = LIFETIME_S
     is_undone: Callable[[Stand], Awaitable[None]] | None = None
 
 
@@ -537,8 +542,15 @@ FAULTS = {
         frozenset({"POST 413", "POST 500", "POST 502", "stream 413", "stream 500", "stream 502"}),
         frozenset({"POST 413"}),
     ),
+    # The connection would take calls for far longer than it may, were it not ended.
     "half-open": Fault(
-        vanishes, BROKEN | TOO_SLOW, frozenset({"POST 500"}), 1.5 * IDLE_S, network="wire", is_undone=is_near_again
+        vanishes,
+        BROKEN | TOO_SLOW,
+        frozenset({"POST 500"}),
+        40 if REAL_TIME else 10,
+        network="wire",
+        lifetime_s=20,
+        is_undone=is_near_again,
     ),
     "200 ms and 2 % loss": Fault(is_far_and_lossy, within_s=5, network="wire", idle_s=PATIENT_S, connect_s=PATIENT_S),
     "name moves, old server ends": Fault(

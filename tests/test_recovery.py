@@ -40,12 +40,13 @@ def find() -> Find:
 
     def run_all(network: bool) -> None:
         """Faults of one protocol one after the other where they can share a service."""
-        shared: dict[tuple[str, int], list[str]] = {}
+        shared: dict[tuple[str, int, int], list[str]] = {}
         for name, protocol in CASES:
-            if bool(FAULTS[name].network) == network and is_possible(name):
-                shared.setdefault((protocol, FAULTS[name].idle_s), []).append(name)
+            fault = FAULTS[name]
+            if bool(fault.network) == network and is_possible(name):
+                shared.setdefault((protocol, fault.idle_s, fault.lifetime_s), []).append(name)
         prefix = isolated() if network else []
-        running = [start(prefix, protocol, names) for (protocol, _), names in shared.items()]
+        running = [start(prefix, protocol, names) for (protocol, *_), names in shared.items()]
         for process in running:
             stdout, stderr = process.communicate()
             for line in stdout.splitlines():
