@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,9 +319,9 @@ class Scrape(dict[str, Any]):
         return sum(value for (key, pairs), value in self.samples.items() if key == name and wanted <= pairs)
 
 
-async def started(setup: Setup, upstream: Any, *argv: str) -> tuple[Running, int]:
+async def started(setup: Setup, upstream: Any, *argv: str, **environ: Any) -> tuple[Running, int]:
     """The service with an admin port, and that port."""
-    running = await Running.before(setup, upstream, "--admin-port=0", *argv)
+    running = await Running.before(setup, upstream, "--admin-port=0", *argv, **environ)
     assert running.process.stdout is not None
     line = (await running.process.stdout.readline()).decode()
     match = re.fullmatch(r"metrics: http://127\.0\.0\.1:([0-9]+)/metrics\n", line)
@@ -453,7 +454,7 @@ async def test_metrics(setup: Setup, processes: str) -> None:
     assert scrape.total("fal_proxy_first_byte_seconds_count", endpoint="run") == 20
     assert scrape.total("fal_proxy_call_seconds_count", endpoint="run") == 21
     assert scrape.total("fal_proxy_body_bytes_total", direction="received") == 21 * 2
-    assert scrape.total("fal_proxy_workers") == int(processes)
+    assert scrape.total("fal_proxy_workers") == scrape.total("fal_proxy_workers_wanted") == int(processes)
     assert scrape.total("fal_proxy_max_in_flight") == 20_000 * int(processes)
     assert scrape.total("fal_proxy_build_info") == 1
     assert scrape.total("fal_proxy_worker_restarts_total") == 0
@@ -482,6 +483,17 @@ async def test_metrics_outlive_a_worker(setup: Setup) -> None:
     scrape = await until(admin, lambda scrape: scrape.total("fal_proxy_calls_total", outcome="ok") == 15)
     assert scrape.total("fal_proxy_worker_restarts_total") == 2
     await running.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.gen_test
+async def test_no_metrics_are_left_behind(setup: Setup, tmp_path: Path, number: signal.Signals) -> None:
+    """However the service ends: where the parent is killed, its workers clear up."""
+    running, _ = await started(setup, await setup.upstream(answers), "--processes=2", TMPDIR=str(tmp_path))
+    assert list(tmp_path.iterdir())
+    running.process.send_signal(number)
+    await eventually(lambda: not list(tmp_path.iterdir()))
+    await running.process.communicate()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

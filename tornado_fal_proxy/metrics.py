@@ -100,6 +100,7 @@ class _OfTheBoard(Collector):
         everyone = self._board.rows()
         rows = [row for row in everyone if row.connections is not None]
         yield gauge("workers", "Worker processes that take calls.", len(rows))
+        yield gauge("workers_wanted", "Worker processes that there are to be.", len(everyone))
         yield gauge("in_flight", "Calls that are being served.", sum(row.in_flight for row in everyone))
         yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(rows))
         yield gauge("caller_connections", "Connections of callers.", sum(row.connections or 0 for row in rows))

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import socket
 import sys
 import tempfile
@@ -331,7 +332,7 @@ def _run(service: _Service) -> int:
         return asyncio.run(_serve(service, alone))
     crew = Crew(
         settings.processes,
-        lambda worker: asyncio.run(_serve(service, worker)),
+        lambda worker: _live(service, worker),
         on_ready=service.ready,
         on_stop=service.stopping,
         end_timeout_s=settings.drain_timeout_s + 2 * CLOSE_GRACE_S,
@@ -342,6 +343,15 @@ def _run(service: _Service) -> int:
         return EXIT_OK if crew.run() else EXIT_CUT
     except CannotStart as exc:
         return _fail(f"{exc}; the log says why", EXIT_WORKERS)
+
+
+def _live(service: _Service, worker: Worker) -> int:
+    """The life of one of several workers."""
+    try:
+        return asyncio.run(_serve(service, worker))
+    finally:
+        if service.metrics_directory is not None and worker.is_orphan:  # else the parent clears up
+            shutil.rmtree(service.metrics_directory, ignore_errors=True)
 
 
 async def _serve(service: _Service, worker: Alone | Worker) -> int:

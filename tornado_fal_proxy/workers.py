@@ -199,6 +199,11 @@ class Worker(_OnBoard):
     def stopping(self) -> None:
         """The parent knows."""
 
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the parent has gone."""
+        return bool(select.select([self.parent_gone], [], [], 0)[0])
+
     def end_as_told(self, ending: Ending) -> None:
         """Obey the parent from now on, and end when it has gone. Call it in the running loop."""
         loop = asyncio.get_running_loop()
