@@ -41,7 +41,7 @@ def with_rounds(scale: Scale, rounds: int) -> Scale:
 def _number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -22,7 +22,7 @@ from upstream import Exchange
 
 from tornado_fal_proxy import FalProxyHandler, Target
 from tornado_fal_proxy.callers import UNIX, TrustedProxies
-from tornado_fal_proxy.logs import Fields, JsonFormatter
+from tornado_fal_proxy.logs import LINES_AT_ONCE, AccessLog, Fields, JsonFormatter, Lines, PlainFormatter
 from tornado_fal_proxy.policy import parse_target
 from tornado_fal_proxy.telemetry import Call, endpoint_class
 
@@ -403,11 +403,28 @@ def test_fields_are_plain() -> None:
     """As text, and as JSON."""
     fields = Fields(caller="a\x7f\x85\n b", why=None, status=200)
     assert str(fields) == r'caller="a\u007f\u0085\n b" why=- status=200'
-    record = logging.LogRecord("x", logging.INFO, "", 0, fields, (), None)
-    line = JsonFormatter().format(record)
-    assert line.isascii()
-    assert line.isprintable()
-    assert json.loads(line)["caller"] == fields["caller"]
+    record = logging.LogRecord("x", logging.INFO, "", 0, Lines([(0.25, fields), (1.5, fields)]), (), None)
+    lines = JsonFormatter().format(record).split("\n")
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert [json.loads(line)["caller"] for line in lines] == [fields["caller"]] * 2
+    assert [json.loads(line)["time"][-15:] for line in lines] == ["00:00.250+00:00", "00:01.500+00:00"]
+    text = PlainFormatter("%(asctime)s %(message)s").format(record).split("\n")
+    assert [line[-len(str(fields)) - 7 :] for line in text] == [f"00,250 {fields}", f"01,500 {fields}"]
+
+
+@pytest.mark.gen_test
+async def test_lines_are_written_together(logs: Logs) -> None:
+    """Soon after the calls, in their order, a few in each record."""
+    logger = logging.getLogger("tornado_fal_proxy.access")
+    access_log = AccessLog(logger)
+    for number in range(2 * LINES_AT_ONCE + 1):
+        access_log.add(Call("POST", f"call-{number}"), "::1")
+    await eventually(lambda: len(logs.records) == 3)
+    messages: list[Any] = [record.msg for record in logs.records]
+    written = [fields["request_id"] for lines in messages for _, fields in lines]
+    assert written == [f"call-{number}" for number in range(2 * LINES_AT_ONCE + 1)]
+    access_log.write()
+    assert len(logs.records) == 3
 
 
 @pytest.mark.gen_test

@@ -42,7 +42,7 @@ from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.connection import close_after
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.handler import FalProxyHandler, close_upstreams, upstreams
-from tornado_fal_proxy.logs import Fields, JsonFormatter, PlainFormatter, log_fields
+from tornado_fal_proxy.logs import AccessLog, JsonFormatter, PlainFormatter
 from tornado_fal_proxy.options import PROGRAM, Settings, parse_settings
 from tornado_fal_proxy.server import CLOSE_GRACE_S, LISTEN_BACKLOG, Server, open_files, reserve
 from tornado_fal_proxy.systemd import Notifier, NotListening, activated_sockets
@@ -109,6 +109,7 @@ class Service(Application):
     """
 
     closing = False
+    access_log: AccessLog | None = None
     metrics: Metrics | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
@@ -144,9 +145,9 @@ class Service(Application):
         self.call_ended(call, request)
 
     def call_ended(self, call: Call, request: HTTPServerRequest) -> None:
-        """Write the line of the access log, and count."""
-        if access_logger.isEnabledFor(logging.INFO):
-            log_fields(access_logger, Fields(call.fields(request.remote_ip or "")))
+        """Log and count it."""
+        if self.access_log is not None:
+            self.access_log.add(call, request.remote_ip or "")
         if self.metrics is not None:
             self.metrics.count(call)
 
@@ -367,6 +368,9 @@ async def _serve(service: _Service, worker: Alone | Worker) -> int:
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
     application = make_application(config, settings.route, more, settings.trusted_proxies)
+    access_log = AccessLog(access_logger)
+    if access_logger.isEnabledFor(logging.INFO):
+        application.access_log = access_log
     server = Server(application)
     server.listen_on(service.sockets, worker, application.shed)
     admin = _serve_admin(service, worker, application, config.max_in_flight) if service.admin_sockets else None
@@ -385,6 +389,7 @@ async def _serve(service: _Service, worker: Alone | Worker) -> int:
     if sandbox is not None:
         await sandbox.close()
     beat.cancel()
+    access_log.write()
     return EXIT_OK if all_finished else EXIT_CUT
 
 
