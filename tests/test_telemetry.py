@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from upstream import Exchange
 from tornado_fal_proxy import FalProxyHandler, Target
 from tornado_fal_proxy.callers import UNIX, TrustedProxies
 from tornado_fal_proxy.logs import LINES_AT_ONCE, AccessLog, Fields, JsonFormatter, Lines, PlainFormatter
-from tornado_fal_proxy.policy import parse_target
+from tornado_fal_proxy.policy import ResponseHead, parse_target
 from tornado_fal_proxy.telemetry import Call, endpoint_class
 
 EVENT = b'data: {"n": 1}\n\n'
@@ -425,6 +426,42 @@ async def test_lines_are_written_together(logs: Logs) -> None:
     assert written == [f"call-{number}" for number in range(2 * LINES_AT_ONCE + 1)]
     access_log.write()
     assert len(logs.records) == 3
+
+
+@pytest.mark.gen_test
+async def test_the_last_call_is_logged(setup: Setup) -> None:
+    """The service ends with it, so that its line cannot wait for others."""
+    release = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await release.wait()
+        await exchange.respond(200, b"[1]")
+
+    upstream = await setup.upstream(answer)
+    running = await Running.before(setup, upstream)
+    held = asyncio.create_task(call(running.port))
+    await eventually(lambda: upstream.exchanges)
+    running.process.terminate()
+    await running.said("ending: 1 calls in flight")
+    release.set()
+    assert (await held).status == 200
+    _, stderr = await running.ended()
+    (line,) = (line for line in stderr.splitlines() if " tornado_fal_proxy.access: " in line)
+    assert " status=200 " in line
+
+
+def test_lines_fit_into_one_write() -> None:
+    """Such as JSON makes of the longest that there may be: processes that share a pipe would mix longer ones."""
+    longest = Call("OPTIONS", "i" * 128)
+    longest.target = Target(f"{'h' * 63}.fal.run", "/" + "p" * 1000)
+    longest.head = ResponseHead(200, "1.1", [("x-fal-request-id", "f" * 128)], None, event_stream=False, coding="")
+    longest.status, longest.sent_bytes = 200, 10**12
+    longest.first_byte_s = longest.seconds = 86_399.123456
+    longest.outcome, longest.why, longest.detail = "upstream_error", "UnsupportedMediaType", "d" * 1000
+    lines = Lines([(1e9, Fields(longest.fields("ffff:" * 7 + "ffff")))] * LINES_AT_ONCE)
+    record = logging.LogRecord("tornado_fal_proxy.access", logging.INFO, "", 0, lines, (), None)
+    assert len(JsonFormatter().format(record)) < select.PIPE_BUF
 
 
 @pytest.mark.gen_test

@@ -28,8 +28,9 @@ __all__ = ["AccessLog", "Fields", "JsonFormatter", "Lines", "PlainFormatter"]
 
 # How long a line waits for others. Under full load that makes some hundred.
 DELAY_S = 0.02
-# Lines in a record, and so in one write: below the 4096 bytes that processes which share a pipe write in one piece.
-LINES_AT_ONCE = 8
+# Lines in a record, and so in one write: as many of the longest, as JSON, as fit into the 4096 bytes (PIPE_BUF) that
+# processes which share a pipe write in one piece.
+LINES_AT_ONCE = 3
 
 # All but the tab and the line feed. Line feeds are in tracebacks, and in nothing that a caller sends.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
