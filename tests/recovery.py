@@ -41,7 +41,7 @@ __all__ = ["FAULTS", "REAL_TIME", "Fault", "Report"]
 REAL_TIME = bool(os.environ.get("TORNADO_FAL_PROXY_REAL_TIME"))
 # Seconds without a byte, after which a call is ended.
 IDLE_S = 40 if REAL_TIME else 3
-# For so long at most a connection takes new calls, and an address is used.
+# For so long at most a connection takes new calls, where a fault does not say otherwise.
 LIFETIME_S = 1
 HASTE = """
 import tornado_fal_proxy.upstream as upstream
