@@ -1,4 +1,4 @@
-"""The handlers of fal's own hosts: run, stream, queue, tokens, storage. The paths stand in ``server``."""
+"""The handlers of fal's own hosts: run, stream, queue, tokens, storage. Their paths are in ``server``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import secrets
 import time
 import uuid
 from http.client import responses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
@@ -27,21 +27,18 @@ from tornado_fal_proxy.sandbox.jobs import (
     invalid,
     refuse,
     text_of,
-    trim,
 )
+from tornado_fal_proxy.sandbox.state import SandboxState
 
-if TYPE_CHECKING:
-    from tornado_fal_proxy.sandbox.server import Sandbox
-
-MAX_JOBS = 500
-CANCEL_NOTICE_S = 0.25  # within this a stream of statuses tells that its job was cancelled
+# How long a stream of statuses may take to notice that its job was cancelled: a moment for the person who cancelled.
+CANCEL_NOTICE_S = 0.25
 
 
 class FalHandler(RequestHandler):
-    """What all of fal's endpoints share: the key, JSON both ways, a request id."""
+    """The base of all endpoints: it checks the key, reads and writes JSON, and adds a request id."""
 
-    def initialize(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
+    def initialize(self, state: SandboxState) -> None:
+        self.state = state
 
     def set_default_headers(self) -> None:
         self.set_header("Content-Type", "application/json")
@@ -50,25 +47,25 @@ class FalHandler(RequestHandler):
     def prepare(self) -> None:
         call = asyncio.current_task()
         if call:
-            self.sandbox.calls.add(call)
-            call.add_done_callback(self.sandbox.calls.discard)
+            self.state.calls.add(call)
+            call.add_done_callback(self.state.calls.discard)
         given = self.request.headers.get("Authorization", "")
         if not given:
             refuse(401, "Authentication is required to access this application.")
-        if not hmac.compare_digest(given.encode(), f"Key {self.sandbox.key}".encode()):
+        if not hmac.compare_digest(given.encode(), f"Key {self.state.key}".encode()):
             refuse(401, "No user found for Key ID and Secret")
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1]
-        self.answer(error.body if isinstance(error, Fault) else {"detail": self._reason}, status_code)
+        self.respond(error.body if isinstance(error, Fault) else {"detail": self._reason}, status_code)
 
-    def answer(self, body: object, status: int = 200) -> None:
-        """End the call with a JSON body."""
+    def respond(self, body: object, status: int = 200) -> None:
+        """Finish the response with a JSON body."""
         self.set_status(status, responses.get(status, "Unknown"))
         self.finish(json.dumps(body))
 
     def fields(self) -> dict[str, Any]:
-        """The input: the JSON body, or the query of a GET."""
+        """Return the input: the JSON body, or the query of a GET."""
         try:
             if self.request.method == "GET":
                 query: dict[str, Any] = {name: self.get_query_argument(name) for name in self.request.query_arguments}
@@ -81,19 +78,19 @@ class FalHandler(RequestHandler):
         return body
 
     def job(self, app: str, request_id: str) -> Job:
-        """The queued job, or 404: also for a known id under another application's name."""
-        job = self.sandbox.jobs.get(request_id)
+        """Return the queued job, or raise a 404, also if the id exists under another application's name."""
+        job = self.state.jobs.get(request_id)
         if job is None or job.app != app:
             raise Fault(404, {"detail": "Request not found", "status": "NOT_FOUND"})
         self.set_header("X-Fal-Request-Id", job.id)
         return job
 
     def logs_from(self) -> int | None:
-        """Where the job's log is to begin: at its first step, or nowhere without ``?logs=1``."""
+        """Return the step at which the job's log begins, 0, or None without ``?logs=1``."""
         return 0 if self.get_query_argument("logs", "0") == "1" else None
 
     async def event(self, data: object) -> None:
-        """Send one event of a stream by itself. Raises StreamClosedError when the caller is gone."""
+        """Send one event of a stream at once. Raise StreamClosedError if the client has disconnected."""
         self.set_header("Content-Type", "text/event-stream; charset=utf-8")
         self.set_header("Cache-Control", "no-cache")
         self.write(f"data: {json.dumps(data, ensure_ascii=False)}\n\n")
@@ -101,7 +98,7 @@ class FalHandler(RequestHandler):
 
 
 class Unknown(FalHandler):
-    """Any other host or path."""
+    """Any other host or path: a 404."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -109,13 +106,13 @@ class Unknown(FalHandler):
 
 
 class Run(FalHandler):
-    """fal.run/{id}: wait, then the result."""
+    """fal.run/{id}: the result, after a while."""
 
     async def post(self, app: str) -> None:
-        job = self.sandbox.accept(app, self.fields(), RUN_S)
+        job = self.state.accept(app, self.fields(), RUN_S)
         self.set_header("X-Fal-Request-Id", job.id)
-        await self.sandbox.sleep(job.duration_s)
-        self.answer(self.sandbox.result(job))
+        await self.state.sleep(job.duration_s)
+        self.respond(self.state.result(job))
 
     get = post
 
@@ -124,45 +121,44 @@ class Stream(FalHandler):
     """fal.run/{id}/stream: a text that grows, as a language model's does."""
 
     async def post(self, app: str) -> None:
-        job = self.sandbox.accept(app, self.fields(), EVENT_GAP_S)
+        job = self.state.accept(app, self.fields(), EVENT_GAP_S)
         self.set_header("X-Fal-Request-Id", job.id)
-        text = text_of(job.wish.text, f"{SAMPLE}({job.prompt})")
-        await self.sandbox.sleep(job.duration_s)
+        text = text_of(job.scenario.text, f"{SAMPLE}({job.prompt})")
+        await self.state.sleep(job.duration_s)
         try:
             for index in range(1, EVENTS + 1):
                 await self.event({"output": text[: len(text) * index // EVENTS], "partial": index < EVENTS})
-                if index < EVENTS and not await self.sandbox.sleep(EVENT_GAP_S * self.sandbox.pace):
+                if index < EVENTS and not await self.state.sleep(EVENT_GAP_S * self.state.pace):
                     return
         except StreamClosedError:
             return
 
 
 class Submit(FalHandler):
-    """queue.fal.run/{id}: a job is born."""
+    """queue.fal.run/{id}: a new job in the queue."""
 
     def post(self, app: str) -> None:
-        job = self.sandbox.accept(app, self.fields(), QUEUE_S)
-        self.sandbox.jobs[job.id] = job
-        trim(self.sandbox.jobs, MAX_JOBS)
+        job = self.state.accept(app, self.fields(), QUEUE_S)
+        self.state.enqueue(job)
         self.set_header("X-Fal-Request-Id", job.id)
-        self.answer(job.status(0, None))
+        self.respond(job.status(0, None))
 
 
 class Status(FalHandler):
-    """.../requests/{rid}/status, asked again and again."""
+    """queue.fal.run/{id}/requests/{request_id}/status: the status, which clients poll."""
 
     def get(self, app: str, request_id: str) -> None:
         job = self.job(app, request_id)
-        self.sandbox.fail(job.wish, "status")
-        self.answer(job.status(job.step(time.time()), self.logs_from()))
+        self.state.fail(job.scenario, "status")
+        self.respond(job.status(job.step(time.time()), self.logs_from()))
 
 
 class StatusStream(FalHandler):
-    """.../requests/{rid}/status/stream: an event for each step, with only the new lines of the log."""
+    """.../requests/{request_id}/status/stream: an event for each step, with only the new lines of the log."""
 
     async def get(self, app: str, request_id: str) -> None:
         job = self.job(app, request_id)
-        self.sandbox.fail(job.wish, "status")
+        self.state.fail(job.scenario, "status")
         logs_from = self.logs_from()
         try:
             while True:
@@ -171,16 +167,16 @@ class StatusStream(FalHandler):
                 if step == len(LIFE) - 1:
                     return
                 logs_from = None if logs_from is None else step + 1
-                while job.step(time.time()) == step:  # a timer may fire a moment early
+                while job.step(time.time()) == step:  # a timer may fire a moment too early
                     rest_s = max(0.001, job.begins(step + 1) - time.time())
-                    if not await self.sandbox.sleep(min(rest_s, CANCEL_NOTICE_S)):
+                    if not await self.state.sleep(min(rest_s, CANCEL_NOTICE_S)):
                         return
         except StreamClosedError:
             return
 
 
 class Result(FalHandler):
-    """.../requests/{rid}"""
+    """.../requests/{request_id}: the result, once the job has completed."""
 
     def get(self, app: str, request_id: str) -> None:
         job = self.job(app, request_id)
@@ -188,41 +184,41 @@ class Result(FalHandler):
             refuse(499, "Request was cancelled")
         if job.step(time.time()) < len(LIFE) - 1:
             refuse(400, "Request is still in progress")
-        self.sandbox.fail(job.wish, "result")
-        self.answer(self.sandbox.result(job))
+        self.state.fail(job.scenario, "result")
+        self.respond(self.state.result(job))
 
 
 class Cancel(FalHandler):
-    """.../requests/{rid}/cancel"""
+    """.../requests/{request_id}/cancel: the end of a job that has not completed."""
 
     def put(self, app: str, request_id: str) -> None:
         job = self.job(app, request_id)
         if job.step(time.time()) == len(LIFE) - 1:
             raise Fault(400, {"status": "ALREADY_COMPLETED"})
         job.cancelled = True
-        self.answer({"status": "CANCELLATION_REQUESTED"}, 202)
+        self.respond({"status": "CANCELLATION_REQUESTED"}, 202)
 
 
 class Tokens(FalHandler):
-    """rest.fal.ai/tokens/: a token for a WebSocket that nobody serves here; the client reads a bare JSON string."""
+    """rest.fal.ai/tokens/: a token for a WebSocket, which the sandbox does not serve. SDKs read a bare JSON string."""
 
     def post(self) -> None:
         if not isinstance(self.fields().get("allowed_apps"), list):
             invalid("missing", ["body", "allowed_apps"], "Field required")
-        self.answer(".".join(secrets.token_urlsafe(size) for size in (27, 60, 32)))
+        self.respond(".".join(secrets.token_urlsafe(size) for size in (27, 60, 32)))
 
 
 class Initiate(FalHandler):
-    """rest.fal.ai/storage/upload/initiate and initiate-multipart: an empty file, which its upload fills."""
+    """rest.fal.ai/storage/upload/initiate and initiate-multipart: the URL of a new empty file for an upload."""
 
     def post(self) -> None:
         fields = self.fields()
-        if not self.sandbox.public_url:
-            refuse(503, "The sandbox does not know its public_url, so it has no place for uploads")
+        if not self.state.public_url:
+            refuse(503, "Uploads need the address of the proxy: set Sandbox.public_url")
         kind = str(fields.get("content_type", ""))
         if not re.fullmatch(r"[\w.+-]+/[\w.+;= -]+", kind, re.ASCII):
             kind = "application/octet-stream"
         plain = re.sub(r"[^\w.-]+", "_", str(fields.get("file_name", "file")), flags=re.ASCII)[-80:]
         name = f"{secrets.token_hex(8)}_{plain}"
-        self.sandbox.keep(name, kind, b"")
-        self.answer(dict.fromkeys(("upload_url", "file_url"), self.sandbox.file_url(name)))
+        self.state.keep(name, kind, b"")
+        self.respond(dict.fromkeys(("upload_url", "file_url"), self.state.file_url(name)))

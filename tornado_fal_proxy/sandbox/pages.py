@@ -1,23 +1,21 @@
-"""What browsers get from the proxy's own application in sandbox mode: a page to try it, and the CDN's stand-in."""
+"""Two handlers of the proxy's own application in sandbox mode: a page to try the proxy, and the CDN's stand-in."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
 
 from tornado.http1connection import HTTP1Connection
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-if TYPE_CHECKING:
-    from tornado_fal_proxy.sandbox.server import Sandbox
+from tornado_fal_proxy.sandbox.state import SandboxState
 
-# The client sends up to 90 MiB in one PUT, and beyond that parts of 10 MiB.
+# The body of an upload: fal's JavaScript SDK sends up to 90 MiB in one PUT, and larger files in parts of 10 MiB.
 MAX_UPLOAD_BYTES = 100 * 1024 * 1024
 
 
 class Page(RequestHandler):
-    """The page to try it with."""
+    """The page to try the proxy with."""
 
     def initialize(self, html: str) -> None:
         self.html = html
@@ -28,13 +26,13 @@ class Page(RequestHandler):
 
 @stream_request_body
 class Files(RequestHandler):
-    """The CDN's stand-in: GET, and uploads as the client makes them: whole, or as parts 1, 2, ... and a ``complete``.
+    """The CDN's stand-in: downloads, and uploads as fal's SDKs make them, whole or in parts 1, 2, ... and ``complete``.
 
-    Only a name that ``Initiate`` gave out can be written, and nothing served here may run script in the proxy's origin.
+    Only a name that ``Initiate`` gave out can be written, and no file can run a script in the proxy's origin.
     """
 
-    def initialize(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
+    def initialize(self, state: SandboxState) -> None:
+        self.state = state
         self.chunks: list[bytes] = []
 
     def set_default_headers(self) -> None:
@@ -45,16 +43,16 @@ class Files(RequestHandler):
 
     def prepare(self) -> None:
         if isinstance(self.request.connection, HTTP1Connection):
-            self.request.connection.set_max_body_size(MAX_UPLOAD_BYTES)  # whatever the proxy's own bound is
+            self.request.connection.set_max_body_size(MAX_UPLOAD_BYTES)  # the proxy's own limit may be lower
 
     def data_received(self, chunk: bytes) -> None:
         self.chunks.append(chunk)
 
     def file(self, name: str) -> tuple[str, bytes]:
-        """The content type and the bytes, or 404."""
-        if name not in self.sandbox.files:
+        """Return the content type and the bytes, or raise a 404."""
+        if name not in self.state.files:
             raise HTTPError(404)
-        return self.sandbox.files[name]
+        return self.state.files[name]
 
     def options(self, path: str) -> None:
         self.set_status(204)
@@ -67,7 +65,7 @@ class Files(RequestHandler):
     def put(self, path: str) -> None:
         name, _, part = path.partition("/")
         kind, body = self.file(name)[0], b"".join(self.chunks)
-        self.sandbox.keep(path, kind if part else self.request.headers.get("Content-Type", kind), body)
+        self.state.keep(path, kind if part else self.request.headers.get("Content-Type", kind), body)
         self.finish({"partNumber": int(part), "etag": hashlib.sha256(body).hexdigest()} if part.isdecimal() else {})
 
     def post(self, path: str) -> None:
@@ -82,6 +80,6 @@ class Files(RequestHandler):
         if verb != "complete" or [hashlib.sha256(body).hexdigest() for body in bodies] != list(etags.values()):
             raise HTTPError(400)
         for part in etags:
-            del self.sandbox.files[part]
-        self.sandbox.keep(name, kind, b"".join(bodies))
+            del self.state.files[part]
+        self.state.keep(name, kind, b"".join(bodies))
         self.finish({})
