@@ -1,4 +1,4 @@
-"""``python -m tornado_fal_proxy`` is the command ``tornado-fal-proxy``."""
+"""Run the command ``tornado-fal-proxy`` as ``python -m tornado_fal_proxy``."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""Every way in which a call can end without the target's answer, on one screen.
+"""Define every way in which a call can end without the target's response, on one screen.
 
-A :class:`ProxyError` carries what the caller gets (``status``, the stable sentence ``message``, ``headers``)
+A :class:`ProxyError` carries what the client gets (``status``, the stable sentence ``message``, ``headers``)
 and, apart from it, what the log gets (``detail``). Neither ever holds the key.
 
 ::
 
     ProxyError
-    ├── CallerGone            nobody is left to answer
+    ├── ClientDisconnected    the client left before it had its response
     ├── MethodNotAllowed      405
     ├── TargetMissing         400   no x-fal-target-url, or several
     ├── TargetRefused         412   not a URL of fal's
@@ -19,21 +19,21 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     │   └── OriginNotAllowed
     ├── UnsupportedMediaType  415   a body that is not JSON
     ├── BodyTooLarge          413
-    ├── BodyTooSlow           408   it stopped coming, or hardly comes
-    ├── Unauthorized          401   authorize did not let the caller in
+    ├── BodyTooSlow           408   the body stopped coming, or comes too slowly
+    ├── Unauthorized          401   authorize did not let the client in
     ├── KeyMissing            500   the operator has set no key
-    ├── HeadersTooLarge       431   what of them would go to fal
+    ├── HeadersTooLarge       431   the headers that would go to fal
     ├── Misconfigured         500   the operator gave the handler wrong arguments
-    ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the caller may repeat
-    └── UpstreamError         502, or 500 where repeating could bill twice
+    ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the client may repeat the call
+    └── UpstreamError         502, or 500 where a repetition could be billed twice
         ├── NameNotFound
         ├── ConnectFailed
         ├── TlsFailed
         ├── ConnectionLost
-        ├── MalformedAnswer
+        ├── MalformedResponse
         └── UpstreamTimeout   504, or 500 likewise
 
-What a status makes fal's clients do decides it: they repeat 502, 503 and 504, and never 500.
+Each status is chosen by what it makes fal's SDKs do: they repeat 502, 503 and 504, and never 500.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "AccessRefused",
     "BodyTooLarge",
     "BodyTooSlow",
-    "CallerGone",
+    "ClientDisconnected",
     "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
@@ -52,7 +52,7 @@ __all__ = [
     "HeadersTooLarge",
     "HostNotAllowed",
     "KeyMissing",
-    "MalformedAnswer",
+    "MalformedResponse",
     "MethodNotAllowed",
     "Misconfigured",
     "NameNotFound",
@@ -73,7 +73,7 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work. ``problems`` names every fault found, not only the first."""
+    """Reject a configuration that cannot work. ``problems`` names every fault found, not only the first."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems))
@@ -81,7 +81,7 @@ class ConfigError(ValueError):
 
 
 class ProxyError(Exception):
-    """A call that ends without the target's answer."""
+    """Say why a call ends without the target's response."""
 
     status = 500
     message = "The proxy failed."
@@ -92,9 +92,9 @@ class ProxyError(Exception):
         self.detail = detail
 
 
-class CallerGone(ProxyError):
-    status = 499  # what nginx logs for it; no caller ever sees it
-    message = "The caller went away."
+class ClientDisconnected(ProxyError):
+    status = 499  # the status that nginx logs for it; no client ever receives it
+    message = "The client disconnected."
 
 
 class MethodNotAllowed(ProxyError):
@@ -120,7 +120,7 @@ class TargetRefused(ProxyError):
 
 
 class AccessRefused(ProxyError):
-    """The message names the rule that refused the call, and nothing of what it says."""
+    """Refuse a call by a rule of the operator. The message names the rule, and nothing of its contents."""
 
     status = 403
     message = "This call is not allowed by this proxy."
@@ -161,7 +161,7 @@ class BodyTooLarge(ProxyError):
 
 
 class BodyTooSlow(ProxyError):
-    """Nothing was sent to fal, so that a browser, which may repeat this status by itself, may."""
+    """Refuse a body that takes too long. Nothing was sent to fal, so a browser may repeat the call by itself."""
 
     status = 408
     message = "The body of the request took too long to arrive."
@@ -192,10 +192,10 @@ class TooManyCalls(ProxyError):
 
 
 class UpstreamError(ProxyError):
-    """No usable answer came from fal.
+    """Report that no usable response came from fal.
 
-    ``may_have_run`` is true for a POST that may have reached fal. Such a call is answered 500, which fal's clients do
-    not repeat: a repeated ``run`` or ``submit`` would be executed, and paid, twice.
+    ``may_have_run`` is true for a POST that may have reached fal. Such a call is answered 500, which fal's SDKs do
+    not repeat, because a repeated ``run`` or ``submit`` would be executed, and paid, twice.
     """
 
     status = 502
@@ -221,11 +221,11 @@ class TlsFailed(UpstreamError):
 
 
 class ConnectionLost(UpstreamError):
-    message = "The connection to fal's server broke before the answer was complete."
+    message = "The connection to fal's server broke before the response was complete."
 
 
-class MalformedAnswer(UpstreamError):
-    message = "The answer of fal's server could not be understood."
+class MalformedResponse(UpstreamError):
+    message = "The response of fal's server could not be understood."
 
 
 class UpstreamTimeout(UpstreamError):

@@ -1,10 +1,10 @@
-"""Decodes the answers of fal's server a bounded piece at a time.
+"""Decode the bodies of fal's responses a bounded piece at a time.
 
-Strategy. libcurl can decode, but it makes all of what it has read of it at once, whether its reader is paused or not:
-a few bytes become 64 MB for each caller that does not read. So fal's answers come as they are, and whoever reads a
-transfer decodes as much as it takes. gzip and deflate are the standard library's; ``br`` is asked for, and decoded,
-where the package ``brotli`` is installed. An answer in a coding that nobody asked for passes as it is, with its
-``content-encoding``: it is paid for.
+Strategy. libcurl can decode, but it decodes at once all that it has read, whether its reader is paused or not: a few
+bytes become 64 MB for each client that does not read. Therefore bodies arrive encoded, and the reader of a transfer
+decodes as much as it takes. gzip and deflate are the standard library's. ``br`` is requested, and decoded, where the
+package ``brotli`` is installed. A response in a coding that was not requested passes unchanged with its
+``content-encoding``, because it is paid for.
 
 Source: RFC 9110 section 8.4.1.
 """
@@ -18,39 +18,39 @@ try:
     import brotli
 except ImportError:  # an extra
     brotli = None
-if not hasattr(getattr(brotli, "Decompressor", None), "can_accept_more_data"):  # before 1.2 it knows no bound
+if not hasattr(getattr(brotli, "Decompressor", None), "can_accept_more_data"):  # before 1.2: no bound
     brotli = None
 
 __all__ = ["ACCEPT_ENCODING", "Decoder", "Undecodable", "decoder_for"]
 
 ACCEPT_ENCODING = b"accept-encoding: deflate, gzip, br" if brotli else b"accept-encoding: deflate, gzip"
 
-# zlib's wbits: a gzip header and trailer, those of zlib, or none.
+# zlib's wbits: for a gzip header and trailer, for those of zlib, for none.
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Undecodable(ValueError):
-    """A body is not in the coding that its head declares, or ends too early for it."""
+    """Report a body that is not in the coding that its head declares, or that ends too early."""
 
 
 class Decoder(Protocol):
-    """Of one body. ``has_more`` tells that :meth:`decode` has something to do without more data."""
+    """Decode one body. ``has_more`` is true while :meth:`decode` can return more without more data."""
 
     has_more: bool
 
-    def decode(self, data: bytes, most: int) -> bytes:
-        """What ``data``, and all before it, become: about ``most`` bytes of it. Raises Undecodable.
+    def decode(self, data: bytes, max_bytes: int) -> bytes:
+        """Return about ``max_bytes`` decoded from ``data`` and what came before it. Raise Undecodable.
 
         While ``has_more`` is true ``data`` must be empty.
         """
 
     def end(self) -> None:
-        """There is no more data. Raises Undecodable when there should be."""
+        """Note that there is no more data. Raise Undecodable where there should be."""
 
 
 def decoder_for(coding: str) -> Decoder | None:
-    """The decoder for the value of a content-encoding in lower case, None where there is none."""
+    """Return the decoder for the value of a content-encoding in lower case, None where there is none."""
     if coding in ("gzip", "x-gzip"):
         return _Zlib(_GZIP)
     if coding == "deflate":
@@ -66,34 +66,34 @@ class _Zlib:
         self._begun = False
         self._rest = b""
 
-    def decode(self, data: bytes, most: int) -> bytes:
+    def decode(self, data: bytes, max_bytes: int) -> bytes:
         self._rest += data
         pieces = []
-        while most > 0 and not (self._stream.eof and not self._begin_member()):
-            piece = self._decompress(self._rest, most)
+        while max_bytes > 0 and not (self._stream.eof and not self._begin_member()):
+            piece = self._decompress(self._rest, max_bytes)
             pieces.append(piece)
-            most -= len(piece)
+            max_bytes -= len(piece)
             self._rest = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
             if not self._rest:
                 break
         if self._stream.eof and not _GZIP_MAGIC.startswith(self._rest[:2]):
             self._rest = b""
-        self.has_more = most <= 0 or bool(self._rest and not self._stream.eof)
+        self.has_more = max_bytes <= 0 or bool(self._rest and not self._stream.eof)
         return b"".join(pieces)
 
     def end(self) -> None:
         if self._begun and not self._stream.eof:
             raise Undecodable("it ends too early")
 
-    def _decompress(self, data: bytes, most: int) -> bytes:
+    def _decompress(self, data: bytes, max_bytes: int) -> bytes:
         self._begun = self._begun or bool(data)
         try:
-            return self._stream.decompress(data, most)
+            return self._stream.decompress(data, max_bytes)
         except zlib.error as exc:
             raise Undecodable(str(exc)) from None
 
     def _begin_member(self) -> bool:
-        """Whether another member of a gzip file follows (RFC 1952 section 2.2). What else follows is ignored."""
+        """Tell whether another member of a gzip file follows (RFC 1952 section 2.2); other bytes are ignored."""
         if self._wbits != _GZIP or not self._rest.startswith(_GZIP_MAGIC):
             return False
         self._stream = zlib.decompressobj(_GZIP)
@@ -101,22 +101,22 @@ class _Zlib:
 
 
 class _Deflate(_Zlib):
-    """Some servers send it without zlib's header (RFC 1950 section 2.2), and all clients take it."""
+    """Decode deflate also without zlib's header (RFC 1950 section 2.2), which some servers omit."""
 
     def __init__(self) -> None:
         super().__init__(_ZLIB)
         self._first = b""
 
-    def decode(self, data: bytes, most: int) -> bytes:
+    def decode(self, data: bytes, max_bytes: int) -> bytes:
         if len(self._first) < 2:
-            held, self._first = self._first, (self._first + data)[:2]
+            first, self._first = self._first, (self._first + data)[:2]
             if len(self._first) < 2:
                 self._begun = self._begun or bool(data)
                 return b""
-            data = held + data
+            data = first + data
             if self._first[0] & 15 != 8 or int.from_bytes(self._first, "big") % 31:
                 self._stream = zlib.decompressobj(_RAW)
-        return super().decode(data, most)
+        return super().decode(data, max_bytes)
 
 
 class _Brotli:
@@ -125,16 +125,16 @@ class _Brotli:
         self._stream: Any = brotli.Decompressor()
         self._begun = False
 
-    def decode(self, data: bytes, most: int) -> bytes:
+    def decode(self, data: bytes, max_bytes: int) -> bytes:
         if self._stream.is_finished():
             self.has_more = False
             return b""
         try:
-            decoded: bytes = self._stream.process(data, output_buffer_limit=most)
+            decoded: bytes = self._stream.process(data, output_buffer_limit=max_bytes)
         except brotli.error as exc:
             raise Undecodable(str(exc)) from None
         self._begun = self._begun or bool(data)
-        self.has_more = len(decoded) >= most or not self._stream.can_accept_more_data()
+        self.has_more = len(decoded) >= max_bytes or not self._stream.can_accept_more_data()
         return decoded
 
     def end(self) -> None:

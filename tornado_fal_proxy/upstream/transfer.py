@@ -1,11 +1,11 @@
-"""One call to fal, as libcurl's callbacks see it on one side and a coroutine on the other.
+"""Hold one call to fal between libcurl's callbacks on one side and the coroutine that relays on the other.
 
 Strategy. libcurl calls :class:`Transfer` while it moves bytes: a connection is ready, a line of the head, a piece of
 the body. These callbacks run inside libcurl's own code, so they only take notes, wake the coroutine that waits, and
-never raise or call back into libcurl. The coroutine takes the head and then the body piece by piece. When nobody takes
-the pieces libcurl is paused; when nobody wants them any more the transfer is removed at once.
+never raise or call back into libcurl. The coroutine takes the head and then the body, piece by piece. libcurl is paused
+while nothing takes the pieces. A transfer that is cancelled is removed at once.
 
-Only this module and ``upstream`` know libcurl. A transfer never decides which connection it uses; that is the client's.
+A transfer never decides which connection it uses; the client does.
 """
 
 from __future__ import annotations
@@ -16,266 +16,155 @@ from typing import Protocol
 
 import pycurl
 
-from tornado_fal_proxy.decoding import Decoder, Undecodable, decoder_for
 from tornado_fal_proxy.errors import (
-    CallerGone,
-    ConnectFailed,
+    ClientDisconnected,
     ConnectionLost,
-    MalformedAnswer,
-    NameNotFound,
+    MalformedResponse,
     ProxyError,
-    TlsFailed,
     UpstreamError,
-    UpstreamTimeout,
 )
-from tornado_fal_proxy.policy import ResponseHead, parse_response_head
+from tornado_fal_proxy.rules.headers import ResponseHead, parse_response_head
+from tornado_fal_proxy.upstream.body import HIGH_WATER_BYTES, WINDOW_BYTES, Body
+from tornado_fal_proxy.upstream.decoding import Undecodable, decoder_for
 
-__all__ = ["FIRST_WINDOW_BYTES", "HIGH_WATER_BYTES", "HTTP2_STREAM_ERROR", "Owner", "Transfer", "upstream_error"]
-
-# A piece of body is at most 16 kB, so a reader that keeps up is never paused, and one that does not costs little.
-HIGH_WATER_BYTES = 64 * 1024
-# A piece of at least this many bytes is part of a large body: half of what libcurl reads at once.
-BULK_BYTES = 8 * 1024
-# What a server may send of a streamed answer before its caller has read that far. At a round trip of 100 ms it allows
-# 2.5 MB/s, and it bounds what a caller costs that stopped reading.
-WINDOW_BYTES = 256 * 1024
-# The same for an answer that is held until it is whole.
-HELD_WINDOW_BYTES = 1024 * 1024
-# The window that every stream begins with (RFC 9113 section 6.9.2): a short answer fits, and no frame need change it.
-FIRST_WINDOW_BYTES = 64 * 1024
-
-# Error numbers of libcurl (include/curl/curl.h) that pycurl gives no name.
-HTTP2_STREAM_ERROR, _E_PROXY, _E_TOO_LARGE = 92, 97, 100
-
-# What curl's error numbers mean here. One that is not listed is a broken connection, the case with the most caution.
-_ERRORS: dict[int, type[UpstreamError]] = {
-    pycurl.E_COULDNT_RESOLVE_HOST: NameNotFound,
-    pycurl.E_COULDNT_RESOLVE_PROXY: NameNotFound,
-    pycurl.E_COULDNT_CONNECT: ConnectFailed,
-    _E_PROXY: ConnectFailed,
-    pycurl.E_SSL_CONNECT_ERROR: TlsFailed,
-    pycurl.E_PEER_FAILED_VERIFICATION: TlsFailed,
-    pycurl.E_SSL_CACERT_BADFILE: TlsFailed,
-    pycurl.E_SSL_CERTPROBLEM: TlsFailed,
-    pycurl.E_SSL_CIPHER: TlsFailed,
-    pycurl.E_SSL_ISSUER_ERROR: TlsFailed,
-    pycurl.E_OPERATION_TIMEDOUT: UpstreamTimeout,
-    pycurl.E_UNSUPPORTED_PROTOCOL: MalformedAnswer,
-    pycurl.E_FTP_WEIRD_SERVER_REPLY: MalformedAnswer,
-    _E_TOO_LARGE: MalformedAnswer,
-}
+__all__ = ["Transfer", "TransferDelegate"]
 
 _ALPN = b"ALPN: server "
 
 
-def upstream_error(number: int, text: str, *, may_have_run: bool) -> UpstreamError:
-    """libcurl's error as ours. The text goes to the log; it holds names and reasons, never a header."""
-    return _ERRORS.get(number, ConnectionLost)(f"curl error {number}: {text}", may_have_run=may_have_run)
-
-
-class Owner(Protocol):
-    """What a transfer needs of its client."""
+class TransferDelegate(Protocol):
+    """Describe what a transfer needs of its client."""
 
     def now(self) -> float:
-        """The loop's time, in seconds."""
+        """Return the loop's time, in seconds."""
 
     def connected(self, transfer: Transfer, local_port: int) -> None:
-        """The transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
+        """Note that the transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
 
-    def learn(self, host: str, http2: bool) -> None:
-        """``host`` speaks, or does not speak, HTTP/2. Called inside libcurl."""
+    def protocol_known(self, host: str, http2: bool) -> None:
+        """Note whether ``host`` speaks HTTP/2. Called inside libcurl."""
 
     def resume(self, transfer: Transfer) -> None:
-        """The reader has caught up: let libcurl go on where it is paused, and open its window."""
+        """Let libcurl go on where it is paused, and open its window, because the reader has caught up."""
 
     def open_window_soon(self, transfer: Transfer) -> None:
-        """The same for a transfer that is not paused, as soon as libcurl has returned. Called inside libcurl."""
+        """Open the window of a transfer that is not paused as soon as libcurl has returned. Called inside libcurl."""
 
-    def abandon(self, transfer: Transfer, reason: ProxyError) -> None:
+    def abort(self, transfer: Transfer, reason: ProxyError) -> None:
         """Take the transfer out of libcurl."""
 
 
-class Transfer:
-    """One call to fal. Made by ``UpstreamClient.start``; read by one coroutine at a time.
+class Transfer(Body):
+    """Receive one response of fal's. Made by ``UpstreamClient.start``; read by one coroutine at a time.
 
-    Every method that waits raises an UpstreamError when fal fails, and CallerGone after :meth:`cancel`. ``head`` is
-    None until it is known; ``complete`` is true when all of the body has arrived; ``high_water`` is the number of bytes
-    of body after which libcurl is paused until they are read; :data:`HIGH_WATER_BYTES` for what is streamed.
+    Every method that waits raises an UpstreamError when fal fails, and ClientDisconnected after :meth:`cancel`.
+    ``head`` is None until it is known. The other attributes belong to the client: ``may_have_been_sent`` says that the
+    request may have left, ``leads`` that other calls wait for its handshake, ``resolving`` that it occupies a place of
+    the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections.
+    ``last_progress_at`` is the loop's time when a byte moved last.
     """
 
     __slots__ = (
-        "_arrived",
-        "_buffered",
-        "_chunks",
-        "_decoded",
-        "_decoder",
+        "_buffering",
+        "_delegate",
         "_failure",
         "_head_lines",
-        "_held",
-        "_owner",
         "_retried",
-        "_taken",
         "_waiter",
-        "complete",
         "curl",
-        "fresh",
+        "fresh_connect",
         "head",
-        "high_water",
         "host",
+        "last_progress_at",
         "leads",
-        "looks_up",
-        "may_have_left",
-        "paused",
+        "local_port",
+        "may_have_been_sent",
         "pool",
-        "port",
-        "remains",
         "repeatable",
+        "resolving",
         "started",
-        "touched",
         "uploaded",
-        "window",
     )
 
     def __init__(
-        self, owner: Owner, curl: pycurl.Curl, pool: list[pycurl.Curl] | None, *, host: str, repeatable: bool
+        self,
+        delegate: TransferDelegate,
+        curl: pycurl.Curl,
+        pool: list[pycurl.Curl] | None,
+        *,
+        host: str,
+        repeatable: bool,
     ) -> None:
+        super().__init__()
         self.curl: pycurl.Curl | None = curl  # None once libcurl is done with it
         self.pool = pool
         self.host = host
         self.repeatable = repeatable
-        self.high_water = HIGH_WATER_BYTES
         self.head: ResponseHead | None = None
-        self.complete = False
-        self.paused = False
-        # For the client.
-        self.may_have_left = False
+        self.may_have_been_sent = False
         self.leads = False
-        self.looks_up = False
-        self.started = False  # libcurl has it
-        self.port = 0  # of our end of its connection
-        self.remains = False  # fal has closed that: what is there is all that comes, and is taken
-        self.fresh = False
-        self.window = FIRST_WINDOW_BYTES
-        self.touched = owner.now()
+        self.resolving = False
+        self.started = False
+        self.local_port = 0
+        self.fresh_connect = False
+        self.last_progress_at = delegate.now()
         self.uploaded = 0
-        self._owner = owner
+        self._delegate = delegate
         self._failure: ProxyError | None = None
         self._head_lines: list[bytes] = []
-        self._chunks: list[bytes] = []
-        self._decoder: Decoder | None = None
-        self._decoded: list[bytes] = []  # what a hold found out, and nobody has read
-        self._arrived = 0  # since the window was opened last
-        self._buffered = 0
-        self._held = False
+        self._buffering = False
         self._retried = False
-        self._taken = 0
         self._waiter: asyncio.Future[None] | None = None
 
     # For the coroutine that relays.
 
     async def read_head(self) -> ResponseHead:
-        """The answer's head, as soon as it is known."""
+        """Return the response's head as soon as it is known."""
         while self.head is None:
             await self._wait()
         return self.head
 
-    async def hold(self) -> bool:
-        """Wait until the body is whole: True. False as soon as it turns out to be larger than ``high_water``."""
-        self._held = True
+    async def buffer_whole(self) -> bool:
+        """Wait until the body is whole and return True, or False as soon as it is larger than ``high_water``."""
+        self._buffering = True
         while not self.complete and not self.paused:
             await self._wait()
-        self._held = False
-        most = self.high_water
+        self._buffering = False
+        max_bytes = self.high_water
         self.window, self.high_water = WINDOW_BYTES, HIGH_WATER_BYTES
-        return self.complete and (self._decoder is None or self._decode_whole(most))
+        return self.complete and (self.decoder is None or self.decodes_within(max_bytes))
 
     async def read(self) -> bytes:
-        """The next piece of the body as it came from libcurl, or as it was decoded; ``b""`` at its end."""
+        """Return the next piece of the body as it came from libcurl, or as it was decoded; ``b""`` at its end."""
         if self._decoded:
             return self._decoded.pop(0)
-        while not (piece := self._next()):
+        while not (piece := self.next_piece()):
             if self.complete:
                 return b""
             await self._wait()
         return piece
 
-    def read_rest_of_line(self, chunk: bytes) -> bytes:
-        """``chunk`` and the pieces behind it that are here already and that libcurl cut off in the middle of a line."""
-        while self._chunks and self._decoder is None and not chunk.endswith((b"\n", b"\r")):
-            chunk += self._pop()
-        return chunk
-
-    def read_rest(self, chunk: bytes) -> bytes:
-        """``chunk`` and, where it is so large that libcurl may have cut it off, the pieces behind it that are here.
-
-        Up to about ``HIGH_WATER_BYTES``. What was sent in small pieces is passed on in these.
-        """
-        if len(chunk) < BULK_BYTES or self._decoder is not None:
-            return chunk
-        pieces, size = [chunk], len(chunk)
-        while self._chunks and size < HIGH_WATER_BYTES:
-            pieces.append(self._pop())
-            size += len(pieces[-1])
-        return b"".join(pieces)
-
-    def take(self) -> bytes:
-        """All that has arrived and was not read, of a body that is complete; of one that is encoded, after a hold."""
-        if self._decoder is not None:
-            return b"".join(self._decoded)
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        return data
-
     def cancel(self) -> None:
-        """End the transfer now: libcurl closes the connection or resets the stream before this returns."""
-        self._owner.abandon(self, CallerGone())
-        self._chunks.clear()
-        self._decoded.clear()
+        """Cancel the call: libcurl closes the connection or resets the stream before this returns."""
+        self._delegate.abort(self, ClientDisconnected())
+        self.discard()
 
-    def _next(self) -> bytes:
-        """The next piece of what is here, ``b""`` when nothing is."""
-        decoder = self._decoder
-        if decoder is None:
-            return self._pop() if self._chunks else b""
+    def next_piece(self) -> bytes:
+        """Return the next piece, as :meth:`Body.next_piece` does. Raise MalformedResponse where it is undecodable."""
         try:
-            while decoder.has_more or self._chunks:
-                if piece := decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES):
-                    return piece
-            if self.complete:
-                decoder.end()
+            return super().next_piece()
         except Undecodable as exc:
-            raise MalformedAnswer(
-                f"the body is not in its content-encoding: {exc}", may_have_run=not self.repeatable
-            ) from None
-        return b""
+            detail = f"the body is not in its content-encoding: {exc}"
+        raise MalformedResponse(detail, may_have_run=not self.repeatable)
 
-    def _decode_whole(self, most: int) -> bool:
-        """Whether all of the body, which is here, has at most that many bytes."""
-        size = 0
-        while piece := self._next():
-            self._decoded.append(piece)
-            size += len(piece)
-            if size > most:
-                return False
-        return True
-
-    def _pop(self) -> bytes:
-        chunk = self._chunks.pop(0)
-        self._buffered -= len(chunk)
-        self._taken += len(chunk)
-        if self.paused:
-            if self._buffered <= self.high_water // 2:
-                self.paused = False
-                self.touched = self._owner.now()
-                self._owner.resume(self)
-        elif self._taken >= WINDOW_BYTES // 2:
-            self._taken = 0
-            self._owner.resume(self)
-        return chunk
+    def resume(self) -> None:
+        """Let libcurl go on."""
+        self.last_progress_at = self._delegate.now()
+        self._delegate.resume(self)
 
     async def _wait(self) -> None:
         if self._failure is not None:
-            # Not the one that is kept: its traceback would hold frames that hold this transfer, a cycle for each call.
+            # A copy, because the traceback of the one that is kept would hold frames that hold this transfer: a cycle.
             raise copy(self._failure)
         self._waiter = asyncio.get_running_loop().create_future()
         try:
@@ -290,82 +179,76 @@ class Transfer:
     # For libcurl.
 
     def on_connected(self, _remote_ip: str, _local_ip: str, _remote_port: int, local_port: int) -> int:
-        """PREREQFUNCTION: a connection is ready and the request is about to be written to it.
+        """Allow or refuse that the request is written to a connection that is ready (PREREQFUNCTION).
 
-        libcurl sends a request again by itself when a reused connection dies before the answer. A second time is
-        allowed only to what may be repeated.
+        libcurl sends a request again by itself when a reused connection dies before the response. Only a call that may
+        be repeated is allowed a second time.
         """
-        if self.may_have_left and not self.repeatable:
+        if self.may_have_been_sent and not self.repeatable:
             return pycurl.PREREQFUNC_ABORT
-        self.may_have_left = True
-        self.port = local_port
-        self._owner.connected(self, local_port)
+        self.may_have_been_sent = True
+        self.local_port = local_port
+        self._delegate.connected(self, local_port)
         return pycurl.PREREQFUNC_OK
 
     def on_debug(self, kind: int, text: bytes) -> None:
-        """DEBUGFUNCTION, of a call that leads: which protocol the handshake chose."""
+        """Note which protocol the handshake of a leading call chose (DEBUGFUNCTION)."""
         if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
-            self._owner.learn(self.host, text.rstrip().endswith(b" h2"))
+            self._delegate.protocol_known(self.host, text.rstrip().endswith(b" h2"))
 
     def on_header(self, line: bytes) -> None:
-        """HEADERFUNCTION: a line of the head, or of the trailers, which are not passed on."""
+        """Take a line of the head, or of the trailers, which are not passed on (HEADERFUNCTION)."""
         if len(line) > 2 or line not in (b"\r\n", b"\n"):
             self._head_lines.append(line)
             return
         lines, self._head_lines = self._head_lines, []
-        if self.head is not None or not self.may_have_left:
-            return  # trailers, or what an egress proxy answered to CONNECT
-        self.touched = self._owner.now()
+        if self.head is not None or not self.may_have_been_sent:
+            return  # trailers, or an egress proxy's response to CONNECT
+        self.last_progress_at = self._delegate.now()
         try:
             head = parse_response_head(lines)
-        except MalformedAnswer as exc:
-            self._failure = MalformedAnswer(exc.detail, may_have_run=not self.repeatable)
+        except MalformedResponse as exc:
+            self._failure = MalformedResponse(exc.detail, may_have_run=not self.repeatable)
         else:
             if head.status < 200:
-                return  # an interim answer (RFC 9110 section 15.2): the final one follows
+                return  # an interim response (RFC 9110 section 15.2): the final one follows
             if head.coding:
-                self._decoder = decoder_for(head.coding)
-                if self._decoder is None:
+                self.decoder = decoder_for(head.coding)
+                if self.decoder is None:
                     head.headers.append(("content-encoding", head.coding))
             self.head = head
             if head.event_stream:
                 self.high_water = HIGH_WATER_BYTES
-            self._owner.learn(self.host, head.protocol == "2")
+            self._delegate.protocol_known(self.host, head.protocol == "2")
         self._wake()
 
     def on_body(self, data: bytes) -> int | None:
-        """WRITEFUNCTION: a piece of the body."""
+        """Take a piece of the body, or pause libcurl (WRITEFUNCTION)."""
         if self.curl is None or self._failure is not None:
-            return None  # nobody wants it any more
-        if self._buffered >= self.high_water and not self.remains:
+            return None  # the call is over: drop the piece
+        if self.is_full:
             self.paused = True
             self._wake()
             return pycurl.WRITEFUNC_PAUSE
-        self.touched = self._owner.now()
-        self._chunks.append(data)
-        self._buffered += len(data)
-        self._arrived += len(data)
-        holding = self.high_water > HIGH_WATER_BYTES
-        if self.window == FIRST_WINDOW_BYTES or (holding and self._arrived >= HELD_WINDOW_BYTES // 2):
-            self._arrived = 0
-            self.window = HELD_WINDOW_BYTES if holding else WINDOW_BYTES
-            self._owner.open_window_soon(self)
-        if not self._held:
+        self.last_progress_at = self._delegate.now()
+        if self.put(data):
+            self._delegate.open_window_soon(self)
+        if not self._buffering:
             self._wake()
         return None
 
     # For the client.
 
     def end(self, failure: ProxyError | None) -> None:
-        """The transfer is over. What has arrived can still be read, and then the failure is raised."""
+        """End the transfer. Pieces that have arrived can still be read; then the failure is raised."""
         if self._failure is None:
             self._failure = failure
             self.complete = failure is None
         self._wake()
 
     def may_retry(self, failure: UpstreamError) -> bool:
-        """Whether to send it once more, on a new connection: only what broke in the pool and cannot run twice."""
+        """Tell whether to send it once more on a new connection: it broke in the pool and cannot run twice."""
         if self._retried or self.head is not None or self._head_lines or not isinstance(failure, ConnectionLost):
             return False
-        self._retried = self.repeatable or not self.may_have_left
+        self._retried = self.repeatable or not self.may_have_been_sent
         return self._retried

@@ -1,0 +1,58 @@
+"""Find the key and turn it into the header line that authorizes a call.
+
+Strategy: the key is a string that only these functions touch. They read it from the environment or from a file, check
+its characters, and never put it into an exception, a repr or a log line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tornado_fal_proxy.errors import ConfigError, KeyMissing
+
+__all__ = ["KEY_CHARACTERS", "authorization_line", "key_from_env", "key_from_file"]
+
+# A key of fal's, and all that may stand in a header line without a second meaning: printable ASCII without spaces.
+KEY_CHARACTERS = re.compile(r"[!-~]+")
+# Limits how much of a key file is read: far more than any key has, and little when the path names the wrong file.
+_MAX_KEY_FILE_CHARS = 10_000
+
+
+def key_from_env(environ: Mapping[str, str]) -> str | None:
+    """Return ``FAL_KEY``, or ``FAL_KEY_ID`` and ``FAL_KEY_SECRET`` joined by a colon, as fal's own tools read them.
+
+    Return None where neither is set. Source: fal's page "Authentication".
+    """
+    if key := environ.get("FAL_KEY", "").strip():
+        return key
+    key_id, secret = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
+    return f"{key_id}:{secret}" if key_id and secret else None
+
+
+def key_from_file(environ: Mapping[str, str]) -> str | None:
+    """Return the key in the file that ``FAL_KEY_FILE`` names, as systemd and containers hand over secrets.
+
+    Return None where the variable is not set. Raise ConfigError. The file's mode is not checked, because it means
+    nothing where secrets are mounted.
+    """
+    path = environ.get("FAL_KEY_FILE", "")
+    if not path:
+        return None
+    try:
+        with open(path, encoding="ascii") as file:
+            key = file.read(_MAX_KEY_FILE_CHARS).strip()
+    except OSError as exc:
+        raise ConfigError([f"FAL_KEY_FILE: cannot read {path!r}: {exc.strerror}"]) from exc
+    except ValueError:  # a path with a NUL, or bytes that are not text: from None, because the exception may quote them
+        raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"]) from None
+    if not KEY_CHARACTERS.fullmatch(key):
+        raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"])
+    return key
+
+
+def authorization_line(key: str, source: str) -> bytes:
+    """Return the header line that authorizes a call with ``key``. Raise KeyMissing, which names ``source``."""
+    if not KEY_CHARACTERS.fullmatch(key):
+        raise KeyMissing(f"{source} has characters that no key of fal's has")
+    return b"authorization: Key " + key.encode("ascii")

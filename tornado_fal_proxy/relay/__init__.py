@@ -1,0 +1,6 @@
+"""Hold what the request handler is made of.
+
+* ``response``: how a response leaves Tornado, whole or as a stream, and how it is aborted
+* ``backend``: what handlers of one configuration share: connections to fal, slots, the sweep of slow bodies
+* ``hangup``: notices clients that leave
+"""

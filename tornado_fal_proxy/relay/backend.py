@@ -1,0 +1,148 @@
+"""Share connections to fal, slots and two watches between the handlers of one configuration.
+
+Strategy. A handler lives for one request, so everything that outlives a request is here: one :class:`Backend` for each
+application, configuration and loop, made on the first call and so after any fork. It closes client connections whose
+peer has left, because unread bytes, such as a next request, hide that from Tornado. It ends bodies that arrive too
+slowly, because Tornado waits for the rest of a body for as long as the connection lives.
+
+It reads and writes no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import Any, Protocol
+
+from tornado.iostream import IOStream
+from tornado.web import Application
+
+from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import TooManyCalls
+from tornado_fal_proxy.relay.hangup import HangupWatch
+from tornado_fal_proxy.upstream.client import UpstreamClient
+
+__all__ = ["Backend", "BodyReceiver", "Slots", "backends_of", "close_upstreams", "shared_backend"]
+
+# Limit how slowly a body may arrive: this much must come within this time, again and again, or the call is answered
+# 408, because a client would otherwise occupy a slot at no cost. The time outlasts a change from one network to
+# another, and the rate is less than a phone sends over EDGE.
+BODY_WINDOW_S, BODY_WINDOW_BYTES = 30.0, 128 * 1024
+# Limits how late a slow body is noticed.
+BODY_SWEEP_S = 5.0
+
+
+class BodyReceiver(Protocol):
+    """Describe what the sweep of slow bodies needs of a handler."""
+
+    def received_so_far(self) -> int | None:
+        """Return how many bytes of the body have come; None when all of it has."""
+
+    def abort_body(self) -> None:
+        """Answer a client whose body does not come."""
+
+
+class Slots:
+    """Count the calls that are served at once, up to ``limit``."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.in_use = 0
+
+    def acquire(self) -> None:
+        """Take a slot. Raise TooManyCalls; otherwise :meth:`release` must follow."""
+        if self.in_use >= self._limit:
+            raise TooManyCalls(f"{self.in_use} calls in flight")
+        self.in_use += 1
+
+    def release(self) -> None:
+        """Give a slot back."""
+        self.in_use -= 1
+
+
+class Backend:
+    """Hold what the handlers of one configuration share on one loop."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.client = UpstreamClient(force_instance=True, config=config)
+        self.slots = Slots(config.max_in_flight)
+        self._loop = asyncio.get_running_loop()
+        self._hangups = HangupWatch()
+        self._watched: dict[int, weakref.ref[IOStream]] = {}
+        # Handlers whose body is on its way, with the time and the number of bytes at the last check of its rate.
+        self._arriving: dict[BodyReceiver, tuple[float, int]] = {}
+        self._sweep = Sweep(BODY_SWEEP_S, self._end_slow_bodies)
+        if (fd := self._hangups.fileno()) is not None:
+            self._loop.add_reader(fd, self._close_left)
+
+    def watch(self, stream: IOStream) -> None:
+        """Close a client's ``stream`` from now on as soon as its peer leaves, which also tells its handler."""
+        fd = stream.socket.fileno()
+        known = self._watched.get(fd)
+        if known is None or known() is not stream:
+            self._watched[fd] = weakref.ref(stream)
+            self._hangups.add(fd)
+
+    def expect_body(self, receiver: BodyReceiver) -> None:
+        """Require from now on that the body arrives, until :meth:`body_arrived`."""
+        self._arriving[receiver] = self._loop.time(), 0
+        self._sweep.start()
+
+    def body_arrived(self, receiver: BodyReceiver) -> None:
+        """Stop to require that the body arrives."""
+        self._arriving.pop(receiver, None)
+
+    def close(self) -> None:
+        """Stop both watches and abort all calls."""
+        self._sweep.stop()
+        self._arriving.clear()
+        if (fd := self._hangups.fileno()) is not None:
+            self._loop.remove_reader(fd)
+        self._hangups.close()
+        self.client.close()
+
+    def _close_left(self) -> None:
+        for fd in self._hangups.hung_up():
+            stream = self._watched.pop(fd)()
+            if stream is not None:
+                stream.close()
+
+    def _end_slow_bodies(self) -> bool:
+        now = self._loop.time()
+        for receiver, (since, size) in list(self._arriving.items()):
+            received = receiver.received_so_far()
+            if received is None:
+                del self._arriving[receiver]
+            elif now - since >= BODY_WINDOW_S:
+                self._arriving[receiver] = now, received
+                if received - size < BODY_WINDOW_BYTES:
+                    receiver.abort_body()
+        return bool(self._arriving)
+
+
+_backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], Backend]] = weakref.WeakKeyDictionary()
+
+
+def shared_backend(application: Application, config: ProxyConfig) -> Backend:
+    """Return the backend of this configuration on the running loop, made on the first call."""
+    backends = _backends.setdefault(application, {})
+    key = (config, asyncio.get_running_loop())
+    backend = backends.get(key)
+    if backend is None:
+        backend = backends[key] = Backend(config)
+    return backend
+
+
+def backends_of(application: Application) -> list[Backend]:
+    """Return the backends of ``application`` that were made so far, one for each configuration and loop."""
+    return list(_backends.get(application, {}).values())
+
+
+def close_upstreams(application: Application) -> None:
+    """Abort all upstream transfers of ``application`` and close its connections to fal.
+
+    Call it at the end of an application's life, after its server has stopped. A later call opens new connections.
+    """
+    for backend in _backends.pop(application, {}).values():
+        backend.close()

@@ -1,0 +1,316 @@
+"""Send a response to the client: fal's, whole or as a stream, or one of the proxy's own.
+
+Strategy. A response leaves in one of three ways:
+
+* whole, in one write with ``content-length``
+* as a stream: the head at once, then each piece as it came, and libcurl is paused while the client does not read. A
+  stream that breaks upstream is aborted here, and never ended cleanly.
+* as ``{"message": ...}``, the form of every response that the proxy makes by itself, whatever the application's
+  settings or base classes say about errors
+
+Each call ends once, and is then reported to :meth:`RelayResponse.on_call_end`. This module decides nothing about a
+request: :class:`~tornado_fal_proxy.handler.FalProxyHandler` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import struct
+import traceback
+from http.client import responses
+from typing import Any
+
+from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders, ResponseStartLine
+from tornado.web import HTTPError, RequestHandler
+
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import ClientDisconnected, MethodNotAllowed, ProxyError, UpstreamError
+from tornado_fal_proxy.rules.cors import CORS_PREFIX, CorsRules, vary
+from tornado_fal_proxy.rules.headers import ResponseHead
+from tornado_fal_proxy.telemetry import REQUEST_ID, Call
+from tornado_fal_proxy.upstream.transfer import Transfer
+
+__all__ = ["RelayResponse", "describe_exception", "split_utf8"]
+
+logger = logging.getLogger("tornado_fal_proxy")
+
+# Limits how long the rest of a refused request's body is read and thrown away. Closing at once would reset the
+# connection of a client that is still sending, and the client would never receive the response.
+LINGER_S = 5.0
+
+
+class RelayResponse(RequestHandler):
+    """Write responses of a relayed call. A subclass sets up the state with :meth:`_begin_response`."""
+
+    _config: ProxyConfig
+    _cors: CorsRules | None
+    #: The facts of this call so far, for logs; see :meth:`on_call_end`.
+    call: Call
+
+    def _begin_response(self, config: ProxyConfig, cors: CorsRules | None) -> None:
+        self._config, self._cors = config, cors
+        self._responded = False  # the proxy's own response, or none, is all that follows
+        self._streaming = False
+        self._ended = False
+        self._linger: asyncio.TimerHandle | None = None
+        self.call = Call(self.request.method or "", self.request.headers.get(REQUEST_ID))
+        if cors is not None:
+            self._add_cors_headers(cors)  # for responses that are the subclass's own
+        self._headers[REQUEST_ID] = self.call.request_id
+
+    # Fal's response.
+
+    def clear(self) -> None:
+        """Reset the response as Tornado's does, but without Server, Date and Content-Type, which the target sets."""
+        self._headers = HTTPHeaders()
+        self.set_default_headers()
+        self._write_buffer = []
+        self._status_code, self._reason = 200, responses[200]
+
+    def _copy_head(self, head: ResponseHead) -> None:
+        self.set_status(head.status, responses.get(head.status, "Unknown"))
+        # parse_response_head has checked names and values. The target's headers win over the application's.
+        headers = self._headers
+        names = set()
+        for name, value in head.headers:
+            if name in names:
+                headers.add(name, value)
+            else:
+                names.add(name)
+                headers[name] = value
+        headers[REQUEST_ID] = self.call.request_id
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)
+
+    async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.call.sent_bytes = len(body)
+        if not head.has_body:
+            # finish() alone would remove headers that describe the representation, such as a 304's content-type.
+            self.flush(include_footers=True)
+        if not body or self._transforms or self._headers_written or hasattr(self, "_new_cookie"):
+            await self._delivered(self.finish(body or None))
+        else:
+            await self._delivered(self._finish_with(body))
+
+    def _finish_with(self, body: bytes) -> asyncio.Future[None]:
+        """Finish as Tornado's ``finish(body)`` does, for a response that nothing may change or add to any more."""
+        connection = self._connection
+        connection.set_close_callback(None)
+        self._headers["Content-Length"] = str(len(body))
+        self._headers_written = True
+        start_line = ResponseStartLine("", self._status_code, self._reason)
+        written = connection.write_headers(start_line, self._headers, body)
+        connection.finish()
+        self._log()
+        self._finished = True
+        self.on_finish()
+        self._break_cycles()
+        return written
+
+    async def _write_stream(self, head: ResponseHead, transfer: Transfer) -> None:
+        if head.length is not None:
+            self.set_header("Content-Length", head.length)
+        if head.event_stream:
+            self._headers["X-Accel-Buffering"] = "no"  # nginx buffers by default, and removes this header again
+        self._streaming = True
+        self._connection.stream.set_nodelay(True)
+        await self._delivered(self.flush())
+        undecoded = b""
+        while chunk := await transfer.read():
+            if head.event_stream:
+                # @fal-ai/client decodes each chunk by itself and breaks where a character is cut in two.
+                chunk, undecoded = split_utf8(undecoded + transfer.read_rest_of_line(chunk))
+            else:
+                chunk = transfer.read_rest(chunk)
+            if chunk:
+                self.call.sent_bytes += len(chunk)
+                self.write(chunk)
+                await self._delivered(self.flush())
+        if undecoded:
+            self.call.sent_bytes += len(undecoded)
+            self.write(undecoded)
+        self._streaming = False
+        await self._delivered(self.finish())
+        if self.request.version == "HTTP/1.0" and head.length is None:
+            # Only closing ends such a response, and Tornado keeps the connection if the client asked for keep-alive.
+            self._connection.close()
+
+    async def _delivered(self, written: asyncio.Future[None]) -> None:
+        """Wait while the client's end is full. Raise ClientDisconnected after ``idle_timeout_s`` of that."""
+        if self._connection.stream.writing():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(written, self._config.idle_timeout_s)
+                stream = self._connection.stream
+                if stream.closed() and stream._total_write_done_index < stream._total_write_index:
+                    raise ClientDisconnected  # Tornado reports this write as done too
+                return
+            # Not where the time-out is caught: that would hold this frame, which holds what is raised.
+            self._abort(ClientDisconnected("the client stopped reading"))
+            raise ClientDisconnected
+
+    # Responses of the proxy's own.
+
+    def _release(self) -> None:
+        """Give back what the call holds of others. A subclass may override it."""
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Respond with ``error``, and keep the connection open until the client can have received it."""
+        level = logging.ERROR if error.status == 500 else logging.INFO
+        if not isinstance(error, UpstreamError):
+            detail = error.detail or error.message
+            logger.log(level, "refused: %d %s: %s", error.status, self.request.method, detail, extra=self._extra)
+        self._respond(error.status, error.message, error.headers, error)
+
+    def _respond(
+        self,
+        status: int,
+        message: str,
+        headers: tuple[tuple[str, str], ...] = (),
+        error: BaseException | None = None,
+    ) -> None:
+        self._responded = True
+        self._release()
+        super().clear()
+        self.set_status(status)
+        for name, value in headers:
+            self.set_header(name, value)
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)
+        self.set_header("Content-Type", "application/json")
+        self._headers[REQUEST_ID] = self.call.request_id
+        body = json.dumps({"message": message}).encode()
+        self.call.sent_bytes = len(body)
+        self.call.mark_first_byte()
+        self._end_call(error)
+        self._send(body)
+
+    def _send(self, body: bytes) -> None:
+        """Finish a response of the proxy's own, while the request may still be arriving."""
+        if self.request._body_future.done() or "Expect" in self.request.headers:
+            self.finish(body or None)
+            return
+        # The response is complete with this. finish() would close the connection now, whether a body is on its way or
+        # not; it follows when the body was read and thrown away, or after LINGER_S.
+        if body:
+            self.set_header("Content-Length", len(body))
+            self.write(body)
+        self.flush()
+        self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._end_linger)
+        self.request._body_future.add_done_callback(self._end_linger)
+
+    def _end_linger(self, body_is_read: asyncio.Future[None] | None = None) -> None:
+        if body_is_read is not None and body_is_read.exception() is not None:
+            return  # the client has left
+        if not self._finished:
+            self.finish()
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        """Answer an exception (an HTTPError of a subclass or of Tornado, or a bug) as fal's SDKs expect it."""
+        exception = kwargs.get("exc_info", (None, None, None))[1]
+        if self._streaming:
+            self._abort(exception)
+        elif not self._responded:
+            reason = exception.reason if isinstance(exception, HTTPError) else None
+            headers = MethodNotAllowed.headers if status_code == 405 else ()
+            self._respond(status_code, reason or responses.get(status_code, "Unknown"), headers, exception)
+
+    # Headers for pages of other origins.
+
+    def _add_cors_headers(self, cors: CorsRules) -> None:
+        """Set which pages may read the response, and remove what the target says about that."""
+        for name in [name for name in self._headers if name.lower().startswith(CORS_PREFIX)]:
+            del self._headers[name]
+        for name, value in cors.response_headers(self._origin()):
+            self._headers[name] = value
+        self._set_vary("Origin")
+
+    def _set_vary(self, *names: str) -> None:
+        first, *more = vary(self._headers.get_list("Vary"), *names)
+        self._headers["Vary"] = first
+        for line in more:
+            self._headers.add("Vary", line)
+
+    def _origin(self) -> str | None:
+        origins = self.request.headers.get_list("Origin")
+        return origins[0] if len(origins) == 1 else None
+
+    # Ends.
+
+    def _abort(self, error: BaseException | None) -> None:
+        """Close the connection in a way that the client cannot take what it has for a complete response."""
+        self._end_call(error)
+        connection = self._connection
+        if self.request.version == "HTTP/1.0" and not connection.stream.closed():
+            # Here a clean close may mark a complete response. A reset does not.
+            connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    def _end_disconnected(self) -> None:
+        """End the call of a client that has left."""
+        self.set_status(ClientDisconnected.status)  # for logs; the client never receives it
+        self._end_call(ClientDisconnected())
+
+    def _end_call(self, error: BaseException | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self.call.finish(self._status_code, error)
+        try:
+            self.on_call_end(self.call)
+        except Exception as exc:  # noqa: BLE001  (a response must not depend on what is reported of it)
+            logger.error("on_call_end: %s", describe_exception("on_call_end", exc), extra=self._extra)
+
+    def on_call_end(self, call: Call) -> None:
+        """Receive each call once, when it is over: override it for logs and metrics. It must not block.
+
+        The client has its response, or has left, or is sent the last of a refusal.
+        """
+
+    # Decisions of ours that the application's settings do not change.
+
+    def check_xsrf_cookie(self) -> None:
+        """Accept every request: fal's SDKs send no token, and no cross-site form can send ``x-fal-target-url``."""
+
+    def compute_etag(self) -> None:
+        """Return None: the response is the target's, and so is its validator."""
+
+    def check_etag_header(self) -> bool:
+        """Return False: only the target may answer 304."""
+        return False
+
+    # Helpers.
+
+    @property
+    def _connection(self) -> HTTP1Connection:
+        connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection)  # the only kind that Tornado has
+        return connection
+
+    @property
+    def _extra(self) -> dict[str, str]:
+        """Return what formatters may show beside a log message."""
+        return {"request_id": self.call.request_id}
+
+
+def describe_exception(name: str, exc: Exception) -> str:
+    """Return what to log of an exception of the operator's code: not its text, which may hold anything."""
+    return f"{name} raised {type(exc).__name__}\n{''.join(traceback.format_tb(exc.__traceback__)).rstrip()}"
+
+
+def split_utf8(data: bytes) -> tuple[bytes, bytes]:
+    """Return ``data`` without a character that is cut off at its end, and that cut-off part (0 to 3 bytes)."""
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte < 0x80:
+            break
+        if 0xC0 <= byte < 0xF8:  # the first byte of a character of 2, 3 or 4 bytes
+            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            if needed > back:
+                return data[:-back], data[-back:]
+            break
+    return data, b""

@@ -1,0 +1,163 @@
+"""Keep the pieces of one response's body between libcurl and its reader, and decide when libcurl must pause.
+
+Strategy. Pieces are appended on one side and taken on the other. Above ``high_water`` bytes the body is full and
+libcurl pauses; when the reader has taken half of them libcurl goes on. An encoded body is decoded only as far as it is
+read, because a few bytes may decode to many megabytes.
+
+A paused HTTP/2 stream would let its server send up to 10 MB more, because libcurl opens a window of that size as soon
+as data arrives. libcurl's limit of the rate (MAX_RECV_SPEED_LARGE) also limits this window. A rate that is set again
+whenever the reader has caught up, before it can bind, is no limit of the rate but a window: ``window``.
+
+This module knows neither libcurl nor the loop.
+"""
+
+from __future__ import annotations
+
+from tornado_fal_proxy.upstream.decoding import Decoder
+
+__all__ = ["FIRST_WINDOW_BYTES", "HIGH_WATER_BYTES", "WINDOW_BYTES", "Body"]
+
+# Limits what waits for a reader: a piece of body has at most 16 kB, so a reader that keeps up never pauses libcurl, and
+# one that does not costs little.
+HIGH_WATER_BYTES = 64 * 1024
+# Limits which pieces are joined: one of at least half of what libcurl reads at once is part of a large body.
+BULK_BYTES = 8 * 1024
+# Limits what a server may send of a streamed response before its client has read that far. At a round trip of 100 ms it
+# allows 2.5 MB/s, and a client that stopped reading costs no more.
+WINDOW_BYTES = 256 * 1024
+# Limits the same for a response that is buffered until it is whole.
+BUFFERED_WINDOW_BYTES = 1024 * 1024
+# The window that every stream begins with (RFC 9113 section 6.9.2): a short response fits, and no frame changes it.
+FIRST_WINDOW_BYTES = 64 * 1024
+
+
+class Body:
+    """Hold the pieces of one body. A subclass fills it with :meth:`put` and implements :meth:`resume`.
+
+    ``complete`` is true when all of the body has arrived. ``high_water`` is the number of bytes above which the body is
+    full. ``paused`` is true from a piece that was refused until the reader has caught up. ``peer_closed`` says that the
+    server has closed the connection: the rest of the body is then taken however slow the reader is. ``window`` is the
+    number of bytes that the server may send ahead.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_buffered",
+        "_chunks",
+        "_decoded",
+        "_taken",
+        "complete",
+        "decoder",
+        "high_water",
+        "paused",
+        "peer_closed",
+        "window",
+    )
+
+    def __init__(self) -> None:
+        self.high_water = HIGH_WATER_BYTES
+        self.window = FIRST_WINDOW_BYTES
+        self.complete = False
+        self.paused = False
+        self.peer_closed = False
+        self.decoder: Decoder | None = None
+        self._chunks: list[bytes] = []
+        self._decoded: list[bytes] = []  # pieces that were decoded to measure the body, and not read yet
+        self._buffered = 0
+        self._arrived = 0  # since the window was opened last
+        self._taken = 0
+
+    def resume(self) -> None:
+        """Let the server send more: the reader has caught up."""
+        raise NotImplementedError
+
+    # For the writer.
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether a piece must be refused until the reader has caught up."""
+        return self._buffered >= self.high_water and not self.peer_closed
+
+    def put(self, data: bytes) -> bool:
+        """Append a piece. Return whether ``window`` was enlarged and must be opened."""
+        self._chunks.append(data)
+        self._buffered += len(data)
+        self._arrived += len(data)
+        buffering = self.high_water > HIGH_WATER_BYTES
+        if self.window != FIRST_WINDOW_BYTES and not (buffering and self._arrived >= BUFFERED_WINDOW_BYTES // 2):
+            return False
+        self._arrived = 0
+        self.window = BUFFERED_WINDOW_BYTES if buffering else WINDOW_BYTES
+        return True
+
+    # For the reader.
+
+    def next_piece(self) -> bytes:
+        """Return the next piece of what is here, as it came or as it was decoded, ``b""`` when nothing is.
+
+        Raise Undecodable.
+        """
+        decoder = self.decoder
+        if decoder is None:
+            return self._pop() if self._chunks else b""
+        while decoder.has_more or self._chunks:
+            if piece := decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES):
+                return piece
+        if self.complete:
+            decoder.end()
+        return b""
+
+    def read_rest_of_line(self, chunk: bytes) -> bytes:
+        """Return ``chunk`` and the pieces behind it that are here and were cut off in the middle of a line."""
+        while self._chunks and self.decoder is None and not chunk.endswith((b"\n", b"\r")):
+            chunk += self._pop()
+        return chunk
+
+    def read_rest(self, chunk: bytes) -> bytes:
+        """Return ``chunk``, joined with the pieces behind it that are here if it is large enough to be one of many.
+
+        The result has up to about ``HIGH_WATER_BYTES``. A body that was sent in small pieces stays in these.
+        """
+        if len(chunk) < BULK_BYTES or self.decoder is not None:
+            return chunk
+        pieces, size = [chunk], len(chunk)
+        while self._chunks and size < HIGH_WATER_BYTES:
+            pieces.append(self._pop())
+            size += len(pieces[-1])
+        return b"".join(pieces)
+
+    def take(self) -> bytes:
+        """Return all that is here and was not read, of a complete body; :meth:`decodes_within` must have decoded it."""
+        if self.decoder is not None:
+            return b"".join(self._decoded)
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        return data
+
+    def decodes_within(self, max_bytes: int) -> bool:
+        """Decode all of a body that is complete. Return whether it has at most ``max_bytes``. Raise Undecodable."""
+        size = 0
+        while piece := self.next_piece():
+            self._decoded.append(piece)
+            size += len(piece)
+            if size > max_bytes:
+                return False
+        return True
+
+    def discard(self) -> None:
+        """Forget all pieces."""
+        self._chunks.clear()
+        self._decoded.clear()
+
+    def _pop(self) -> bytes:
+        chunk = self._chunks.pop(0)
+        self._buffered -= len(chunk)
+        self._taken += len(chunk)
+        if self.paused:
+            if self._buffered <= self.high_water // 2:
+                self.paused = False
+                self.resume()
+        elif self._taken >= WINDOW_BYTES // 2:
+            self._taken = 0
+            self.resume()
+        return chunk
