@@ -1,4 +1,4 @@
-"""What the proxy costs beside the proxies that a user would pick instead. See benchmarks/README.md.
+"""The cost of the proxy beside the proxies that a user would pick instead. See benchmarks/README.md.
 
 Not part of the installed package.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``, in the root of the checkout."""
+"""The command ``python -m benchmarks``, run in the root of the checkout."""
 
 import sys
 

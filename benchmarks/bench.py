@@ -1,4 +1,4 @@
-"""What every row of the benchmark works with: the scale, the upstream, and the peers that this machine can run."""
+"""The common part of all rows of the benchmark: the scale, the upstream, and the peers that this machine can run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.callers import Wrong
+from benchmarks.clients import Wrong
 from benchmarks.figures import Figure, Target
-from benchmarks.peers import Peer, Place
+from benchmarks.peers import Peer, Setting
 from benchmarks.servers import CannotStart, Server, Upstream, free_port, server
 
-__all__ = ["CALLERS", "FULL", "QUICK", "Bench", "Row", "Scale", "cpus"]
+__all__ = ["CLIENTS", "FULL", "QUICK", "Bench", "Row", "Scale", "cpus"]
 
-# Keep-alive callers at once, where a row names no other number.
-CALLERS = 64
-# Open files that a server needs beside those of its calls.
+# Keep-alive clients at once, unless a row names another number: enough to keep every peer busy all the time.
+CLIENTS = 64
+# Open files of a server beside those of its calls: more than any peer needs for its own sockets, pipes and libraries.
 SPARE_FILES = 500
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. ``*_s`` are seconds."""
+    """How much is measured. Names that end in ``_s`` are seconds."""
 
     rounds: int
     memory_rounds: int
@@ -34,12 +34,12 @@ class Scale:
     short_held: int
     crowd: int
     crowd_poll_s: float
-    slow_s: float  # how long a slow caller is watched
+    slow_s: float  # how long a slow client is measured
     big_mb: int
     stuck: int
     idle_streams: int
     settle_s: float
-    watch_s: float  # over which the CPU of what does nothing is measured
+    watch_s: float  # how long the CPU of an idle server is measured
 
 
 FULL = Scale(
@@ -58,7 +58,7 @@ FULL = Scale(
     settle_s=3.0,
     watch_s=10.0,
 )
-# That everything runs and answers rightly; its figures say nothing.
+# Shows that everything runs and responds correctly; its figures mean nothing.
 QUICK = Scale(
     rounds=1,
     memory_rounds=1,
@@ -78,21 +78,21 @@ QUICK = Scale(
 
 
 def cpus() -> tuple[set[int], set[int]]:
-    """The CPUs for what is measured, one, and for all else: the same where there is only one."""
+    """Return the one CPU for the measured server, and the CPUs for all else; the same one on a machine with one CPU."""
     *others, last = sorted(os.sched_getaffinity(0))
     return {last}, set(others) or {last}
 
 
 @dataclass
 class Executions:
-    """How often the upstream is expected to be called."""
+    """The number of calls that the upstream is expected to receive."""
 
     expected: int
 
 
 @dataclass
 class Bench:
-    """One run. What could not be measured, and why, gathers in ``failures`` by row and peer."""
+    """One run. ``failures`` has the reason for each row and peer that could not be measured."""
 
     scale: Scale
     upstream: Upstream
@@ -100,30 +100,31 @@ class Bench:
     directory: Path
     isolated: bool
     open_files: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     failures: dict[tuple[str, str], str] = field(default_factory=dict)
     row: str = ""
 
     def wanted(self, *names: str) -> list[Peer]:
-        """The chosen peers of those names, or all that are chosen."""
+        """Return the chosen peers with those names, or all that were chosen."""
         return [peer for peer in self.peers if not names or peer.name in names]
 
-    def fail(self, peer: Peer, why: object) -> None:
-        self.failures.setdefault((self.row, peer.name), str(why) or type(why).__name__)
-        self.say(f"  {peer.name}: {why!r}"[:300])
+    def fail(self, peer: Peer, reason: object) -> None:
+        """Note why this row could not be measured for the peer."""
+        self.failures.setdefault((self.row, peer.name), str(reason) or type(reason).__name__)
+        self.log(f"  {peer.name}: {reason!r}"[:300])
 
     def holdable(self, peer: Peer, count: int) -> int:
-        """How many of ``count`` calls at once the peer and the limit of open files allow."""
+        """Return how many of ``count`` calls at once the peer and the limit of open files allow."""
         files = (self.open_files - SPARE_FILES) // peer.files_per_call
-        return min(count, files, peer.most_held or count)
+        return min(count, files, peer.max_held or count)
 
     @asynccontextmanager
-    async def running(self, peer: Peer, *, calls: int = CALLERS) -> AsyncIterator[Server]:
-        """The peer, freshly started, on a CPU of its own unless it may use all. Raises CannotStart."""
+    async def running(self, peer: Peer, *, calls: int = CLIENTS) -> AsyncIterator[Server]:
+        """Start the peer, on a CPU of its own unless it may use all. Raise CannotStart."""
         if peer.isolated and not self.isolated:
-            raise CannotStart("it insists on https://fal.run, which needs namespaces")
+            raise CannotStart("it insists on https://fal.run, which needs namespaces: run as root")
         directory = Path(tempfile.mkdtemp(prefix=peer.name, dir=self.directory))
-        place = Place(
+        setting = Setting(
             port=free_port(),
             upstream_port=self.upstream.port,
             directory=directory,
@@ -131,14 +132,14 @@ class Bench:
             calls=calls,
             isolated=self.isolated,
         )
-        command = peer.command(place)
-        where = set.union(*cpus()) if peer.everywhere else cpus()[0]
-        async with server(command, peer.environment(place), place.port, directory / "log", where) as running:
+        command = peer.command(setting)
+        allowed = set.union(*cpus()) if peer.everywhere else cpus()[0]
+        async with server(command, peer.environment(setting), setting.port, directory / "log", allowed) as running:
             yield running
 
     @asynccontextmanager
     async def all_running(self, peers: Iterable[Peer]) -> AsyncIterator[dict[Peer, Server]]:
-        """Those of the peers that can be started, at once, for rounds that go from one to the next."""
+        """Start all peers that can be started, for rounds that go from one to the next."""
         async with AsyncExitStack() as stack:
             servers = {}
             for peer in peers:
@@ -150,16 +151,16 @@ class Bench:
 
     @asynccontextmanager
     async def each_once(self, peer: Peer, expected: int = 0) -> AsyncIterator[Executions]:
-        """The upstream must be called as often as is expected at the end: no call lost, or sent twice. Raises Wrong."""
+        """Check that no call is lost or sent twice: the upstream must receive as many as are expected. Raise Wrong."""
         await self.upstream.ask("stats")
         executions = Executions(expected)
         yield executions
         calls = (await self.upstream.ask("stats"))["calls"]
         if peer.relays and calls != executions.expected:
-            raise Wrong(f"{executions.expected:,} answers to {calls:,} calls of the upstream")
+            raise Wrong(f"{executions.expected:,} responses, but {calls:,} calls of the upstream")
 
     async def each(self, peers: Iterable[Peer], measure: Callable[[Peer], Awaitable[None]]) -> None:
-        """``measure`` one after the other; what fails is noted and does not stop the others."""
+        """Await ``measure`` for one peer after the other; note a failure and go on with the next."""
         for peer in peers:
             if (self.row, peer.name) in self.failures:
                 continue
@@ -171,7 +172,7 @@ class Bench:
     async def rounds(
         self, peers: Iterable[Peer], measure: Callable[[Peer, Server], Awaitable[dict[str, float]]], *, unit: str
     ) -> list[Figure]:
-        """Interleaved rounds over servers that keep running: one value for each measure, peer and round."""
+        """Measure in interleaved rounds over servers that stay up. Return a value for each measure, peer and round."""
         values: dict[tuple[str, str], list[float]] = {}
         async with self.all_running(peers) as servers:
 
@@ -180,7 +181,7 @@ class Bench:
                     values.setdefault((name, peer.name), []).append(value)
 
             for number in range(1 + self.scale.rounds):
-                self.say(f"  round {number} of {self.scale.rounds}" if number else "  warming up")
+                self.log(f"  round {number} of {self.scale.rounds}" if number else "  warming up")
                 if number == 1:
                     values.clear()
                 await self.each(list(servers), once)

@@ -1,23 +1,23 @@
-"""The calls that are measured: what is sent, and what must come back.
+"""The calls that are measured: the request of each, and the response that is expected.
 
-Every answer of the upstream follows from the request, so one that is lost, swapped or cut is told from a right one.
+Every response of the upstream follows from the request, so a lost, swapped or incomplete one is noticed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ANSWER_BYTES", "BLOCK_BYTES", "FLOOR_ANSWER", "Call", "get", "post"]
+__all__ = ["BLOCK_BYTES", "FLOOR_RESPONSE", "RESPONSE_BYTES", "Call", "get", "post"]
 
 ROUTE = "/api/fal/proxy"
-# As upstream.mjs has them.
-ANSWER_BYTES = 200
+# The sizes of responses and of blocks in large responses, as upstream.mjs has them.
+RESPONSE_BYTES = 200
 BLOCK_BYTES = 64 * 1024
 
-# What the handler that relays nothing answers, whatever was sent.
-FLOOR_ANSWER = b'{"padding": "'.ljust(ANSWER_BYTES - 2, b"x") + b'"}'
+# The response of the handler that relays nothing, to every request.
+FLOOR_RESPONSE = b'{"padding": "'.ljust(RESPONSE_BYTES - 2, b"x") + b'"}'
 
-# As fal's client sends them from a browser.
+# As fal's JavaScript SDK sends them from a browser.
 _HEAD = """\
 {method} {route} HTTP/1.1
 host: app.example
@@ -32,22 +32,24 @@ connection: keep-alive
 
 @dataclass(frozen=True)
 class Call:
-    """The bytes of a request, and the body of its right answer; None where the caller checks it by other means."""
+    """The bytes of a request, and the body of the expected response; None if the client checks it in another way."""
 
     request: bytes
-    answer: bytes | None = None
+    response: bytes | None = None
 
 
 def post(path: str, number: int, *, relayed: bool = True) -> Call:
-    """A POST whose body, and so whose answer, bears ``number``. ``relayed`` is false for the floor."""
-    body = b'{"prompt":"a lighthouse","seed":%d}' % number  # as JSON.stringify writes it, for some peers do again
+    """Return a POST with ``number`` in its body, and so in its response. ``relayed`` is false for the floor."""
+    body = (
+        b'{"prompt":"a lighthouse","seed":%d}' % number
+    )  # as JSON.stringify writes it, because some peers parse and write it again
     head = _head("POST", path) + f"content-length: {len(body)}\r\n\r\n".encode()
-    answer = (b'{"echo": %s, "padding": "' % body).ljust(ANSWER_BYTES - 2, b"x") + b'"}'
-    return Call(head + body, answer if relayed else FLOOR_ANSWER)
+    response = (b'{"echo": %s, "padding": "' % body).ljust(RESPONSE_BYTES - 2, b"x") + b'"}'
+    return Call(head + body, response if relayed else FLOOR_RESPONSE)
 
 
 def get(path: str) -> Call:
-    """A GET of what is too large, or too long, to be compared as a whole."""
+    """Return a GET whose response is too large to be compared as a whole."""
     return Call(_head("GET", path) + b"\r\n")
 
 

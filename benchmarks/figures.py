@@ -1,4 +1,4 @@
-"""Measured figures and what is asked of them, as plain data. No I/O, no measuring."""
+"""Measured figures and their targets, as plain data. No I/O, no measuring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Figure", "Target", "Verdict", "judge"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured thing of one peer: a value for each round. ``note`` says what a reader must know of it."""
+    """One measure of one peer: a value for each round, and a note for the reader of the table."""
 
     measure: str
     peer: str
@@ -26,10 +26,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """What the proxy must reach in ``measure``.
+    """The bound that the proxy must reach in ``measure``.
 
-    With ``reference`` (the name of a peer) the bound holds for the ratio of both in the same round, or, with
-    ``difference``, for what the proxy has more. ``reference_measure`` is the reference's measure where it is another.
+    With ``reference`` (the name of a peer) the bound applies to the ratio of both in the same round, or, with
+    ``difference``, to the proxy's value less the peer's. ``reference_measure`` is the measure of the reference if it is
+    another one.
     """
 
     measure: str
@@ -42,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured. ``values`` are what the bound is held against, one for each round."""
+    """A target beside the measured figure. The bound is compared with ``values``, one for each round."""
 
     target: Target
     figure: Figure
@@ -59,7 +60,7 @@ class Verdict:
 
 
 def judge(target: Target, figures: Sequence[Figure], peer: str) -> Verdict | None:
-    """How ``peer`` stands to ``target``, or None where what it takes was not measured."""
+    """Return the verdict on ``peer``, or None if a figure that the target needs was not measured."""
     figure = _find(figures, target.measure, peer)
     if figure is None or not target.reference:
         return figure and Verdict(target, figure, None, figure.values)

@@ -1,4 +1,4 @@
-"""A network of the benchmark's own, in which fal's names are this machine.
+"""A network of the benchmark's own, in which fal's names belong to this machine.
 
 Strategy: run the whole benchmark again inside new network and mount namespaces. There ``fal.run`` is 127.0.0.1 by an
 /etc/hosts that only this process tree sees, port 443 is free, and nothing can leave the machine. Proxies that insist on
@@ -22,7 +22,7 @@ __all__ = ["enter", "is_inside"]
 
 INSIDE = "TORNADO_FAL_PROXY_BENCHMARK_INSIDE"
 HOSTS = "127.0.0.1 localhost fal.run queue.fal.run rest.fal.ai\n"
-# More than 10,000 callers and as many connections to the upstream need, on each side.
+# Ports and backlogs: room for 10,000 clients and as many connections to the upstream, on each side.
 NETWORK = {"ipv4/ip_local_port_range": "1024 65535", "core/somaxconn": "16384", "ipv4/tcp_max_syn_backlog": "16384"}
 
 # linux/sockios.h and linux/if.h.
@@ -30,11 +30,12 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 
 def is_inside() -> bool:
+    """Return whether this process runs in the namespaces."""
     return INSIDE in os.environ
 
 
 def enter(argv: Sequence[str]) -> None:
-    """Become the same benchmark, isolated, in this process. Returns only where that cannot be done."""
+    """Become the same benchmark, isolated, in this process. Return only if that is impossible."""
     unshare = shutil.which("unshare")
     if unshare is None:
         return
@@ -46,7 +47,7 @@ def enter(argv: Sequence[str]) -> None:
 
 
 def set_up() -> None:
-    """Inside: bring up loopback, name the hosts, widen the limits. Raises OSError."""
+    """Bring up loopback, name the hosts, and raise the limits, inside the namespaces. Raise OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         name = b"lo".ljust(16, b"\0")
         flags = struct.unpack("16xh", fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack("16sh", name, 0))[:18])[0]

@@ -1,8 +1,8 @@
-"""What a tree of processes uses, as the kernel counts it.
+"""The CPU and memory of a tree of processes, as the kernel counts them.
 
 CPU is user plus system time of all threads, living and ended, to the nanosecond: the same figure as ``utime + stime``
 in /proc/PID/stat without its rounding to 10 ms. Memory is PSS, in which a page shared by n processes counts 1/n for
-each. Memory that the kernel holds for sockets is in neither. As in /proc, a kB has 1024 bytes; a MB has 1024 kB. Linux
+each. Memory that the kernel uses for sockets is not counted. As in /proc, a kB has 1024 bytes; a MB has 1024 kB. Linux
 only.
 """
 
@@ -25,7 +25,7 @@ _PRECISE = 2
 
 
 def tree(pid: int) -> list[int]:
-    """``pid`` and all its descendants that are alive."""
+    """Return ``pid`` and all its living descendants."""
     found = [pid]
     for parent in found:
         for task in (PROC / str(parent) / "task").glob("*"):
@@ -37,22 +37,22 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time that the tree has used so far, in seconds. Children that have ended are not in it."""
+    """Return the user and system time that the tree has used so far, in seconds, without children that have ended."""
     return sum(map(process_cpu_s, tree(pid)))
 
 
 def process_cpu_s(pid: int) -> float:
-    """The same of one process."""
+    """Return the user and system time of one process, in seconds."""
     return time.clock_gettime((~pid << 3) | _PRECISE)
 
 
 def pss_kb(pid: int) -> float:
-    """Proportional set size of the tree, in kB."""
+    """Return the proportional set size of the tree, in kB."""
     return sum(_find(_PSS, process, "smaps_rollup") for process in tree(pid))
 
 
 class Peak:
-    """How far the memory of a tree grew at its highest since this was made."""
+    """The growth of the memory of a tree of processes, from the creation of this object to the peak since then."""
 
     def __init__(self, pid: int) -> None:
         self._pids = tree(pid)
@@ -61,7 +61,7 @@ class Peak:
         self._before = self._sum(_RSS)
 
     def growth_mb(self) -> float:
-        """The growth of resident memory at its peak, in MB."""
+        """Return the growth of resident memory at its peak, in MB."""
         return (self._sum(_PEAK) - self._before) / 1024
 
     def _sum(self, field: re.Pattern[str]) -> int:

@@ -1,7 +1,7 @@
-"""Where the CPU of a relayed short POST goes: microseconds a call by function, beside a handler that relays nothing.
+"""The CPU of a relayed short POST by function, in microseconds for each call, beside a handler that relays nothing.
 
 ``python -m benchmarks.profile`` runs both under a sampling profiler (``sampler/``), one after the other, with 64
-keep-alive callers, and prints what each function took with all that it called. Python 3.11 or newer, Linux. The kernel
+keep-alive clients, and prints the time of each function with all that it calls. Python 3.11 or newer, Linux. The kernel
 counts CPU in ticks, so a run of ten seconds has some thousand samples: differences of a few percent mean nothing.
 """
 
@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.bench import CALLERS, FULL, Bench, cpus
-from benchmarks.callers import closed_loop
+from benchmarks.bench import CLIENTS, FULL, Bench, cpus
 from benchmarks.calls import post
-from benchmarks.peers import FLOOR, OURS, PEERS, Peer, Place
+from benchmarks.clients import closed_loop
+from benchmarks.peers import FLOOR, OURS, PEERS, Peer, Setting
 from benchmarks.servers import make_certificates, upstream
 
 SAMPLER = Path(__file__).parent / "sampler"
 SECONDS, WARM_UP_S = 10.0, 1.0
-LEAST_US = 4.0
+# The least time of a function that is printed: below this it is noise.
+MIN_US = 4.0
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,16 @@ class Sampled(Peer):
 
     samples: str = ""
 
-    def environment(self, place: Place) -> Mapping[str, str]:
-        given = super().environment(place)
+    def environment(self, setting: Setting) -> Mapping[str, str]:
+        given = super().environment(setting)
         return {**given, "SAMPLES": self.samples, "PYTHONPATH": f"{SAMPLER}{os.pathsep}{given['PYTHONPATH']}"}
 
 
 async def profile(bench: Bench, peer: Peer, samples: Path) -> dict[str, float]:
-    """Microseconds of CPU a call, by function."""
+    """Return the microseconds of CPU for each call, by function."""
     sampled = Sampled(peer.name, peer.title, peer.command, relays=peer.relays, isolated=False, samples=str(samples))
     async with bench.running(sampled) as server:
-        calls = [post("/bench/short", number, relayed=peer.relays) for number in range(CALLERS)]
+        calls = [post("/bench/short", number, relayed=peer.relays) for number in range(CLIENTS)]
         await closed_loop(server.port, calls, WARM_UP_S)
         os.kill(server.pid, signal.SIGUSR1)
         before = measure.cpu_s(server.pid)
@@ -64,17 +65,18 @@ async def profile(bench: Bench, peer: Peer, samples: Path) -> dict[str, float]:
 
 
 async def main() -> None:
+    """Profile both servers and print the table."""
     os.sched_setaffinity(0, cpus()[1])
     with tempfile.TemporaryDirectory(prefix="profile") as name:
         directory = Path(name)
         make_certificates(directory)
         with upstream(directory, 0, cpus()[1]) as started:
-            bench = Bench(FULL, started, PEERS, directory, isolated=False, open_files=0, say=sys.stderr.write)
+            bench = Bench(FULL, started, PEERS, directory, isolated=False, open_files=0, log=sys.stderr.write)
             relay = await profile(bench, OURS, directory / "ours")
             floor = await profile(bench, FLOOR, directory / "floor")
-    sys.stdout.write("relay    floor    function, with all that it calls (us a call)\n")
+    sys.stdout.write("relay    floor    function, with all that it calls (us for each call)\n")
     for function in sorted({*relay, *floor}, key=lambda name: -max(relay.get(name, 0), floor.get(name, 0))):
-        if max(relay.get(function, 0), floor.get(function, 0)) >= LEAST_US:
+        if max(relay.get(function, 0), floor.get(function, 0)) >= MIN_US:
             sys.stdout.write(f"{relay.get(function, 0):7.1f}  {floor.get(function, 0):7.1f}  {function}\n")
 
 

@@ -29,12 +29,13 @@ _INTRODUCTION = """\
 # Results of the benchmark
 
 Written by `{command}` on {date:%Y-%m-%d}, in {minutes:.0f} minutes. Medians of rounds; ratios are taken in each round,
-between servers that took turns. How each row is measured stands in its module in `benchmarks/rows/`. Only ratios carry
-over to other machines.
+between servers that took turns. The module of each row in `benchmarks/rows/` describes how it is measured. Only ratios
+carry over to other machines.
 """
 
 
 def with_rounds(scale: Scale, rounds: int) -> Scale:
+    """Return ``scale`` with that number of rounds in every row."""
     return dataclasses.replace(scale, rounds=rounds, memory_rounds=rounds)
 
 
@@ -49,7 +50,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _ratio(figure: Figure, ours: Figure | None) -> str:
-    """The median over rounds of what the peer has for one of this proxy's."""
+    """Return the median over rounds of the peer's value divided by this proxy's."""
     if ours is None or ours is figure or not all(ours.values):
         return ""
     ratios = [other / mine for other, mine in zip(figure.values, ours.values, strict=False)]
@@ -84,7 +85,7 @@ def _verdict(verdict: Verdict) -> Sequence[str]:
 
 
 def section(row: Row, figures: Sequence[Figure], bench: Bench) -> list[str]:
-    """The lines of a row: a table for each measure, and what could not be measured."""
+    """Return the lines of a row: a table for each measure, and the peers that could not be measured."""
     lines = ["", f"## {row.title}", ""]
     for measure in dict.fromkeys(figure.measure for figure in figures):
         these = [figure for figure in figures if figure.measure == measure]
@@ -92,20 +93,20 @@ def section(row: Row, figures: Sequence[Figure], bench: Bench) -> list[str]:
         ours = next((figure for figure in these if figure.peer == "ours"), None)
         rows = [(TITLES[f.peer], _number(f.median), _spread(f.values), _ratio(f, ours), f.note) for f in these]
         lines += [*_table((measure, f"median{unit}", "spread over rounds", "of this proxy's", ""), rows), ""]
-    for (row_name, peer), why in bench.failures.items():
+    for (row_name, peer), reason in bench.failures.items():
         if row_name == row.name:
-            lines.append(f"- {TITLES[peer]}: not measured: {' '.join(why.split())[:300]}")
+            lines.append(f"- {TITLES[peer]}: not measured: {' '.join(reason.split())[:300]}")
     return lines if figures or lines[3:] else []
 
 
 def markdown(results: Mapping[Row, Sequence[Figure]], bench: Bench, *, command: str, seconds: float) -> str:
-    """RESULTS.md."""
+    """Return the text of RESULTS.md."""
     lines = [_INTRODUCTION.format(command=command, date=datetime.now(UTC), minutes=seconds / 60)]
     lines += _table(("machine and versions", ""), _versions())
     if bench.scale.held == FULL.held:
         lines += ["", "## The targets", "", *_verdicts(results)]
     else:
-        lines += ["", "**Tiny counts (`--quick`): these figures say nothing about cost.**"]
+        lines += ["", "**Tiny counts (`--quick`): these figures mean nothing.**"]
     for row, figures in results.items():
         lines += section(row, figures, bench)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
@@ -154,7 +155,7 @@ def _first_line(*command: str) -> str:
 
 
 def plot(results: Mapping[Row, Sequence[Figure]], path: Path) -> bool:
-    """CPU per relay and memory per held poll of all peers, as SVG; False when neither was measured."""
+    """Plot CPU per relay and memory per held poll of all peers, as SVG. Return False if neither was measured."""
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -28,7 +28,7 @@ from benchmarks.servers import make_certificates, upstream
 __all__ = ["main"]
 
 HTTPS_PORT = 443
-# 10,000 held calls take 20,000 in a proxy that makes a connection for each.
+# Open files of each process: 10,000 held calls take 20,000 in a proxy that makes a connection for each.
 OPEN_FILES = 65_536
 
 
@@ -41,7 +41,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=_names, default=rows, help=f"some of {','.join(rows)}")
     parser.add_argument("--peers", type=_names, default=peers, help=f"some of {','.join(peers)}")
-    parser.add_argument("--quick", action="store_true", help="tiny counts: shows that it works, not what it costs")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny counts, to show that everything works; the figures mean nothing"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of each row instead of its own number")
     parser.add_argument("--no-isolation", action="store_true", help="stay in this network; several peers cannot run")
     parser.add_argument(
@@ -50,17 +52,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for given, known in ((options.rows, rows), (options.peers, peers)):
         if unknown := sorted(set(given) - set(known)):
-            parser.error(f"unknown: {', '.join(unknown)}")
+            parser.error(f"unknown: {', '.join(unknown)}; choose from {','.join(known)}")
     return options
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def _raise_open_files() -> int:
-    """Allow as many open files as may be, for this process and those it starts."""
+    """Allow as many open files as possible, for this process and those it starts, and return their number."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (max(hard, OPEN_FILES), hard):
         with contextlib.suppress(ValueError, PermissionError):
@@ -84,36 +86,36 @@ async def _measure(options: argparse.Namespace, directory: Path) -> tuple[dict[R
             directory=directory,
             isolated=isolated,
             open_files=_raise_open_files(),
-            say=_say,
+            log=_log,
         )
         results = {}
         for row in ROWS:
             if row.name in options.rows:
-                _say(f"{row.name}: {row.title}")
+                _log(f"{row.name}: {row.title}")
                 bench.row = row.name
                 results[row] = await row.run(bench)
                 for line in report.section(row, results[row], bench)[2:]:
-                    _say(line)
+                    _log(line)
         return results, bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. The exit code is 0 when all that could be measured was right, 1 otherwise."""
+    """Run the benchmark. Return the exit code: 0 when every response was right and every peer ran, else 1."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if not options.no_isolation and not isolation.is_inside():
         isolation.enter(argv)
-        _say("no namespaces here: peers that insist on https://fal.run are left out")
+        _log("no namespaces: peers that insist on https://fal.run are left out (run as root to include them)")
     if isolation.is_inside():
         isolation.set_up()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # to stop the servers too
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark") as directory:
         results, bench = asyncio.run(_measure(options, Path(directory)))
     command = shlex.join(["python", "-m", "benchmarks", *(arg for arg in argv if not arg.startswith("--output="))])
     text = report.markdown(results, bench, command=command, seconds=time.monotonic() - start)
-    _say("")
-    _say(text)
+    _log("")
+    _log(text)
     output = options.output or (None if options.quick else Path(__file__).parent)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Processes that the benchmark starts: the upstream, and one peer at a time or several.
 
-Each is the head of a process group of its own, which ends with it. What it prints goes to a file that is shown when it
-does not start.
+Each is the head of a process group of its own, which ends with it. Its output goes to a file, which is shown if it does
+not start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ START_TIMEOUT_S = 60.0
 
 
 class CannotStart(Exception):
-    """A server that this machine cannot run."""
+    """This machine cannot run a server."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Server:
 
 
 def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -50,7 +51,7 @@ def free_port() -> int:
 
 
 def make_certificates(directory: Path) -> None:
-    """A CA and a certificate of fal's names, as ``ca.pem``, ``cert.pem`` and ``key.pem``."""
+    """Make a CA and a certificate for fal's names, as ``ca.pem``, ``cert.pem`` and ``key.pem``."""
     authority = trustme.CA()
     leaf = authority.issue_cert("fal.run", "*.fal.run", "*.fal.ai")
     authority.cert_pem.write_to_path(directory / "ca.pem")
@@ -85,7 +86,7 @@ def _process(
 async def server(
     command: Sequence[str], env: Mapping[str, str], port: int, log: Path, cpus: set[int]
 ) -> AsyncIterator[Server]:
-    """A server that listens on ``port`` when this begins. Raises CannotStart."""
+    """Start a server, and wait until it listens on ``port``. Raise CannotStart."""
     with _process(command, env, log, cpus) as process:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
@@ -114,16 +115,16 @@ class Upstream:
         return line
 
     async def ask(self, command: str) -> dict[str, int]:
-        """Send a command of upstream.mjs."""
+        """Send a command to upstream.mjs, and return its reply."""
         assert self._process.stdin is not None
         async with self._lock:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-            answer: dict[str, int] = json.loads(await asyncio.to_thread(self._line))
-            return answer
+            reply: dict[str, int] = json.loads(await asyncio.to_thread(self._line))
+            return reply
 
     async def wait_for(self, name: str, count: int, timeout_s: float) -> int:
-        """Wait until the count of that name in ``stats`` reaches ``count``, or time is over; what it is then."""
+        """Wait until that number in ``stats`` is ``count``, at most ``timeout_s``. Return the last value."""
         deadline = time.monotonic() + timeout_s
         while True:
             reached = (await self.ask("stats"))[name]
@@ -134,10 +135,10 @@ class Upstream:
 
 @contextlib.contextmanager
 def upstream(directory: Path, port: int, cpus: set[int]) -> Iterator[Upstream]:
-    """The upstream on ``port``, with the certificates in ``directory``. Raises CannotStart."""
+    """Start the upstream on ``port``, with the certificates in ``directory``. Raise CannotStart."""
     node = shutil.which("node")
     if node is None:
-        raise CannotStart("the upstream needs node")
+        raise CannotStart("the upstream needs node in PATH: install Node 20 or newer")
     files = [str(directory / "cert.pem"), str(directory / "key.pem")]
     command = [node, str(HERE / "upstream.mjs"), str(port), *files, f"Key {KEY}"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

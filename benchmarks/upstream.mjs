@@ -1,8 +1,8 @@
 // The stand-in for fal that every proxy of the benchmark relays to: TLS, HTTP/2 and HTTP/1.1, one process.
 //
-// Node, because it answers a call for less CPU than the cheapest Python relay and holds 20,000 of them. Every answer
-// depends on what was sent or is a pattern that the caller can check. Commands arrive as lines on standard input and
-// each is answered with one line of JSON: "stats" (and resets the counts), "release" (answers all held polls).
+// Node, because it needs less CPU for a call than the cheapest Python relay and holds 20,000 of them. Every response
+// depends on the request or is a pattern that the client can check. Commands arrive as lines on standard input, and the
+// reply to each is one line of JSON: "stats" (which resets the counts), "release" (which responds to all held polls).
 //
 // Arguments: PORT CERTIFICATE KEY AUTHORIZATION
 
@@ -13,14 +13,14 @@ import { gzipSync } from "node:zlib";
 
 const [port, certificate, key, authorization] = process.argv.slice(2);
 
-const ANSWER_BYTES = 200;
+const RESPONSE_BYTES = 200;
 const BLOCK_BYTES = 64 * 1024;
 const BOMB_BYTES = 256 * 1024 * 1024;
-// What common front ends announce; without it every poll would fit on one connection.
+// Streams on one HTTP/2 connection, as common front ends announce; without a limit all polls would share a connection.
 const STREAMS_PER_CONNECTION = 100;
 
 const connections = new Set();
-const held = new Map(); // response: the call that answers it
+const held = new Map(); // response: the function that finishes it
 const counts = { calls: 0, opened: 0, refused: 0 };
 let streams = 0;
 let requestId = 0;
@@ -30,11 +30,11 @@ function head(extra) {
   return { "content-type": "application/json", "x-fal-request-id": `request-${++requestId}`, ...extra };
 }
 
-// The body that came, in an object padded to ANSWER_BYTES.
-function answer(res, body) {
+// Respond with the body of the request, in an object padded to RESPONSE_BYTES.
+function respond(res, body) {
   const start = `{"echo": ${body}, "padding": "`;
-  const text = `${start.padEnd(ANSWER_BYTES - 2, "x")}"}`;
-  res.writeHead(200, head({ "content-length": ANSWER_BYTES }));
+  const text = `${start.padEnd(RESPONSE_BYTES - 2, "x")}"}`;
+  res.writeHead(200, head({ "content-length": RESPONSE_BYTES }));
   res.end(text);
 }
 
@@ -44,7 +44,7 @@ function readBody(req, then) {
   req.on("end", () => then(body || "null"));
 }
 
-// Writes what `next` returns, null for the end, no faster than it is taken.
+// Write the blocks that `next` returns, until it returns null, no faster than the peer reads.
 function pump(res, next) {
   const go = () => {
     for (;;) {
@@ -65,14 +65,14 @@ function eventStream(req, res) {
 }
 
 const routes = {
-  "/bench/short": (req, res) => readBody(req, (body) => answer(res, body)),
+  "/bench/short": (req, res) => readBody(req, (body) => respond(res, body)),
 
   "/bench/hold": (req, res, query) =>
     readBody(req, (body) => {
       const release = () => {
         clearTimeout(timer);
         held.delete(res);
-        answer(res, body);
+        respond(res, body);
       };
       const timer = setTimeout(release, Number(query.get("s")) * 1000);
       held.set(res, release);
@@ -82,7 +82,7 @@ const routes = {
       });
     }),
 
-  // Each byte tells its place: byte i of the body is (i / BLOCK_BYTES) modulo 251.
+  // Byte i of the body is (i / BLOCK_BYTES) modulo 251, so a client can check each piece by itself.
   "/bench/big": (req, res, query) => {
     req.resume();
     const size = Number(query.get("mb")) * 1_000_000;
@@ -121,7 +121,7 @@ const server = http2.createSecureServer({
   allowHTTP1: true,
   settings: { maxConcurrentStreams: STREAMS_PER_CONNECTION },
 });
-server.keepAliveTimeout = 600_000; // no proxy shall meet a connection that has just been closed
+server.keepAliveTimeout = 600_000; // to never close a connection just when a proxy reuses it
 server.requestTimeout = 0;
 server.on("secureConnection", (socket) => {
   counts.opened++;

@@ -1,4 +1,4 @@
-"""The proxies that are compared: for each a small program of ours, or a configuration, and how it is started."""
+"""The proxies that are compared: for each a small program or a configuration, and the command that starts it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.servers import KEY, CannotStart
 
-__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Place", "ours_in", "ours_with"]
+__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Setting", "ours_in", "ours_with"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -23,8 +23,8 @@ NEXT_BUILD_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a peer runs: its port, the upstream's, an empty directory, ``ca.pem``, and how many calls it must hold."""
+class Setting:
+    """The setting of a peer: two ports, an empty directory, ``ca.pem``, and the number of calls that it must hold."""
 
     port: int
     upstream_port: int
@@ -36,23 +36,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server to compare. ``command`` makes its argument list, and raises CannotStart where it cannot run."""
+    """A server to compare. ``command`` makes its argument list, and raises CannotStart if it cannot run."""
 
     name: str
     title: str
-    command: Callable[[Place], Sequence[str]]
+    command: Callable[[Setting], Sequence[str]]
     relays: bool = True
     isolated: bool = True  # it insists on https://fal.run
-    most_held: int | None = None  # long polls that it can hold
-    files_per_call: int = 2  # connections that a held call takes, the caller's and one to the upstream
-    everywhere: bool = False  # it may use all CPUs, those of the upstream and the callers too
+    max_held: int | None = None  # the most long polls that it can hold
+    files_per_call: int = 2  # connections of a held call: the client's and one to the upstream
+    everywhere: bool = False  # it may use all CPUs, also those of the upstream and the clients
 
-    def environment(self, place: Place) -> Mapping[str, str]:
+    def environment(self, setting: Setting) -> Mapping[str, str]:
+        """Return the environment variables of its process."""
         ours = {
-            "CA_FILE": str(place.ca_file),
+            "CA_FILE": str(setting.ca_file),
             "FAL_KEY": KEY,
             "NODE_ENV": "production",
-            "NODE_EXTRA_CA_CERTS": str(place.ca_file),
+            "NODE_EXTRA_CA_CERTS": str(setting.ca_file),
             "NEXT_TELEMETRY_DISABLED": "1",
             "PYTHONPATH": str(ROOT),
         }
@@ -60,7 +61,7 @@ class Peer:
 
 
 def _program(name: str) -> str:
-    """Where a program is: in this environment of Python's, in PATH, or where Debian has what only root runs."""
+    """Return the path of a program in this Python environment, PATH, or /usr/sbin. Raise CannotStart."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
     found = shutil.which(name, path=path)
     if found is None:
@@ -78,47 +79,47 @@ def _needs_packages() -> None:
         raise CannotStart("needs npm ci --prefix benchmarks")
 
 
-def _python(file: str, *modules: str) -> Callable[[Place], Sequence[str]]:
-    def command(place: Place) -> Sequence[str]:
+def _python(file: str, *modules: str) -> Callable[[Setting], Sequence[str]]:
+    def command(setting: Setting) -> Sequence[str]:
         _needs(*modules)
-        return [sys.executable, str(HERE / file), str(place.port), str(place.ca_file)]
+        return [sys.executable, str(HERE / file), str(setting.port), str(setting.ca_file)]
 
     return command
 
 
-def _node(file: str) -> Callable[[Place], Sequence[str]]:
-    def command(place: Place) -> Sequence[str]:
+def _node(file: str) -> Callable[[Setting], Sequence[str]]:
+    def command(setting: Setting) -> Sequence[str]:
         _needs_packages()
-        return [_program("node"), str(HERE / file), str(place.port)]
+        return [_program("node"), str(HERE / file), str(setting.port)]
 
     return command
 
 
-def _ours(place: Place) -> Sequence[str]:
-    # No line in the log for each call, as none of the others writes one.
-    options = [f"--port={place.port}", f"--ca-certs={place.ca_file}", "--log-level=warning"]
-    if not place.isolated:
-        options.append(f"--connect-to=127.0.0.1:{place.upstream_port}")
+def _ours(setting: Setting) -> Sequence[str]:
+    # Without the access log, because none of the others writes one.
+    options = [f"--port={setting.port}", f"--ca-certs={setting.ca_file}", "--log-level=warning"]
+    if not setting.isolated:
+        options.append(f"--connect-to=127.0.0.1:{setting.upstream_port}")
     return [sys.executable, "-m", "tornado_fal_proxy", *options]
 
 
-def _floor(place: Place) -> Sequence[str]:
-    return [sys.executable, str(HERE / "floor.py"), str(place.port)]
+def _floor(setting: Setting) -> Sequence[str]:
+    return [sys.executable, str(HERE / "floor.py"), str(setting.port)]
 
 
-def _tornado_curl(place: Place) -> Sequence[str]:
-    return [*_python("tornado_curl.py")(place), str(place.calls)]
+def _tornado_curl(setting: Setting) -> Sequence[str]:
+    return [*_python("tornado_curl.py")(setting), str(setting.calls)]
 
 
-def _flask(place: Place) -> Sequence[str]:
+def _flask(setting: Setting) -> Sequence[str]:
     _needs("flask", "requests", "gunicorn")
-    limits = [f"--threads={place.calls}", f"--worker-connections={place.calls * 2}", "--timeout=900"]
-    bind = f"--bind=127.0.0.1:{place.port}"
+    limits = [f"--threads={setting.calls}", f"--worker-connections={setting.calls * 2}", "--timeout=900"]
+    bind = f"--bind=127.0.0.1:{setting.port}"
     app = "benchmarks.peers.flask_requests:app"
     return [_program("gunicorn"), "--workers=1", "--worker-class=gthread", *limits, bind, "--log-level=error", app]
 
 
-def _next(place: Place) -> Sequence[str]:
+def _next(setting: Setting) -> Sequence[str]:
     _needs_packages()
     node = _program("node")
     app = HERE / "next"
@@ -127,36 +128,36 @@ def _next(place: Place) -> Sequence[str]:
         done = subprocess.run(build, check=False, capture_output=True, text=True, timeout=NEXT_BUILD_TIMEOUT_S)
         if done.returncode:
             raise CannotStart(f"next build failed: {done.stderr[-1000:]}")
-    return [node, str(NEXT), "start", str(app), f"--port={place.port}", "--hostname=127.0.0.1"]
+    return [node, str(NEXT), "start", str(app), f"--port={setting.port}", "--hostname=127.0.0.1"]
 
 
-def _nginx(place: Place) -> Sequence[str]:
+def _nginx(setting: Setting) -> Sequence[str]:
     values = {
         "FILES": "40000",
-        "DIRECTORY": place.directory,
-        "UPSTREAM_PORT": place.upstream_port,
-        "PORT": place.port,
-        "CA_FILE": place.ca_file,
+        "DIRECTORY": setting.directory,
+        "UPSTREAM_PORT": setting.upstream_port,
+        "PORT": setting.port,
+        "CA_FILE": setting.ca_file,
         "FAL_KEY": KEY,
     }
     text = (HERE / "nginx.conf").read_text()
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
-    (place.directory / "nginx.conf").write_text(text)
-    return [_program("nginx"), "-c", str(place.directory / "nginx.conf"), "-p", str(place.directory)]
+    (setting.directory / "nginx.conf").write_text(text)
+    return [_program("nginx"), "-c", str(setting.directory / "nginx.conf"), "-p", str(setting.directory)]
 
 
 OURS = Peer("ours", "tornado_fal_proxy", _ours, isolated=False, files_per_call=1)
 
 
 def ours_in(processes: int) -> Peer:
-    """This proxy in so many processes, on all CPUs."""
-    return replace(OURS, command=lambda place: [*_ours(place), f"--processes={processes}"], everywhere=True)
+    """Return this proxy in that many processes, on all CPUs."""
+    return replace(OURS, command=lambda setting: [*_ours(setting), f"--processes={processes}"], everywhere=True)
 
 
 def ours_with(*options: str) -> Peer:
-    """This proxy with more options, which win over those that it has here."""
-    return replace(OURS, command=lambda place: [*_ours(place), *options])
+    """Return this proxy with more options, which override those that it has here."""
+    return replace(OURS, command=lambda setting: [*_ours(setting), *options])
 
 
 FLOOR = Peer("floor", "Tornado, relays nothing", _floor, relays=False, isolated=False, files_per_call=1)
@@ -168,7 +169,7 @@ PEERS = (
     Peer("tornado-curl", "Tornado + curl client as it comes", _tornado_curl),
     Peer("aiohttp", "aiohttp by hand", _python("aiohttp_relay.py", "aiohttp")),
     Peer("fastapi", "FastAPI + httpx", _python("fastapi_httpx.py", "fastapi", "httpx", "uvicorn")),
-    Peer("flask", "Flask + requests, gunicorn threads", _flask, most_held=1000),
+    Peer("flask", "Flask + requests, gunicorn threads", _flask, max_held=1000),
     Peer("express", "@fal-ai/server-proxy, Express", _node("express.mjs")),
     Peer("hono", "@fal-ai/server-proxy, Hono", _node("hono.mjs")),
     Peer("next", "@fal-ai/server-proxy, Next.js", _next),

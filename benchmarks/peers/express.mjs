@@ -1,4 +1,4 @@
-// The official Express handler, set up as its README says. Arguments: PORT.
+// The official Express handler, set up as in its README. Arguments: PORT.
 import { createHandler, route } from "@fal-ai/server-proxy/express";
 import express from "express";
 

@@ -1,4 +1,4 @@
-"""A relay with FastAPI and httpx, under uvicorn with what ``fastapi[standard]`` brings. Arguments: PORT CA_FILE."""
+"""A relay with FastAPI and httpx, under uvicorn as ``fastapi[standard]`` installs it. Arguments: PORT CA_FILE."""
 
 import os
 import ssl

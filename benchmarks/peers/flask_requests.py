@@ -1,6 +1,6 @@
 """A relay with Flask and requests, to be run by gunicorn with threads. CA_FILE and FAL_KEY are in the environment.
 
-A call by itself for each request, as examples of such relays have it.
+Each call makes a connection of its own, as examples of such relays do.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""The floor: a Tornado handler that answers 200 bytes and relays nothing. Arguments: PORT.
+"""The floor: a Tornado handler that responds with 200 bytes and relays nothing. Arguments: PORT.
 
-A long poll is answered after its time, so that a crowd of them can be compared too.
+It responds to a long poll after the time of the poll, to compare a crowd of them too.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from tornado.web import Application, RequestHandler
 
-from benchmarks.calls import FLOOR_ANSWER, ROUTE
+from benchmarks.calls import FLOOR_RESPONSE, ROUTE
 
 
 class Floor(RequestHandler):
@@ -18,7 +18,7 @@ class Floor(RequestHandler):
         if seconds := query.get("s"):
             await asyncio.sleep(float(seconds[0]))
         self.set_header("Content-Type", "application/json")
-        self.finish(FLOOR_ANSWER)
+        self.finish(FLOOR_RESPONSE)
 
 
 async def main() -> None:

@@ -1,20 +1,20 @@
-"""What the relays written by hand have in common: which headers go which way.
+"""The common part of the relays written by hand: which headers go which way.
 
-As short as such relays are; the rules that make one safe are not in it.
+It is as short as such relays usually are, without the rules that make one safe.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["HELD_BYTES", "is_short", "relayed", "request_headers"]
+__all__ = ["MAX_BUFFERED_BYTES", "is_short", "relayed", "request_headers"]
 
-# An answer of known length up to this goes out whole, which is cheaper than a stream.
-HELD_BYTES = 8 * 1024 * 1024
+# The largest response of known length that is sent whole, which is cheaper than a stream; as in this proxy.
+MAX_BUFFERED_BYTES = 8 * 1024 * 1024
 
 _NOT_RELAYED = frozenset({"connection", "content-encoding", "content-length", "keep-alive", "transfer-encoding"})
 
 
 def request_headers(headers: Mapping[str, str], key: str) -> dict[str, str]:
-    """The headers for fal of a call that came with ``headers``."""
+    """Return the headers for fal of a call that arrived with ``headers``."""
     passed = {
         name: value
         for name, value in headers.items()
@@ -29,9 +29,13 @@ def request_headers(headers: Mapping[str, str], key: str) -> dict[str, str]:
 
 
 def relayed(headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The headers for the caller."""
+    """Yield the headers for the client."""
     return ((name, value) for name, value in headers if name.lower() not in _NOT_RELAYED)
 
 
 def is_short(headers: Mapping[str, str]) -> bool:
-    return int(headers.get("content-length", HELD_BYTES + 1)) <= HELD_BYTES and "content-encoding" not in headers
+    """Return whether a response with ``headers`` is sent whole."""
+    return (
+        int(headers.get("content-length", MAX_BUFFERED_BYTES + 1)) <= MAX_BUFFERED_BYTES
+        and "content-encoding" not in headers
+    )

@@ -1,4 +1,4 @@
-"""A relay with Tornado's curl client as it comes. Arguments: PORT CA_FILE CALLS_AT_ONCE."""
+"""A relay with Tornado's curl client and its defaults. Arguments: PORT CA_FILE CALLS_AT_ONCE."""
 
 import asyncio
 import os

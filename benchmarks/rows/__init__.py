@@ -1,4 +1,4 @@
-"""The rows of the table: each a module with its strategy, its measures and its targets."""
+"""The rows of the table, each a module with its strategy, its measures and its targets."""
 
 from benchmarks.rows import (
     cpu,

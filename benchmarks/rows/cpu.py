@@ -1,15 +1,15 @@
 """CPU per relayed short POST.
 
-64 keep-alive callers send a short JSON POST again as soon as it is answered. The user and system time of the server's
-processes, divided by the number of answers. All servers stay up and take turns.
+64 keep-alive clients repeat a short JSON POST after each response. The figure is the user and system time of the
+server's processes, divided by the number of responses. All servers stay up and take turns.
 """
 
 from __future__ import annotations
 
 from benchmarks import measure
-from benchmarks.bench import CALLERS, Bench, Row
-from benchmarks.callers import closed_loop
+from benchmarks.bench import CLIENTS, Bench, Row
 from benchmarks.calls import post
+from benchmarks.clients import closed_loop
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 from benchmarks.servers import Server
@@ -19,7 +19,7 @@ MEASURE = "CPU per short POST"
 
 async def run(bench: Bench) -> list[Figure]:
     async def once(peer: Peer, server: Server) -> dict[str, float]:
-        calls = [post("/bench/short", number, relayed=peer.relays) for number in range(CALLERS)]
+        calls = [post("/bench/short", number, relayed=peer.relays) for number in range(CLIENTS)]
         async with bench.each_once(peer) as executed:
             before = measure.cpu_s(server.pid)
             executed.expected = await closed_loop(server.port, calls, bench.scale.loop_s)
@@ -31,7 +31,7 @@ async def run(bench: Bench) -> list[Figure]:
 
 ROW = Row(
     "cpu",
-    "CPU (user and system) per relayed short POST, 64 keep-alive callers",
+    "CPU (user and system) per relayed short POST, 64 keep-alive clients",
     run,
     (
         Target(MEASURE, 1.25, reference="floor"),

@@ -1,7 +1,7 @@
-"""A crowd that arrives at once at a process that has served nothing yet.
+"""A crowd of clients that arrive at once at a process that has served no call.
 
-All callers connect in the same moment, each with a long poll of 3 s. When the last one has its answer, and how many
-connections to the upstream were made for them.
+All clients connect in the same moment, each with a long poll of 3 s. The figures are the time until the last one has
+its response, and the number of connections to the upstream.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import asyncio
 import time
 
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import Caller, Wrong, open_callers
 from benchmarks.calls import post
+from benchmarks.clients import Client, Wrong, open_clients
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 
-MEASURE = "last answer to a cold crowd"
+MEASURE = "last response to a cold crowd"
 CONNECTIONS = "upstream connections for a cold crowd"
 TIMEOUT_S = 90.0
 
@@ -25,13 +25,13 @@ async def run(bench: Bench) -> list[Figure]:
     values: dict[tuple[str, str, str], list[float]] = {}
 
     async def once(peer: Peer) -> None:
-        bench.say(f"  {peer.name}")
-        answered: list[Caller] = []
+        bench.log(f"  {peer.name}")
+        responded: list[Client] = []
         over = asyncio.Event()
 
-        def on_answer(caller: Caller) -> None:
-            answered.append(caller)
-            if len(answered) == count:
+        def on_response(client: Client) -> None:
+            responded.append(client)
+            if len(responded) == count:
                 over.set()
 
         calls = [
@@ -41,18 +41,18 @@ async def run(bench: Bench) -> list[Figure]:
             await bench.upstream.ask("stats")
             start = time.perf_counter()
             try:
-                callers = await open_callers(server.port, calls, on_answer)
+                clients = await open_clients(server.port, calls, on_response)
                 async with asyncio.timeout(TIMEOUT_S):
                     await over.wait()
             finally:
                 await bench.upstream.ask("release")
-            for caller in callers:
-                if not caller.ended:
-                    caller.close()
-            if failed := [caller.error for caller in answered if caller.error]:
-                raise Wrong(f"{len(failed):,} of {count:,} callers failed, one with: {failed[0]}")
+            for client in clients:
+                if not client.closed:
+                    client.close()
+            if failed := [client.error for client in responded if client.error]:
+                raise Wrong(f"{len(failed):,} of {count:,} clients failed, the first with: {failed[0]}")
             opened = (await bench.upstream.ask("stats"))["opened"]
-        values.setdefault((MEASURE, peer.name, "s"), []).append(max(c.answered_at for c in answered) - start)
+        values.setdefault((MEASURE, peer.name, "s"), []).append(max(c.responded_at for c in responded) - start)
         if peer.relays:
             values.setdefault((CONNECTIONS, peer.name, ""), []).append(opened)
 
@@ -63,7 +63,7 @@ async def run(bench: Bench) -> list[Figure]:
 
 ROW = Row(
     "crowd",
-    "4,000 callers at once to a cold process, each a 3 s long poll: the last answer",
+    "4,000 clients at once to a cold process, each a 3 s long poll: the last response",
     run,
     (Target(MEASURE, 1.5, reference="floor", difference=True), Target(CONNECTIONS, 64)),
 )

@@ -1,8 +1,8 @@
-"""How far memory grows for one caller that reads slowly, or not at all.
+"""Growth of memory for one client that reads slowly, or not at all.
 
-The peak of resident memory above what the process had before, which libraries that are loaded with the first call
-would count towards; so a short call goes first. Short calls also go by meanwhile: a proxy that lets calls share an
-upstream connection must read that connection for them, and may then buffer what came for the slow caller.
+The figure is the peak of resident memory above that of the process before. A short call goes first, because libraries
+that are loaded with the first call would count as growth. Short calls go by meanwhile, too: a proxy in which calls
+share an upstream connection must read that connection for them, and may then buffer the data of the slow client.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import contextlib
 
 from benchmarks import measure
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import read_big, sequential, unread
 from benchmarks.calls import post
+from benchmarks.clients import read_big, sequential, unread
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 
-SLOW = "growth, large answer read at 5 MB/s"
+SLOW = "growth, large response read at 5 MB/s"
 BOMB = "growth, gzip bomb unread"
 ENDLESS = "growth, endless event stream unread"
 RATE = 5e6
@@ -49,7 +49,7 @@ async def run(bench: Bench) -> list[Figure]:
     }
 
     async def once(peer: Peer) -> None:
-        bench.say(f"  {peer.name}")
+        bench.log(f"  {peer.name}")
         for name, case in cases.items():
             async with bench.running(peer) as server:
                 await asyncio.to_thread(sequential, server.port, post("/bench/short", 0), 10)
@@ -70,7 +70,7 @@ async def run(bench: Bench) -> list[Figure]:
 
 ROW = Row(
     "growth",
-    "Growth of memory (peak) for one caller that reads slowly or not at all",
+    "Growth of memory (peak) for one client that reads slowly or not at all",
     run,
     tuple(Target(name, 16) for name in (SLOW, BOMB, ENDLESS)),
 )

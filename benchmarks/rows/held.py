@@ -1,7 +1,7 @@
 """Memory per held long poll, and the connections that carry them.
 
-The server is started anew and its memory taken; then long POSTs are opened in batches until the upstream holds all of
-them, and the difference is divided by their number. Then the upstream answers them, and every answer is checked.
+The server is started and its memory measured. Then long POSTs are opened in batches until the upstream holds all of
+them, and the growth of memory is divided by their number. Last the upstream responds, and every response is checked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benchmarks.rows.polls import held
 
 
 def name(count: int) -> str:
+    """Return the name of the measure for that number of polls."""
     return f"memory per poll, {count:,} held"
 
 
@@ -25,12 +26,12 @@ async def run(bench: Bench) -> list[Figure]:
 
     async def once(peer: Peer) -> None:
         tried = set()
-        for most in bench.scale.held:
-            count = bench.holdable(peer, most)
+        for limit in bench.scale.held:
+            count = bench.holdable(peer, limit)
             if count in tried:
                 continue
             tried.add(count)
-            bench.say(f"  {peer.name}: {count:,}")
+            bench.log(f"  {peer.name}: {count:,}")
             async with bench.running(peer, calls=count + 10) as server:
                 await asyncio.sleep(bench.scale.settle_s)
                 before = measure.pss_kb(server.pid)
@@ -38,9 +39,9 @@ async def run(bench: Bench) -> list[Figure]:
                     await asyncio.sleep(bench.scale.settle_s)
                     growth = measure.pss_kb(server.pid) - before
                     connections = (await bench.upstream.ask("stats"))["connections"]
-            memory.setdefault((name(most), peer.name), []).append(growth / count)
-            only = f"only {count:,} held; " if count < most else ""
-            notes[name(most), peer.name] = f"{only}{connections:,} upstream connections" if peer.relays else ""
+            memory.setdefault((name(limit), peer.name), []).append(growth / count)
+            only = f"only {count:,} held; " if count < limit else ""
+            notes[name(limit), peer.name] = f"{only}{connections:,} upstream connections" if peer.relays else ""
 
     for _ in range(bench.scale.memory_rounds):
         await bench.each(bench.wanted(), once)

@@ -1,6 +1,6 @@
 """Latency of sequential short POSTs.
 
-One caller with a blocking socket, so that little of what is measured is the caller's own. The median of each round.
+One client with a blocking socket, whose own part of the latency is small. The figure is the median of each round.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import sequential
 from benchmarks.calls import post
+from benchmarks.clients import sequential
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 from benchmarks.servers import Server
@@ -28,5 +28,5 @@ async def run(bench: Bench) -> list[Figure]:
 
 
 ROW = Row(
-    "latency", "Median latency of sequential short POSTs, one caller", run, (Target(MEASURE, 1.8, reference="floor"),)
+    "latency", "Median latency of sequential short POSTs, one client", run, (Target(MEASURE, 1.8, reference="floor"),)
 )

@@ -1,4 +1,4 @@
-"""Long polls that are held until they are released: what several rows need."""
+"""Long polls that are held until they are released, for several rows."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from benchmarks.bench import Bench
-from benchmarks.callers import Caller, Wrong, open_callers
 from benchmarks.calls import post
+from benchmarks.clients import Client, Wrong, open_clients
 from benchmarks.peers import Peer
 from benchmarks.servers import Server
 
 __all__ = ["held"]
 
-# Opened at once: below every listening backlog.
+# Polls that are opened at once: fewer than the listening backlog of every peer.
 BATCH = 100
-# Longer than any row; the upstream answers when it is told to.
+# How long the upstream holds a poll: longer than any row, because the command "release" ends it.
 POLL_S = 900
 OPEN_TIMEOUT_S = 240.0
-ANSWER_TIMEOUT_S = 120.0
+RESPONSE_TIMEOUT_S = 120.0
 
 
 @asynccontextmanager
 async def held(bench: Bench, peer: Peer, server: Server, count: int) -> AsyncIterator[None]:
-    """``count`` long POSTs that the upstream holds; at the end they are released, and each must be answered rightly.
+    """Hold ``count`` long POSTs at the upstream; at the end release them, and check the response to each. Raise Wrong.
 
-    The floor asks no upstream: there they just stay until the callers leave. Raises Wrong.
+    The floor has no upstream, so its polls stay open until the clients disconnect.
     """
-    answered: list[Caller] = []
-    all_answered = asyncio.Event()
+    responded: list[Client] = []
+    all_responded = asyncio.Event()
 
-    def on_answer(caller: Caller) -> None:
-        answered.append(caller)
-        if len(answered) == count:
-            all_answered.set()
+    def on_response(client: Client) -> None:
+        responded.append(client)
+        if len(responded) == count:
+            all_responded.set()
 
-    callers: list[Caller] = []
+    clients: list[Client] = []
     try:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
             for first in range(0, count, BATCH):
                 numbers = range(first, min(first + BATCH, count))
                 calls = [post(f"/bench/hold?s={POLL_S}", number, relayed=peer.relays) for number in numbers]
-                callers += await open_callers(server.port, calls, on_answer)
-                if peer.relays and await bench.upstream.wait_for("held", len(callers), 30) != len(callers):
-                    raise Wrong(f"not all of {len(callers):,} polls reached the upstream")
+                clients += await open_clients(server.port, calls, on_response)
+                if peer.relays and await bench.upstream.wait_for("held", len(clients), 30) != len(clients):
+                    raise Wrong(f"not all of {len(clients):,} polls reached the upstream")
         yield
-        if answered:
-            raise Wrong(f"{len(answered):,} polls ended early, one with: {answered[0].error}")
+        if responded:
+            raise Wrong(f"{len(responded):,} polls ended early, the first with: {responded[0].error}")
         if peer.relays:
             await bench.upstream.ask("release")
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await all_answered.wait()
-            if failed := [caller.error for caller in answered if caller.error]:
-                raise Wrong(f"{len(failed):,} of {count:,} polls failed, one with: {failed[0]}")
+            async with asyncio.timeout(RESPONSE_TIMEOUT_S):
+                await all_responded.wait()
+            if failed := [client.error for client in responded if client.error]:
+                raise Wrong(f"{len(failed):,} of {count:,} polls failed, the first with: {failed[0]}")
     finally:
-        for caller in callers:
-            if not caller.ended:
-                caller.close()
+        for client in clients:
+            if not client.closed:
+                client.close()
         await bench.upstream.ask("release")

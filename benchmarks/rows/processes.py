@@ -1,17 +1,17 @@
 """One process and two, both free to use all CPUs.
 
-64 keep-alive callers send a short JSON POST again as soon as it is answered. CPU per call is that of the whole tree,
-the parent of the workers included; how evenly the calls spread shows in the part of the workers' CPU that the busier
-one took. Both servers stay up and take turns. On a machine of two CPUs the upstream and the callers want them too, so
-the calls per second say nothing there about two free CPUs, and the CPU per call is noisy: run it more than once.
+64 keep-alive clients repeat a short JSON POST after each response. CPU per call is that of the whole tree, with the
+parent of the workers. The part of the workers' CPU that the busier one took shows how evenly the calls spread. Both
+servers stay up and take turns. On a machine with two CPUs the upstream and the clients need them too, so the calls per
+second are fewer than on two free CPUs, and the CPU per call is noisy: run it more than once.
 """
 
 from __future__ import annotations
 
 from benchmarks import measure
-from benchmarks.bench import CALLERS, Bench, Row
-from benchmarks.callers import closed_loop
+from benchmarks.bench import CLIENTS, Bench, Row
 from benchmarks.calls import post
+from benchmarks.clients import closed_loop
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer, ours_in
 from benchmarks.servers import Server
@@ -26,7 +26,7 @@ async def run(bench: Bench) -> list[Figure]:
     one, two = ours_in(1), ours_in(2)
 
     async def once(peer: Peer, server: Server) -> dict[str, float]:
-        calls = [post("/bench/short", number) for number in range(CALLERS)]
+        calls = [post("/bench/short", number) for number in range(CLIENTS)]
         async with bench.each_once(peer) as executed:
             parent, *workers = measure.tree(server.pid)
             before = [measure.process_cpu_s(pid) for pid in (parent, *workers)]
@@ -43,7 +43,7 @@ async def run(bench: Bench) -> list[Figure]:
 
 ROW = Row(
     "processes",
-    "Two processes against one, 64 keep-alive callers, all CPUs",
+    "Two processes against one, 64 keep-alive clients, all CPUs",
     run,
     (
         Target(TWO, 1.05, reference="ours", reference_measure=ONE),

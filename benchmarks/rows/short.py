@@ -1,12 +1,12 @@
-"""What a short call takes while long polls are held: the median of sequential calls, before and meanwhile."""
+"""Latency of a short call while long polls are held: the median of sequential calls, before and meanwhile."""
 
 from __future__ import annotations
 
 import statistics
 
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import sequential
 from benchmarks.calls import post
+from benchmarks.clients import sequential
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 from benchmarks.rows.polls import held
@@ -20,7 +20,7 @@ async def run(bench: Bench) -> list[Figure]:
     values: dict[tuple[str, str], list[float]] = {}
 
     async def once(peer: Peer) -> None:
-        bench.say(f"  {peer.name}")
+        bench.log(f"  {peer.name}")
         count = bench.holdable(peer, bench.scale.short_held)
         notes[peer.name] = f"{count:,} held"
         call = post("/bench/short", 0, relayed=peer.relays)

@@ -1,4 +1,4 @@
-"""Event streams on which nothing happens: what each costs in memory, and all of them in CPU."""
+"""Event streams without events: the memory of each, and the CPU of all of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 
 from benchmarks import measure
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import sequential, unread
 from benchmarks.calls import post
+from benchmarks.clients import sequential, unread
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 
@@ -21,17 +21,17 @@ async def run(bench: Bench) -> list[Figure]:
     count = bench.scale.idle_streams
 
     async def once(peer: Peer) -> None:
-        bench.say(f"  {peer.name}")
+        bench.log(f"  {peer.name}")
         async with bench.running(peer, calls=count + 10) as server:
             await asyncio.to_thread(sequential, server.port, post("/bench/short", 0), 10)
             await asyncio.sleep(bench.scale.settle_s)
             before = measure.pss_kb(server.pid)
-            callers = []
+            clients = []
             try:
                 for number in range(count):
                     # Each has its first event when this returns, and there is no second.
                     call = post("/bench/sse/idle", number)
-                    callers.append(await asyncio.to_thread(unread, server.port, call))
+                    clients.append(await asyncio.to_thread(unread, server.port, call))
                 await asyncio.sleep(bench.scale.settle_s)
                 cpu = measure.cpu_s(server.pid)
                 await asyncio.sleep(bench.scale.watch_s)
@@ -40,8 +40,8 @@ async def run(bench: Bench) -> list[Figure]:
                 connections = (await bench.upstream.ask("stats"))["connections"]
                 notes[peer.name] = f"{connections:,} upstream connections"
             finally:
-                for caller in callers:
-                    caller.close()
+                for client in clients:
+                    client.close()
         values.setdefault((MEMORY, peer.name, "kB"), []).append(grown / count)
         values.setdefault((CPU, peer.name, "%"), []).append(cpu / bench.scale.watch_s * 100)
 

@@ -1,6 +1,7 @@
-"""Callers that stopped reading endless event streams: what each costs in memory, and all of them in CPU.
+"""Clients that stopped reading endless event streams: the memory of each, and the CPU of all of them.
 
-Each has read the head and some bytes, and the kernel keeps little for it. Memory and CPU are taken when all are stuck.
+Each has read the head and some bytes, and the kernel buffers little for it. Memory and CPU are measured when all are
+stuck.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import asyncio
 
 from benchmarks import measure
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import sequential, unread
 from benchmarks.calls import post
+from benchmarks.clients import sequential, unread
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 
@@ -22,23 +23,23 @@ async def run(bench: Bench) -> list[Figure]:
     values: dict[tuple[str, str, str], list[float]] = {}
 
     async def once(peer: Peer) -> None:
-        bench.say(f"  {peer.name}")
+        bench.log(f"  {peer.name}")
         async with bench.running(peer, calls=bench.scale.stuck) as server:
             await asyncio.to_thread(sequential, server.port, post("/bench/short", 0), 10)
             before = measure.pss_kb(server.pid)
-            callers = []
+            clients = []
             try:
                 for number in range(bench.scale.stuck):
                     call = post("/bench/sse/endless", number)
-                    callers.append(await asyncio.to_thread(unread, server.port, call))
+                    clients.append(await asyncio.to_thread(unread, server.port, call))
                 await asyncio.sleep(bench.scale.settle_s)
                 cpu = measure.cpu_s(server.pid)
                 await asyncio.sleep(bench.scale.watch_s)
                 cpu = measure.cpu_s(server.pid) - cpu
                 grown = measure.pss_kb(server.pid) - before
             finally:
-                for caller in callers:
-                    caller.close()
+                for client in clients:
+                    client.close()
         values.setdefault((MEMORY, peer.name, "MB"), []).append(grown / 1024 / bench.scale.stuck)
         values.setdefault((CPU, peer.name, "%"), []).append(cpu / bench.scale.watch_s * 100)
 
@@ -48,5 +49,5 @@ async def run(bench: Bench) -> list[Figure]:
 
 
 ROW = Row(
-    "stuck", "100 callers that stopped reading endless event streams", run, (Target(MEMORY, 1.0), Target(CPU, 2.0))
+    "stuck", "100 clients that stopped reading endless event streams", run, (Target(MEMORY, 1.0), Target(CPU, 2.0))
 )

@@ -1,20 +1,20 @@
-"""What the access log and the metrics cost a relayed short POST.
+"""CPU of the access log and of the metrics for a relayed short POST.
 
-64 keep-alive callers send a short JSON POST again as soon as it is answered, to this proxy without either, with the
+64 keep-alive clients repeat a short JSON POST after each response. The servers are this proxy without either, with the
 access log (to a file), with the metrics, and with both. All stay up and take turns.
 """
 
 from __future__ import annotations
 
 from benchmarks import measure
-from benchmarks.bench import CALLERS, Bench, Row
-from benchmarks.callers import closed_loop
+from benchmarks.bench import CLIENTS, Bench, Row
 from benchmarks.calls import post
+from benchmarks.clients import closed_loop
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer, ours_with
 from benchmarks.servers import Server
 
-NEITHER = "CPU per short POST, not watched"
+NEITHER = "CPU per short POST, neither"
 LOG = "CPU per short POST, access log"
 METRICS = "CPU per short POST, metrics"
 BOTH = "CPU per short POST, access log and metrics"
@@ -32,7 +32,7 @@ async def run(bench: Bench) -> list[Figure]:
 
     async def once(peer: Peer, server: Server) -> dict[str, float]:
         (name,) = [name for name, other in peers.items() if other is peer]
-        calls = [post("/bench/short", number) for number in range(CALLERS)]
+        calls = [post("/bench/short", number) for number in range(CLIENTS)]
         async with bench.each_once(peer) as executed:
             before = measure.cpu_s(server.pid)
             executed.expected = await closed_loop(server.port, calls, bench.scale.loop_s)

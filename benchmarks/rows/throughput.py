@@ -1,17 +1,17 @@
-"""Throughput of one large answer to a GET, read as fast as it comes."""
+"""Throughput of one large response to a GET, read as fast as it arrives."""
 
 from __future__ import annotations
 
 import asyncio
 
 from benchmarks.bench import Bench, Row
-from benchmarks.callers import read_big
 from benchmarks.calls import get
+from benchmarks.clients import read_big
 from benchmarks.figures import Figure, Target
 from benchmarks.peers import Peer
 from benchmarks.servers import Server
 
-MEASURE = "throughput of a large answer"
+MEASURE = "throughput of a large response"
 
 
 async def run(bench: Bench) -> list[Figure]:
@@ -26,7 +26,7 @@ async def run(bench: Bench) -> list[Figure]:
 
 ROW = Row(
     "throughput",
-    "Throughput of one 300 MB answer, fast reader",
+    "Throughput of one 300 MB response, fast reader",
     run,
     (Target(MEASURE, 0.4, reference="nginx", at_least=True),),
 )

@@ -1,7 +1,7 @@
-"""A sampling profiler inside a peer, by CPU time: Python runs this at its start where it finds it (see ``profile.py``).
+"""A sampling profiler inside a peer, by CPU time: Python runs this file at its start (see ``profile.py``).
 
-SIGUSR1 begins, SIGUSR2 ends and writes each stack with its count to the file named by SAMPLES. What C code does between
-two samples counts for the Python function that runs next.
+SIGUSR1 starts it. SIGUSR2 stops it and writes each stack with its count to the file named by SAMPLES. Time in C code
+counts for the Python function that runs next.
 """
 
 import collections
@@ -15,6 +15,7 @@ stacks: collections.Counter[str] = collections.Counter()
 
 
 def sample(_number: int, frame: FrameType | None) -> None:
+    """Count the current stack."""
     names = []
     while frame is not None:
         code = frame.f_code
@@ -24,11 +25,13 @@ def sample(_number: int, frame: FrameType | None) -> None:
 
 
 def begin(*_args: object) -> None:
+    """Start to sample."""
     stacks.clear()
     signal.setitimer(signal.ITIMER_PROF, INTERVAL_S, INTERVAL_S)
 
 
 def end(*_args: object) -> None:
+    """Stop, and write the counts."""
     signal.setitimer(signal.ITIMER_PROF, 0)
     with open(os.environ["SAMPLES"], "w") as file:
         file.writelines(f"{stack}\t{count}\n" for stack, count in stacks.items())

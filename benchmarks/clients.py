@@ -1,7 +1,7 @@
-"""Callers that cost little, for they share the machine with what they measure.
+"""Clients that cost little CPU, because they share the machine with the servers that they measure.
 
-Each is one connection that speaks HTTP/1.1 as bytes. Many at once are asyncio protocols; one alone, whose latency or
-throughput counts, is a blocking socket.
+Each is one connection that sends and parses the bytes of HTTP/1.1. Many at once are asyncio protocols; a single one,
+whose latency or throughput counts, is a blocking socket.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.calls import BLOCK_BYTES, Call
 
-__all__ = ["Caller", "Wrong", "closed_loop", "open_callers", "read_big", "sequential", "unread"]
+__all__ = ["Client", "Wrong", "closed_loop", "open_clients", "read_big", "sequential", "unread"]
 
 HOST = "127.0.0.1"
 HEAD_END = b"\r\n\r\n"
@@ -23,17 +23,17 @@ TIMEOUT_S = 60.0
 
 
 class Wrong(Exception):
-    """An answer is not what it must be."""
+    """A result is not the expected one."""
 
 
 class Reader:
-    """Takes one answer after the other from what arrives on a connection."""
+    """A parser of one response after the other, from the bytes that arrive on a connection."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, data: bytes) -> tuple[int, bytes] | None:
-        """Status and body as soon as the answer is whole."""
+        """Return status and body as soon as the response is complete, None before."""
         buffer = self._buffer = self._buffer + data if self._buffer else data
         end = buffer.find(HEAD_END)
         if end < 0:
@@ -51,13 +51,13 @@ class Reader:
             if body is None:
                 return None
         else:
-            raise Wrong(f"an answer of unknown length: {head[:200]!r}")
+            raise Wrong(f"a response of unknown length: {head[:200]!r}")
         self._buffer = b""
         return int(head[9:12]), body
 
 
 def _unchunk(data: bytes) -> bytes | None:
-    """The body in a whole chunked one, None while the last chunk is missing."""
+    """Return the body of a chunked response, None while the last chunk is missing."""
     if not data.endswith(b"0\r\n\r\n"):
         return None
     body = b""
@@ -69,20 +69,24 @@ def _unchunk(data: bytes) -> bytes | None:
         body, data = body + rest[:length], rest[length + 2 :]
 
 
-def check(call: Call, answer: tuple[int, bytes]) -> None:
-    if answer != (200, call.answer):
-        raise Wrong(f"status {answer[0]}, body {answer[1][:300]!r}")
+def check(call: Call, response: tuple[int, bytes]) -> None:
+    """Raise Wrong unless the response is the expected one."""
+    if response != (200, call.response):
+        raise Wrong(f"status {response[0]}, body {response[1][:300]!r}")
 
 
-class Caller(asyncio.Protocol):
-    """One connection that sends ``call`` when it is made, and calls ``on_answer`` after each right answer."""
+class Client(asyncio.Protocol):
+    """One connection that sends ``call`` when it is open.
 
-    def __init__(self, call: Call, on_answer: Callable[[Caller], None]) -> None:
+    It calls ``on_response`` after each expected response, and once with ``error`` set if it fails.
+    """
+
+    def __init__(self, call: Call, on_response: Callable[[Client], None]) -> None:
         self.call = call
-        self.answered_at = 0.0
+        self.responded_at = 0.0
         self.error = ""
-        self.ended = False
-        self._on_answer = on_answer
+        self.closed = False
+        self._on_response = on_response
         self._reader = Reader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -95,79 +99,79 @@ class Caller(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            if (answer := self._reader.feed(data)) is None:
+            if (response := self._reader.feed(data)) is None:
                 return
-            check(self.call, answer)
+            check(self.call, response)
         except Wrong as exc:
             self.fail(str(exc))
             return
-        self.answered_at = time.perf_counter()
-        self._on_answer(self)
+        self.responded_at = time.perf_counter()
+        self._on_response(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended and not self.answered_at:
+        if not self.closed and not self.responded_at:
             self.fail(f"connection lost: {exc}")
 
     def fail(self, error: str) -> None:
-        if not self.ended:
+        if not self.closed:
             self.error = error
             self.close()
-            self._on_answer(self)
+            self._on_response(self)
 
     def close(self) -> None:
-        self.ended = True
+        self.closed = True
         self._transport.abort()
 
 
-async def open_callers(port: int, calls: Sequence[Call], on_answer: Callable[[Caller], None]) -> list[Caller]:
-    """Connect all at once and send their calls. One that cannot connect is a caller with an error."""
+async def open_clients(port: int, calls: Sequence[Call], on_response: Callable[[Client], None]) -> list[Client]:
+    """Connect all at once and send their calls. A client that cannot connect is returned with its error."""
     loop = asyncio.get_running_loop()
 
-    async def connect(call: Call) -> Caller:
-        caller = Caller(call, on_answer)
+    async def connect(call: Call) -> Client:
+        client = Client(call, on_response)
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await loop.create_connection(lambda: caller, HOST, port)
+                await loop.create_connection(lambda: client, HOST, port)
         except OSError as exc:
-            caller.ended, caller.error = True, f"{type(exc).__name__}: {exc}"
-            on_answer(caller)
-        return caller
+            client.closed, client.error = True, f"{type(exc).__name__}: {exc}"
+            on_response(client)
+        return client
 
     return await asyncio.gather(*map(connect, calls))
 
 
 async def closed_loop(port: int, calls: Sequence[Call], seconds: float) -> int:
-    """Each caller sends its call again as soon as it is answered. The number of right answers; raises Wrong."""
+    """Let each client repeat its call after each response. Return the number of expected responses, or raise Wrong."""
     count = 0
     end = time.perf_counter() + seconds
     running = len(calls)
     failures: list[str] = []
     over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def on_answer(caller: Caller) -> None:
+    def on_response(client: Client) -> None:
         nonlocal count, running
-        if caller.error:
-            failures.append(caller.error)
+        if client.error:
+            failures.append(client.error)
         else:
             count += 1
-            if caller.answered_at < end:
-                caller.send()
+            if client.responded_at < end:
+                client.send()
                 return
-            caller.close()
+            client.close()
         running -= 1
         if running == 0 and not over.done():
             over.set_result(None)
 
-    await open_callers(port, calls, on_answer)
+    await open_clients(port, calls, on_response)
     async with asyncio.timeout(seconds + TIMEOUT_S):
         await over
     if failures:
-        raise Wrong(f"{len(failures)} of {len(calls)} callers failed, one with: {failures[0]}")
+        raise Wrong(f"{len(failures)} of {len(calls)} clients failed, the first with: {failures[0]}")
     return count
 
 
 def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
-    """A blocking connection. A small ``receive_buffer`` keeps what a caller leaves unread out of the kernel."""
+    """Return a blocking connection. With a small ``receive_buffer`` the kernel keeps few bytes that are not read."""
     connected = socket.socket()
     if receive_buffer is not None:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -178,53 +182,54 @@ def connect(port: int, *, receive_buffer: int | None = None) -> socket.socket:
 
 
 def sequential(port: int, call: Call, count: int) -> list[float]:
-    """The latencies in seconds of ``count`` calls, one after the other on one connection. Raises Wrong."""
+    """Return the latencies in seconds of ``count`` calls, one after the other on one connection. Raise Wrong."""
     latencies = []
-    with contextlib.closing(connect(port)) as caller:
+    with contextlib.closing(connect(port)) as client:
         for _ in range(count):
             reader = Reader()
             start = time.perf_counter()
-            caller.sendall(call.request)
-            while (answer := reader.feed(_receive(caller))) is None:
+            client.sendall(call.request)
+            while (response := reader.feed(_receive(client))) is None:
                 pass
             latencies.append(time.perf_counter() - start)
-            check(call, answer)
+            check(call, response)
     return latencies
 
 
-def _receive(caller: socket.socket) -> bytes:
-    data = caller.recv(RECEIVE_BYTES)
+def _receive(client: socket.socket) -> bytes:
+    data = client.recv(RECEIVE_BYTES)
     if not data:
         raise Wrong("the connection was closed")
     return data
 
 
 def unread(port: int, call: Call, *, receive_buffer: int = 16 * 1024) -> socket.socket:
-    """A caller that has read the head and the first bytes of a stream, and now reads no more. Raises Wrong."""
-    caller = connect(port, receive_buffer=receive_buffer)
-    caller.sendall(call.request)
+    """Return a client that has read the head and the first bytes of a stream, and reads no more. Raise Wrong."""
+    client = connect(port, receive_buffer=receive_buffer)
+    client.sendall(call.request)
     start = b""
     while HEAD_END not in start or start.endswith(HEAD_END):
-        start += caller.recv(1024) or b""
+        start += client.recv(1024) or b""
         if not start:
             raise Wrong("the connection was closed")
     if not start.startswith(b"HTTP/1.1 200"):
-        raise Wrong(f"answer {start[:200]!r}")
-    return caller
+        raise Wrong(f"response {start[:200]!r}")
+    return client
 
 
 def read_big(port: int, call: Call, size: int, *, rate: float | None = None, seconds: float | None = None) -> float:
-    """Read a body of ``size`` bytes of upstream.mjs's pattern; the seconds it took. Raises Wrong.
+    """Read a body of ``size`` bytes of upstream.mjs's pattern, and return the seconds it took. Raise Wrong.
 
-    ``rate`` is how many bytes are read in a second, None for as many as come. After ``seconds`` the caller leaves.
+    ``rate`` is how many bytes are read in a second, None for as many as arrive. The client disconnects after
+    ``seconds``.
     """
     buffer = memoryview(bytearray(RECEIVE_BYTES if rate is None else BLOCK_BYTES))
-    with contextlib.closing(connect(port)) as caller:
+    with contextlib.closing(connect(port)) as client:
         start = time.perf_counter()
-        caller.sendall(call.request)
+        client.sendall(call.request)
         head = b""
         while not head.endswith(HEAD_END):
-            head += caller.recv(1) or b""
+            head += client.recv(1) or b""
         if f"content-length: {size}".encode() not in head.lower():
             body: _Body = _Chunked(size)
         else:
@@ -232,7 +237,7 @@ def read_big(port: int, call: Call, size: int, *, rate: float | None = None, sec
         while not body.complete:
             if seconds is not None and time.perf_counter() - start > seconds:
                 return seconds
-            count = caller.recv_into(buffer)
+            count = client.recv_into(buffer)
             if not count:
                 raise Wrong(f"the body ended after {body.received} of {size} bytes")
             body.take(buffer[:count])
@@ -242,7 +247,7 @@ def read_big(port: int, call: Call, size: int, *, rate: float | None = None, sec
 
 
 class _Body:
-    """A body of known length. The first and the last byte of each piece must be what belongs in their place."""
+    """A body of known length. The first and the last byte of each piece must be those of the pattern."""
 
     def __init__(self, size: int) -> None:
         self.received = 0
@@ -253,14 +258,14 @@ class _Body:
         return self.received >= self._size
 
     def take(self, data: memoryview) -> None:
-        for place, byte in ((self.received, data[0]), (self.received + len(data) - 1, data[-1])):
-            if byte != place // BLOCK_BYTES % 251:
-                raise Wrong(f"byte {place} is {byte}")
+        for offset, byte in ((self.received, data[0]), (self.received + len(data) - 1, data[-1])):
+            if byte != offset // BLOCK_BYTES % 251:
+                raise Wrong(f"byte {offset} is {byte}")
         self.received += len(data)
 
 
 class _Chunked(_Body):
-    """The same in chunks."""
+    """The same body in chunks."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -279,7 +284,7 @@ class _Chunked(_Body):
                 self._left -= len(piece)
                 super().take(piece)
                 continue
-            # Between two chunks: CR LF (but for the first), the size in hexadecimal, CR LF.
+            # Between two chunks: CR LF (except before the first), the size in hexadecimal, CR LF.
             self._framing += bytes(data[:1])
             data = data[1:]
             if self._framing.endswith(b"\r\n") and len(self._framing) > 2:
