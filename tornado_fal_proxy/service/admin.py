@@ -1,7 +1,7 @@
-"""What the operator's own tools ask, on an address that callers cannot reach: is it alive, is it ready, how is it.
+"""Endpoints for the operator's own tools, on an address that clients cannot reach: health, readiness, metrics.
 
-Strategy. All workers listen on one socket, and whoever answers speaks for all of them. It listens until the process has
-ended, so that a drain is seen as one.
+Strategy. All workers listen on one socket, and each can answer for all of them. The socket is open until the process
+ends, which lets the tools see a drain as a drain.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 from tornado.web import Application, RequestHandler
 
 if TYPE_CHECKING:
-    from tornado_fal_proxy.metrics import Metrics
+    from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
 __all__ = ["HealthHandler", "admin_application"]
 
 
 class HealthHandler(RequestHandler):
-    """``GET /healthz``: the process is alive and its loop turns."""
+    """``GET /healthz``: 200 while the process lives and its loop runs."""
 
     def get(self) -> None:
-        self.answer(200, b'{"status": "ok"}')
+        """Respond 200."""
+        self.respond(200, b'{"status": "ok"}')
 
     head = get
 
-    def answer(self, status: int, body: bytes, content_type: str = "application/json") -> None:
+    def respond(self, status: int, body: bytes, content_type: str = "application/json") -> None:
+        """Send a response that nobody may cache."""
         self.set_status(status)
         self.set_header("Content-Type", content_type)
         self.set_header("Cache-Control", "no-store")
@@ -33,16 +35,18 @@ class HealthHandler(RequestHandler):
 
 
 class ReadyHandler(HealthHandler):
-    """``GET /readyz``: 200 while calls are taken, 503 as soon as the service ends."""
+    """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins."""
 
     def initialize(self, is_ready: Callable[[], bool]) -> None:
+        """Take the function that decides between the two."""
         self._is_ready = is_ready
 
     def get(self) -> None:
+        """Respond 200 or 503."""
         if self._is_ready():
-            self.answer(200, b'{"status": "ready"}')
+            self.respond(200, b'{"status": "ready"}')
         else:
-            self.answer(503, b'{"status": "draining"}')
+            self.respond(503, b'{"status": "draining"}')
 
     head = get
 
@@ -50,25 +54,27 @@ class ReadyHandler(HealthHandler):
 class MetricsHandler(HealthHandler):
     """``GET /metrics``, for Prometheus."""
 
-    def initialize(self, metrics: Metrics, look: Callable[[], None]) -> None:
-        self._metrics, self._look = metrics, look
+    def initialize(self, metrics: Metrics, refresh: Callable[[], object]) -> None:
+        """Take the metrics, and the function that brings them up to date."""
+        self._metrics, self._refresh = metrics, refresh
 
     def get(self) -> None:
-        self._look()
-        self.answer(200, *self._metrics.text(self.request.headers.get("Accept", "")))
+        """Respond with the metrics as they are now."""
+        self._refresh()
+        self.respond(200, *self._metrics.text(self.request.headers.get("Accept", "")))
 
     head = get
 
 
 def admin_application(
-    metrics: Metrics, is_ready: Callable[[], bool], look: Callable[[], None], **settings: Any
+    metrics: Metrics, is_ready: Callable[[], bool], refresh: Callable[[], object], **settings: Any
 ) -> Application:
-    """``look`` is called before the metrics are read, to bring what stands on the board up to date."""
+    """Make the application of the admin port. ``refresh`` is called before each reading of the metrics."""
     return Application(
         [
             ("/healthz", HealthHandler),
             ("/readyz", ReadyHandler, {"is_ready": is_ready}),
-            ("/metrics", MetricsHandler, {"metrics": metrics, "look": look}),
+            ("/metrics", MetricsHandler, {"metrics": metrics, "refresh": refresh}),
         ],
         log_function=lambda handler: None,
         **settings,

@@ -1,11 +1,12 @@
-"""A caller's connection, read at less cost than Tornado's own.
+"""A client's connection, read at less cost than by Tornado's own classes.
 
-Strategy. Tornado's parser stays the judge of every request. But a caller's second request repeats most header lines of
-its first, and other callers send the same ones: what Tornado made of a line is kept, and only the lines are put
-together anew. Whatever is unusual, such as a folded line or a bare LF, goes to Tornado's parser as a whole.
+Strategy. Tornado's parser still decides about every request. But a client's second request repeats most header lines
+of its first, and other clients send the same lines: what Tornado made of a line is cached, and a head is put together
+from these results. A head with anything unusual, such as a folded line or a bare LF, goes to Tornado's parser as a
+whole.
 
-Tornado gives each wait for a request a timer of its own. Here a connection only notes since when it waits, and the
-server looks at all of them from time to time.
+Tornado gives each wait for a request a timer. Here a connection only notes since when it waits, and the server sweeps
+over all connections every few seconds.
 """
 
 from __future__ import annotations
@@ -20,50 +21,53 @@ from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerConnectionDe
 from tornado.iostream import IOStream, StreamClosedError, UnsatisfiableReadError
 from tornado.log import gen_log
 
-__all__ = ["CallerConnection", "CallerStream", "Request", "close_after"]
+__all__ = ["ClientConnection", "ClientStream", "Request", "close_after"]
 
-# Lines of callers that are kept, and the longest of them: no more than 1 MB in all.
-KEPT_LINES, KEPT_LINE_BYTES = 4096, 128
-# Nobody's secrets are kept.
-_NOT_KEPT = ("authorization", "cookie", "proxy-authorization")
+# Header lines in the cache, and the longest of them: no more than 1 MB in all, whatever clients send.
+MAX_CACHED_LINES, MAX_CACHED_LINE_BYTES = 4096, 128
+# Headers that are never cached, because they carry clients' secrets.
+_SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization")
 
 
-class CallerStream(IOStream):
-    """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no garbage."""
+class ClientStream(IOStream):
+    """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no cycle of references."""
 
     def __init__(self, connection: socket.socket, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
         super().set_nodelay(True)
 
     def close(self, exc_info: Any = False) -> None:
-        """As Tornado's, which keeps an error, and with its traceback the frames that hold this stream: a cycle."""
+        """Close the stream and drop the error's traceback.
+
+        Tornado's stream keeps its error, whose traceback has the frames that refer to the stream: a cycle.
+        """
         super().close(exc_info)
         if self.error is not None:
             self.error.__traceback__ = None
 
     def set_nodelay(self, value: bool) -> None:
-        """Nothing. Tornado switches it on and off for each answer."""
+        """Do nothing. Tornado switches TCP_NODELAY on and off for each response."""
 
 
 class Request(HTTP1Connection):
-    """One request on a connection, and its answer."""
+    """One request on a connection, and its response."""
 
-    caller: CallerConnection
+    client_connection: ClientConnection
 
     @property
-    def is_being_answered(self) -> bool:
-        """Whether its head has come. What is answered is a connection's request no more."""
+    def has_head(self) -> bool:
+        """Return whether the request's head has come; the request is being served from then on."""
         return self._request_start_line is not None
 
     def _parse_headers(self, data: bytes) -> tuple[str, HTTPHeaders]:
-        self.caller.waits_since = self.caller.head_since = None
+        self.client_connection.waiting_since = self.client_connection.head_since = None
         start_line, *lines = data.decode("latin1").lstrip("\r\n").split("\r\n")
         if lines[-2:] != ["", ""] or "\n" in start_line:
             return super()._parse_headers(data)
         headers = HTTPHeaders()
         fields, combined = headers._as_list, headers._combined_cache
         for line in lines[:-2]:
-            field = _field(line) if len(line) <= KEPT_LINE_BYTES else _parse(line)
+            field = _field(line) if len(line) <= MAX_CACHED_LINE_BYTES else _parse(line)
             if field is None:
                 return super()._parse_headers(data)
             name, value = field
@@ -77,74 +81,74 @@ class Request(HTTP1Connection):
 
 
 def close_after(request: HTTP1Connection) -> None:
-    """Close the connection after the answer to ``request``, and tell the caller so, if its head has not left yet.
+    """Close the connection after the response to ``request``, and announce that in the response's head.
 
-    A caller whose answer's head has left may use the connection again.
+    A client whose response's head has left already may use the connection again.
     """
     if request._response_start_line is None:
         request._disconnect_on_finish = True
 
 
-class CallerConnection(HTTP1ServerConnection):
+class ClientConnection(HTTP1ServerConnection):
     """A connection from its first request to its last. All times are the loop's.
 
-    ``request`` is the one that is served or waited for, None before the loop's next turn; ``waits_since`` when the wait
-    for it began, ``head_since`` when the server noticed that its head had begun to come; both are None while it is
-    served. ``served`` tells whether there was a request before it.
+    ``request`` is the one that is served or waited for, None before the loop's next turn. ``waiting_since`` is when
+    the wait for it began, and ``head_since`` when the server noticed that a part of its head has come; both are None
+    while the request is served. ``has_served`` is whether there was a request before it.
     """
 
     request: Request | None = None
-    waits_since: float | None = None
+    waiting_since: float | None = None
     head_since: float | None = None
-    served = False
+    has_served = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request has come and is not answered yet."""
-        return self.request is not None and self.request.is_being_answered
+        """Return whether a request has come whose response is not finished."""
+        return self.request is not None and self.request.has_head
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a part of the next request's head is here."""
-        return self.waits_since is not None and self.stream._read_buffer_size > 0
+    def has_part_of_head(self) -> bool:
+        """Return whether a part of the next request's head has come."""
+        return self.waiting_since is not None and self.stream._read_buffer_size > 0
 
     async def _server_request_loop(self, delegate: HTTPServerConnectionDelegate) -> None:
-        # As Tornado's, but that it yields between two requests only when both came at once.
+        # Like Tornado's, except that it yields to the loop between two requests only when both came at once.
         loop = asyncio.get_running_loop()
         try:
             while True:
                 self.request = request = Request(self.stream, False, self.params, self.context)
-                request.caller = self
-                self.waits_since = loop.time()
+                request.client_connection = self
+                self.waiting_since = loop.time()
                 try:
                     again = await request.read_response(delegate.start_request(self, request))
                 except (StreamClosedError, UnsatisfiableReadError, asyncio.CancelledError):
                     return
-                except Exception:  # noqa: BLE001  (whatever it is ends this connection, and none else)
+                except Exception:  # noqa: BLE001  (an exception of any kind ends this connection, and no other)
                     gen_log.error("Uncaught exception", exc_info=True)
                     request.close()
                     return
                 if not again:
                     return
-                self.served = True
+                self.has_served = True
                 if self.stream._read_buffer_size:
                     await asyncio.sleep(0)
         finally:
             delegate.on_close(self)
-            self.request = None  # or each would keep the other until the next collection of garbage
+            self.request = None  # or the two would refer to each other until the next garbage collection
 
 
-@lru_cache(KEPT_LINES)
-def _kept(line: str) -> tuple[str, str] | None:
+@lru_cache(MAX_CACHED_LINES)
+def _cached(line: str) -> tuple[str, str] | None:
     return _parse(line)
 
 
 def _field(line: str) -> tuple[str, str] | None:
-    return _parse(line) if line.lower().startswith(_NOT_KEPT) else _kept(line)
+    return _parse(line) if line.lower().startswith(_SECRET_HEADERS) else _cached(line)
 
 
 def _parse(line: str) -> tuple[str, str] | None:
-    """What Tornado makes of a header line, None where it makes none or not one header of it."""
+    """Return the header that Tornado makes of a line, None if it refuses the line or makes of it no single header."""
     headers = HTTPHeaders()
     try:
         headers.parse_line(line)

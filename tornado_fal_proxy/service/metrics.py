@@ -1,10 +1,10 @@
-"""Counters and histograms of all worker processes, as Prometheus reads them.
+"""Counters and histograms of all worker processes, for Prometheus.
 
 Strategy. ``prometheus_client`` (the extra ``metrics``) counts. With several workers its values are in files that all of
-them read, one set for each worker's row and not for each process, so that whoever takes the place of one that died goes
-on counting where that one was cut off. What is a number of the moment (calls in flight, connections) stands on the
-workers' :class:`~tornado_fal_proxy.workers.Board`, which forgets a worker that dies. Every label has few values,
-whatever callers send.
+them read. There is a set of files for each slot and not for each process, so the worker that replaces one that died
+goes on with its counts. Numbers of the moment, such as calls in flight and connections, are on the workers'
+:class:`~tornado_fal_proxy.service.scoreboard.Scoreboard`, from which those of a dead worker are cleared. Every label
+has few values, whatever clients send.
 """
 
 from __future__ import annotations
@@ -24,59 +24,61 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.telemetry import Call, endpoint_class
-from tornado_fal_proxy.workers import Board
+from tornado_fal_proxy.rules.endpoints import kind_of
+from tornado_fal_proxy.service.scoreboard import Scoreboard
+from tornado_fal_proxy.telemetry import Call
 
 __all__ = ["Metrics"]
 
-# Short calls on one end, models that think for many minutes on the other.
+# Upper bounds of the histograms' buckets: refusals and cached results take milliseconds, slow models many minutes.
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The metrics of the worker in ``row``; in ``directory``, which the workers share, where there are several."""
+    """The metrics of the worker in ``slot``. ``directory`` is shared by the workers, and None if there is only one."""
 
-    def __init__(self, board: Board, row: int, directory: str | None, max_in_flight: int) -> None:
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # several workers have none either
+    def __init__(self, scoreboard: Scoreboard, slot: int, directory: str | None, max_in_flight: int) -> None:
+        # Metrics of several workers do not have these either.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         if directory is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-            values.ValueClass = values.MultiProcessValue(lambda: row)  # type: ignore[no-untyped-call]
+            values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace="fal_proxy", registry=registry)
 
         def seconds(name: str, text: str) -> Histogram:
-            return Histogram(name, text, ["endpoint"], namespace="fal_proxy", registry=registry, buckets=BUCKETS_S)
+            return Histogram(name, text, ["kind"], namespace="fal_proxy", registry=registry, buckets=BUCKETS_S)
 
-        self._calls = counter("calls", "Calls that are over.", "method", "endpoint", "outcome", "why")
-        self._answers = counter("upstream_answers", "Answers of fal's server.", "protocol", "status")
-        self._bytes = counter("body_bytes", "Bytes of bodies from callers and to them.", "direction")
-        self._cancellations = counter("cancellations", "Calls to fal that were ended because their caller left.")
-        self._first_byte = seconds("first_byte_seconds", "From the head of a call to the first byte of fal's answer.")
-        self._total = seconds("call_seconds", "From the head of a call to its end, where fal was asked.")
-        # What labels() finds out for each call is kept: it takes as long as to count.
+        self._calls = counter("calls", "Calls that are over.", "method", "kind", "outcome", "error")
+        self._responses = counter("upstream_responses", "Responses of fal's servers.", "protocol", "status")
+        self._bytes = counter("body_bytes", "Bytes of bodies from clients and to them.", "direction")
+        self._cancellations = counter("cancellations", "Calls to fal that were cancelled because the client left.")
+        self._first_byte = seconds("first_byte_seconds", "From a call's head to the first byte of fal's response.")
+        self._total = seconds("call_seconds", "From a call's head to its end, if fal was called.")
+        # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
-        self._answers_of = lru_cache(1024)(lambda protocol, status: self._answers.labels(protocol, f"{status}xx"))
+        self._responses_of = lru_cache(1024)(lambda protocol, status: self._responses.labels(protocol, f"{status}xx"))
         self._first_byte_of = lru_cache(64)(self._first_byte.labels)
         self._total_of = lru_cache(64)(self._total.labels)
         self._received, self._sent = self._bytes.labels("received"), self._bytes.labels("sent")
         if directory is not None:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-        registry.register(_OfTheBoard(board, max_in_flight))
+        registry.register(_ScoreboardCollector(scoreboard, max_in_flight))
         self._registry = registry
 
     def count(self, call: Call) -> None:
-        """A call is over."""
-        endpoint = endpoint_class(call.target)
-        self._calls_of(call.method, endpoint, call.outcome, call.why).inc()
+        """Count a call that is over."""
+        kind = kind_of(call.target)
+        self._calls_of(call.method, kind, call.outcome, call.error).inc()
         if call.relayed:
             if call.head is not None and call.first_byte_s is not None:
-                self._answers_of(call.head.protocol, call.head.status // 100).inc()
-                self._first_byte_of(endpoint).observe(call.first_byte_s)
-            self._total_of(endpoint).observe(call.seconds)
-            if call.outcome == "caller_gone":
+                self._responses_of(call.head.protocol, call.head.status // 100).inc()
+                self._first_byte_of(kind).observe(call.first_byte_s)
+            self._total_of(kind).observe(call.seconds)
+            if call.outcome == "client_disconnected":
                 self._cancellations.inc()
         if call.received_bytes:
             self._received.inc(call.received_bytes)
@@ -84,29 +86,35 @@ class Metrics:
             self._sent.inc(call.sent_bytes)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """All workers' metrics, in the format that ``accept`` asks for, and its content type."""
+        """Return all workers' metrics, in the format that ``accept`` asks for, and their content type."""
         encode, content_type = prometheus_client.exposition.choose_encoder(accept)
         return encode(self._registry), content_type
 
 
-class _OfTheBoard(Collector):
-    def __init__(self, board: Board, max_in_flight: int) -> None:
-        self._board, self._max_in_flight = board, max_in_flight
+class _ScoreboardCollector(Collector):
+    """The numbers of the moment, and the build."""
+
+    def __init__(self, scoreboard: Scoreboard, max_in_flight: int) -> None:
+        self._scoreboard, self._max_in_flight = scoreboard, max_in_flight
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they are now."""
+
         def gauge(name: str, text: str, value: float) -> Metric:
             return GaugeMetricFamily("fal_proxy_" + name, text, value)
 
-        everyone = self._board.rows()
-        rows = [row for row in everyone if row.connections is not None]
-        yield gauge("workers", "Worker processes that take calls.", len(rows))
-        yield gauge("workers_wanted", "Worker processes that there are to be.", len(everyone))
-        yield gauge("in_flight", "Calls that are being served.", sum(row.in_flight for row in everyone))
-        yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(rows))
-        yield gauge("caller_connections", "Connections of callers.", sum(row.connections or 0 for row in rows))
-        yield gauge("upstream_connections", "Connections to fal.", sum(row.upstream_connections for row in everyone))
-        restarts = CounterMetricFamily("fal_proxy_worker_restarts", "Workers that took the place of one that ended.")
-        restarts.add_metric([], self._board.restarts())
+        workers = self._scoreboard.workers()
+        accepting = [worker for worker in workers if worker.connections is not None]
+        connections = sum(worker.connections or 0 for worker in accepting)
+        upstream_connections = sum(worker.upstream_connections for worker in workers)
+        yield gauge("workers", "Worker processes that accept calls.", len(accepting))
+        yield gauge("workers_expected", "Worker processes that there should be.", len(workers))
+        yield gauge("in_flight", "Calls that are being served.", sum(worker.in_flight for worker in workers))
+        yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(accepting))
+        yield gauge("client_connections", "Connections of clients.", connections)
+        yield gauge("upstream_connections", "Connections to fal.", upstream_connections)
+        restarts = CounterMetricFamily("fal_proxy_worker_restarts", "Workers that replaced one that ended.")
+        restarts.add_metric([], self._scoreboard.restarts())
         yield restarts
         yield InfoMetricFamily("fal_proxy_build", "Versions.", _versions())
 

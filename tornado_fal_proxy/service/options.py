@@ -1,10 +1,11 @@
 """The command's options: arguments and environment in, one frozen and checked :class:`Settings` out.
 
-Strategy. Every option is a text from the command line or from ``FAL_PROXY_<NAME>``, checked in one place, so that a
-wrong one ends the start with a line that says what to change and never with a traceback. Nothing here listens, forks or
-logs.
+Strategy. Every option is a field, here or of :class:`~tornado_fal_proxy.config.ProxyConfig`, whose metadata has its
+help text, its group in ``--help`` and a function that parses and checks its text. The command line, the
+``FAL_PROXY_<NAME>`` variables and the error lines are derived from these fields. A wrong option ends the start with a
+line that names what to change, never with a traceback. This module does not listen, fork or log.
 
-The key is no option: an argument list is for everyone on the machine to read.
+The key is no option, because everyone on the machine can read an argument list.
 """
 
 from __future__ import annotations
@@ -12,129 +13,190 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.callers import TrustedProxies
 from tornado_fal_proxy.config import (
     DEFAULT_ROUTE,
-    EMPTY_LIST,
     ENV_PREFIX,
     FALSE,
-    MOST_S,
+    MAX_S,
     TRUE,
     ProxyConfig,
     as_list,
-    key_from,
-    key_from_file,
+    option,
     relay_options,
 )
+from tornado_fal_proxy.credentials import key_from_env, key_from_file
 from tornado_fal_proxy.errors import ConfigError
+from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 
-__all__ = ["PROGRAM", "Settings", "parse_settings"]
+__all__ = ["DEFAULT_ADDRESS", "DEFAULT_DRAIN_TIMEOUT_S", "DEFAULT_PORT", "PROGRAM", "Settings", "parse_settings"]
 
 PROGRAM = "tornado-fal-proxy"
 
-# Only this machine: who exposes a paid key to the world should say so.
+# The address to listen on: of this machine only, because a paid key is exposed to the world only if somebody asks.
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 8080
+# The text of an admin port that is not opened.
 NO_PORT = "none"
-DEFAULT_LOG_LEVEL = "info"
-DEFAULT_LOG_FORMAT = "text"
+# Paths that the service itself serves, or may serve, beside the route.
 TAKEN_ROUTES = ("/", "/healthz")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-# The options that say who may call what; the others say how a call is relayed.
-ACCESS_OPTIONS = (
-    *("allowed_endpoints", "allow_uploads", "max_token_expiration_s", "allowed_hosts", "allow_cancel"),
-    *("allowed_webhooks", "authorize", "resolve_key", "allowed_origins", "allow_credentials"),
-)
-# The sandbox, and whoever embeds nothing else in the process, needs no more; a worker for each core is --processes=0.
+# The processes that serve: the sandbox, or a first try, needs no more than one.
 DEFAULT_PROCESSES = 1
-MOST_PROCESSES = 256
-# What Kubernetes gives a pod, and longer than most models run. Endless streams are cut after it.
+# Limits processes: more than any machine has cores, and far fewer than an operating system permits.
+MAX_PROCESSES = 256
+MAX_PORT = 65_535
+# Limits a drain: the time that Kubernetes gives a pod, and longer than most models run. Endless streams reach it.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 
-_OPTION = re.compile(r"--[a-z-]+(?==|\Z)")
-_PORT = re.compile(r"[0-9]{1,5}")
+# The groups of ``--help`` in their order, each with its description.
+GROUPS = {
+    "listening": None,
+    "relaying": None,
+    "access": "lists are separated by commas; README.md, 'Secure it', explains them",
+    "processes": None,
+    "watching": None,
+    "other": None,
+}
+
+_UNKNOWN_OPTION = re.compile(r"--[a-z-]+(?==|\Z)")
 _ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
-_PROCESSES = re.compile(r"[0-9]{1,3}")
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?")
 
-# The options that are no field of ProxyConfig, with what an empty or missing text stands for.
-_DEFAULTS = {
-    "address": DEFAULT_ADDRESS,
-    "port": str(DEFAULT_PORT),
-    "route": DEFAULT_ROUTE,
-    "processes": str(DEFAULT_PROCESSES),
-    "drain_timeout_s": str(DEFAULT_DRAIN_TIMEOUT_S),
-    "log_level": DEFAULT_LOG_LEVEL,
-    "log_format": DEFAULT_LOG_FORMAT,
-    "trusted_proxies": EMPTY_LIST,
-    "admin_address": DEFAULT_ADDRESS,
-    "admin_port": NO_PORT,
-    "sandbox": "no",
-}
-# Which texts they may have, and how to say so. The address is for the operating system to judge.
-_RULES: dict[str, tuple[Callable[[str], bool], str]] = {
-    "port": (lambda text: _is_port(text), "a number from 0 to 65535"),
-    "admin_port": (lambda text: text == NO_PORT or _is_port(text), f"a number from 0 to 65535, or {NO_PORT}"),
-    "route": (
-        lambda text: bool(_ROUTE.fullmatch(text)) and text not in TAKEN_ROUTES,
-        f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}",
-    ),
-    "processes": (
-        lambda text: bool(_PROCESSES.fullmatch(text)) and int(text) <= MOST_PROCESSES,
-        f"a number from 0 to {MOST_PROCESSES}",
-    ),
-    "drain_timeout_s": (
-        lambda text: bool(_SECONDS.fullmatch(text)) and float(text) <= MOST_S,
-        f"a number of seconds from 0 to {MOST_S}",
-    ),
-    "log_level": (lambda text: text.lower() in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
-    "log_format": (lambda text: text.lower() in LOG_FORMATS, f"one of {', '.join(LOG_FORMATS)}"),
-    "sandbox": (lambda text: text.lower() in TRUE + FALSE, f"one of {', '.join(TRUE + FALSE)}"),
-}
+
+# Parsers: each returns the value of a text or raises ValueError with what is allowed.
 
 
-def _is_port(text: str) -> bool:
-    return bool(_PORT.fullmatch(text)) and int(text) < 65_536
+def _refuse(text: str, allowed: str) -> NoReturn:
+    raise ValueError(f"must be {allowed}, not {text!r}")
+
+
+def _whole_number(text: str, most: int, allowed: str = "") -> int:
+    if not re.fullmatch(r"[0-9]+", text) or len(text) > len(str(most)) or int(text) > most:
+        _refuse(text, allowed or f"a number from 0 to {most}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    return _whole_number(text, MAX_PORT)
+
+
+def _admin_port(text: str) -> int | None:
+    return None if text == NO_PORT else _whole_number(text, MAX_PORT, f"a number from 0 to {MAX_PORT}, or {NO_PORT}")
+
+
+def _processes(text: str) -> int:
+    return _whole_number(text, MAX_PROCESSES) or _cores()
+
+
+def _cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _seconds(text: str) -> float:
+    if not _SECONDS.fullmatch(text) or float(text) > MAX_S:
+        _refuse(text, f"a number of seconds from 0 to {MAX_S}")
+    return float(text)
+
+
+def _route(text: str) -> str:
+    if not _ROUTE.fullmatch(text) or text in TAKEN_ROUTES:
+        _refuse(text, f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}")
+    return text
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            _refuse(text, f"one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return _one_of(*TRUE, *FALSE)(text) in TRUE
+
+
+def _trusted_proxies(text: str) -> TrustedProxies:
+    return TrustedProxies(as_list(text))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the service does, checked. ``config`` is None in sandbox mode, where the sandbox decides it.
+    """The settings of the service, checked. The fields with metadata are its own options.
 
-    ``processes`` is how many serve, at least one. ``admin_port`` is None where there is none.
+    ``processes`` is how many serve, at least one. ``admin_port`` is None if there is none. ``config`` is None in
+    sandbox mode, where the sandbox decides it. ``texts`` has the text of every option, None where none was given.
     """
 
-    address: str
-    port: int
-    route: str
-    processes: int
-    drain_timeout_s: float
-    log_level: str
-    log_format: str
-    trusted_proxies: TrustedProxies
-    admin_address: str
-    admin_port: int | None
-    sandbox: bool
-    config: ProxyConfig | None
-    texts: Mapping[str, str | None]
-
-
-def _cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    address: str = option(DEFAULT_ADDRESS, "address or host name to listen on", "ADDRESS", group="listening")
+    port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one", "PORT", _port, group="listening")
+    route: str = option(DEFAULT_ROUTE, "path that fal's SDKs get as proxyUrl", "PATH", _route, group="listening")
+    processes: int = option(
+        DEFAULT_PROCESSES,
+        "processes that serve; 0 starts one for each core",
+        "NUMBER",
+        _processes,
+        group="processes",
+    )
+    drain_timeout_s: float = option(
+        DEFAULT_DRAIN_TIMEOUT_S,
+        "time that calls in flight get when the service ends, before they are aborted",
+        "SECONDS",
+        _seconds,
+        group="processes",
+    )
+    log_level: str = option(
+        "info",
+        f"lowest level to log: {', '.join(LOG_LEVELS)}",
+        "LEVEL",
+        _one_of(*LOG_LEVELS),
+        group="watching",
+    )
+    log_format: str = option(
+        "text", f"how to log: {', '.join(LOG_FORMATS)}", "FORMAT", _one_of(*LOG_FORMATS), group="watching"
+    )
+    trusted_proxies: TrustedProxies = option(  # noqa: RUF009  (it is a field)
+        TrustedProxies(),
+        "proxies in front whose X-Forwarded-For is believed: addresses, networks, unix for a socket file",
+        "ADDRESS,...",
+        _trusted_proxies,
+        group="watching",
+    )
+    admin_port: int | None = option(
+        None,
+        f"port for /metrics, /readyz and /healthz; 0 takes a free one (default: {NO_PORT})",
+        "PORT",
+        _admin_port,
+        group="watching",
+    )
+    admin_address: str = option(DEFAULT_ADDRESS, "address for these", "ADDRESS", group="watching")
+    sandbox: bool = option(
+        False,
+        "relay to a stand-in for fal on this machine: needs neither key nor network; / shows a page to try it",
+        parse=_switch,
+        group="other",
+    )
+    config: ProxyConfig | None = None
+    texts: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line on stderr and exit code 2, instead of the whole usage."""
+    """Raises an error instead of printing the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
+
+
+def _service_options() -> Iterator[Any]:
+    return (entry for entry in fields(Settings) if entry.metadata)
 
 
 def _parser() -> _Parser:
@@ -142,114 +204,71 @@ def _parser() -> _Parser:
         prog=PROGRAM,
         allow_abbrev=False,
         description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET, or the file "
-        "FAL_KEY_FILE) to calls of fal's clients and relays them.",
+        "FAL_KEY_FILE) to calls of fal's SDKs and relays them.",
         epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
         "An option wins over its variable.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-
-    def add(group: Any, name: str, help: str, metavar: str, default: object) -> None:
-        text = help if default is None else f"{help} (default: {default})"
-        group.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
-
-    def add_switch(group: Any, name: str, help: str) -> None:
-        group.add_argument("--" + name.replace("_", "-"), action="store_const", const="1", help=f"{help} (default: no)")
-
-    listen = parser.add_argument_group("listening")
-    add(listen, "address", "address or host name to listen on", "ADDRESS", DEFAULT_ADDRESS)
-    add(listen, "port", "port to listen on; 0 takes a free one", "PORT", DEFAULT_PORT)
-    add(listen, "route", "path that the clients' proxyUrl names", "PATH", DEFAULT_ROUTE)
-    relay = parser.add_argument_group("relaying")
-    access = parser.add_argument_group("access", "lists are separated by commas; README.md, 'Secure it', explains them")
-    for option in relay_options():
-        group = access if option.name in ACCESS_OPTIONS else relay
-        if option.default is False:
-            add_switch(group, option.name, option.metadata["help"])
-        else:
-            add(group, option.name, option.metadata["help"], option.metadata["metavar"], option.default)
-    processes = parser.add_argument_group("processes")
-    add(processes, "processes", "processes that serve; 0 starts one for each core", "NUMBER", DEFAULT_PROCESSES)
-    add(
-        processes,
-        "drain_timeout_s",
-        "time that calls in flight get when the service ends, before they are cut",
-        "SECONDS",
-        DEFAULT_DRAIN_TIMEOUT_S,
-    )
-    watch = parser.add_argument_group("watching")
-    add(watch, "log_level", "least level to log: " + ", ".join(LOG_LEVELS), "LEVEL", DEFAULT_LOG_LEVEL)
-    add(watch, "log_format", "how to log: " + ", ".join(LOG_FORMATS), "FORMAT", DEFAULT_LOG_FORMAT)
-    add(
-        watch,
-        "trusted_proxies",
-        "proxies in front whose X-Forwarded-For is believed: addresses, networks, unix for a socket file",
-        "ADDRESS,...",
-        None,
-    )
-    add(watch, "admin_port", "port for /metrics, /readyz and /healthz; 0 takes a free one", "PORT", NO_PORT)
-    add(watch, "admin_address", "address for these", "ADDRESS", DEFAULT_ADDRESS)
-    other = parser.add_argument_group("other")
-    other.add_argument(
-        "--sandbox",
-        action="store_const",
-        const="1",
-        help="relay to a stand-in for fal on this machine: needs neither key nor network; / shows a page to try it",
-    )
+    options = [*_service_options(), *relay_options()]
+    for title, description in GROUPS.items():
+        group = parser.add_argument_group(title, description)
+        for entry in options:
+            if entry.metadata["group"] == title:
+                _add(group, entry)
     return parser
 
 
+def _add(group: Any, entry: Any) -> None:
+    """Add an option to a group of the parser."""
+    name, default, text = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata["help"]
+    if default is False:
+        group.add_argument(name, action="store_const", const="1", help=f"{text} (default: no)")
+    else:
+        shown = "" if default in (None, TrustedProxies()) else f" (default: {default})"
+        group.add_argument(name, metavar=entry.metadata["metavar"], help=text + shown)
+
+
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """The settings that options and environment ask for. Raises ConfigError, naming every problem.
+    """Return the settings that arguments and environment ask for. Raise ConfigError, which names every problem.
 
     ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
     """
-    options, unknown = _parser().parse_known_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
-        # Only their names: somebody may have tried to pass the key.
-        names = [match[0] if (match := _OPTION.match(text)) else "an argument" for text in unknown]
+        # Only their names: one of them may be the key.
+        names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
         raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
     texts: dict[str, str | None] = {
         name: environ.get(ENV_PREFIX + name.upper()) if value is None else value
-        for name, value in vars(options).items()
+        for name, value in vars(arguments).items()
     }
-    own = {name: texts[name] or default for name, default in _DEFAULTS.items()}
-    problems = [
-        f"{name}: must be {form}, not {own[name]!r}" for name, (holds, form) in _RULES.items() if not holds(own[name])
-    ]
-    sandbox = own["sandbox"].lower() in TRUE
-    processes = (int(own["processes"]) or _cores()) if _RULES["processes"][0](own["processes"]) else 1
-    if sandbox and processes > 1:
+    values, problems = _parsed(texts)
+    sandbox, config = values.get("sandbox", False), None
+    if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
         problems.append("processes: the sandbox runs in one")
-    trusted, config = TrustedProxies(), None
-    try:
-        trusted = TrustedProxies(as_list(own["trusted_proxies"]))
-    except ValueError as exc:
-        problems.append(f"trusted_proxies: {exc}")
     try:
         config = _relay_config(texts, environ, sandbox)
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems:
         raise ConfigError([_in_options(problem) for problem in problems])
-    return Settings(
-        address=own["address"],
-        port=int(own["port"]),
-        route=own["route"],
-        processes=processes,
-        drain_timeout_s=float(own["drain_timeout_s"]),
-        log_level=own["log_level"].lower(),
-        log_format=own["log_format"].lower(),
-        trusted_proxies=trusted,
-        admin_address=own["admin_address"],
-        admin_port=None if own["admin_port"] == NO_PORT else int(own["admin_port"]),
-        sandbox=sandbox,
-        config=config,
-        texts=texts,
-    )
+    return Settings(**values, config=config, texts=texts)
+
+
+def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the service's own options that are given, and the problems. An empty text is none."""
+    values, problems = {}, []
+    for entry in _service_options():
+        if text := texts[entry.name]:
+            try:
+                values[entry.name] = entry.metadata["parse"](text)
+            except ValueError as exc:
+                problems.append(f"{entry.name}: {exc}")
+    return values, problems
 
 
 def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], sandbox: bool) -> ProxyConfig | None:
-    """The part of the settings that is the proxy's; in sandbox mode it is checked only. Raises ConfigError."""
+    """Return the settings of the relay; None in sandbox mode, where they are only checked. Raise ConfigError."""
     problems: list[str] = []
     key = None
     if sandbox:
@@ -258,7 +277,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
         texts = {**texts, **dict.fromkeys(set_by_it)}
     else:
         try:
-            key = key_from(environ) or key_from_file(environ)
+            key = key_from_env(environ) or key_from_file(environ)
             if key is None and not texts["resolve_key"]:
                 problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"]
         except ConfigError as exc:
@@ -273,7 +292,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
 
 
 def _in_options(problem: str) -> str:
-    """A problem that begins with a field's name, with the option's name instead."""
+    """Return a problem that begins with a field's name with the option's name in its place."""
     return re.sub(r"\A[a-z_]+(?=: )", lambda name: "--" + name[0].replace("_", "-"), problem).replace(
         "--key:", "FAL_KEY:"
     )

@@ -1,21 +1,21 @@
-"""The connections of one process: taken fairly, shed when open files run out, and drained at the end.
+"""The connections of one process: accepted in a fair share, shed when open files run out, drained at the end.
 
-Strategy. Workers share their listening sockets, so that a connection waits for whoever is there to take it, and one
-that nobody has taken yet survives the death of any worker. Left alone, the worker that wakes first takes all that wait.
-So a worker that has more connections than another stands back for :data:`STAND_BACK_S`; whatever still waits then
-nobody else wanted, and it takes some of it.
+Strategy. Workers share their listening sockets: any of them can accept a connection, and one that nobody has accepted
+yet survives the death of any worker. Without more, the worker that wakes first would accept all that wait. So a worker
+that has more connections than another stands back for :data:`STAND_BACK_S`; it then accepts some of those that still
+wait, because nobody else did.
 
-The kernel gives a new connection the lowest free descriptor. One that gets a number close to the limit of open files is
-answered 503 and closed. Half of what is kept back so is for connections to fal: when the other half is taken too, or
-accepting fails, nothing is accepted for :data:`PAUSE_S`. (To try at once would keep the loop busy, for a listening
-socket stays readable.)
+The kernel gives a new connection the lowest free descriptor. A connection whose descriptor is close to the limit of
+open files is answered 503 and closed. Half of the files that are reserved in this way are for connections to fal: when
+the other half is used up too, or accepting fails, nothing is accepted for :data:`PAUSE_S`. (A listening socket stays
+readable, so trying again at once would keep the loop busy.)
 
-To drain is to stop listening and to tell every caller ``connection: close`` with its next answer. A connection that has
-carried nothing for :data:`IDLE_GRACE_S` is closed without a word, which its caller must expect at any time.
+To drain is to stop listening and to send every client ``connection: close`` with its next response. A connection that
+has carried nothing for :data:`IDLE_GRACE_S` is closed without notice, which a client must expect at any time.
 
-One timer looks at all connections: a caller that says nothing, or never comes to the end of a head, is closed.
+One timer sweeps over all connections and closes those whose client sends nothing, or never finishes a head.
 
-It relays nothing and answers nothing by itself.
+The server relays nothing and writes no response by itself.
 """
 
 from __future__ import annotations
@@ -23,81 +23,86 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
-import sys
 from collections.abc import Callable, Iterable, MutableSet
 from typing import Any, Protocol, cast
 
 from tornado.httpserver import HTTPServer, _HTTPRequestContext
 from tornado.iostream import IOStream
 
-from tornado_fal_proxy.connection import CallerConnection, CallerStream, close_after
+from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, close_after
+from tornado_fal_proxy.service.limits import max_open_files, reserved_files
 
-__all__ = ["LISTEN_BACKLOG", "Places", "Server", "open_files", "reserve"]
+__all__ = ["CLOSE_GRACE_S", "CLOSE_POLL_S", "LISTEN_BACKLOG", "Neighbours", "Server", "fair_share"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
-# A crowd that arrives at once waits here for its turn; the kernel caps it at net.core.somaxconn.
+# Connections that the kernel keeps until they are accepted: a crowd that arrives at once. The kernel's own limit is
+# net.core.somaxconn, 4096 by default.
 LISTEN_BACKLOG = 4096
-# What is read at once. Tornado's 64 kB are cleared for each of two reads, and a request has less than a thousand bytes.
+# Bytes that are read at once. Tornado's 64 kB would be cleared for each of two reads, and few requests have a thousand.
 READ_BYTES = 16 * 1024
-# How long a head may take from when a part of it is here, or on a connection that never had a request.
+# Time for a head, from its first part on, or from the start of a connection that never had a request. A phone with a
+# bad connection needs seconds.
 HEAD_TIMEOUT_S = 60.0
-# How long a connection is kept without a request: longer than proxies in front keep theirs (nginx 60 s, Google's load
-# balancer 600 s), so that none of them sends a call to one that is being closed.
-KEPT_TIMEOUT_S = 620.0
-LOOK_AT_CALLERS_S = 5.0
-# Accepted in one turn of the loop, so that calls in flight get theirs.
+# Time for which a connection is kept without a request: longer than by proxies in front (nginx 60 s, Google's load
+# balancer 600 s), so none of them sends a call on a connection that is being closed.
+KEEP_ALIVE_TIMEOUT_S = 620.0
+# Time between two sweeps over the connections: short beside the two limits above.
+SWEEP_INTERVAL_S = 5.0
+# Connections that are accepted in one turn of the loop, so that calls in flight get their turns.
 ACCEPT_BATCH = 128
-# Several turns of another worker's loop, and nothing to a caller.
+# Time for which a worker leaves connections to others: several turns of another's loop, and nothing to a client.
 STAND_BACK_S = 0.001
-# How long to accept nothing when that failed for want of files, and how often to log it.
+# Time without accepting when open files ran out, in which some calls end; and time between two log lines about it.
 PAUSE_S, LOG_INTERVAL_S = 0.1, 60.0
-# Of the files that may be open a sixteenth, within bounds, is not for callers.
-LEAST_RESERVE, MOST_RESERVE, RESERVED_PART = 16, 256, 16
-# How long a connection that is answered 503 may take to send its request.
+# Time in which a client that is answered 503 must have sent its request: each such connection holds a reserved file.
 SHED_S = 5.0
-# A caller that sends its next request this long after an answer, when draining has begun, still has it served.
+# Time without a request after which a drain closes a connection: clients send their next one sooner, if they have one.
 IDLE_GRACE_S = 1.0
-# How long answers that are being written when the process ends may take, and how often connections are looked at.
+# Time for responses that are being written when the process ends, and between two checks whether they have left.
 CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02
 
 
-class Places(Protocol):
-    """What a server must know of the others that listen on the same sockets."""
+class Neighbours(Protocol):
+    """The connection counts of this server and of the others that listen on the same sockets."""
 
-    def occupy(self, connections: int | None) -> None:
-        """Tell them how many connections this one has; None when it takes no more."""
+    def set_connections(self, connections: int | None) -> None:
+        """Show the others how many connections this one has; None means that it accepts no more."""
 
-    def fewest(self) -> int | None:
-        """The least number that any of the others has, None when there is no other."""
+    def fewest_connections(self) -> int | None:
+        """Return the least number of connections that another has; None if there is no other."""
 
 
 class Server(HTTPServer):
-    """An HTTP server of one worker."""
+    """The HTTP server of one process."""
 
-    _places: Places
+    _neighbours: Neighbours
     _shed: MutableSet[IOStream]
-    _look: asyncio.TimerHandle | None = None
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **{"chunk_size": READ_BYTES} | kwargs)
-        self.conn_params.header_timeout = None  # see _look_at_callers
-        self._serve_below = open_files() - reserve(open_files())
-        self._accept_below = open_files() - reserve(open_files()) // 2
+        self.conn_params.header_timeout = None  # _close_silent keeps the time
+        limit = max_open_files()
+        self._serve_below = limit - reserved_files(limit)
+        self._accept_below = limit - reserved_files(limit) // 2
         self._listeners: list[socket.socket] = []
-        self._return: asyncio.TimerHandle | None = None
+        self._resume: asyncio.TimerHandle | None = None
         self._log_again_at = 0.0
         self._open = 0
+        self._sweep = Sweep(SWEEP_INTERVAL_S, self._close_silent)
 
     # Connections come.
 
-    def listen_on(self, sockets: Iterable[socket.socket], places: Places, shed: MutableSet[IOStream]) -> None:
-        """Take connections from ``sockets`` from now on. Those put into ``shed`` the application must answer 503."""
+    def listen_on(self, sockets: Iterable[socket.socket], neighbours: Neighbours, shed: MutableSet[IOStream]) -> None:
+        """Accept connections from ``sockets`` from now on. The application must answer 503 on those put into ``shed``.
+
+        Needs a running loop.
+        """
         self._listeners += sockets
-        self._places, self._shed = places, shed
-        self._places.occupy(self._open)
+        self._neighbours, self._shed = neighbours, shed
+        self._neighbours.set_connections(self._open)
         self._listen()
 
     def _listen(self) -> None:
@@ -105,27 +110,27 @@ class Server(HTTPServer):
             asyncio.get_running_loop().add_reader(listener, self._on_waiting, listener)
 
     def _on_waiting(self, listener: socket.socket) -> None:
-        allowed = fair_share(self._open, self._places.fewest())
+        allowed = fair_share(self._open, self._neighbours.fewest_connections())
         if allowed > 0:
             self._accept(listener, allowed)
         else:
-            self._stand_back(STAND_BACK_S, self._take_what_still_waits)
+            self._stand_back(STAND_BACK_S, self._accept_leftovers)
 
     def _stand_back(self, seconds: float, then: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener)
-        if self._return is not None:
-            self._return.cancel()
-        self._return = loop.call_later(seconds, then)
+        if self._resume is not None:
+            self._resume.cancel()
+        self._resume = loop.call_later(seconds, then)
 
-    def _take_what_still_waits(self) -> None:
+    def _accept_leftovers(self) -> None:
         self._listen()
         for listener in self._listeners:
             self._accept(listener, 1 + self._open // 4)
 
     def _accept(self, listener: socket.socket, count: int) -> None:
-        """Take up to ``count`` of the connections that wait."""
+        """Accept up to ``count`` of the connections that wait."""
         for _ in range(count):
             try:
                 connection, address = listener.accept()
@@ -134,14 +139,14 @@ class Server(HTTPServer):
             except ConnectionAbortedError:
                 continue
             except OSError as exc:
-                self._log_shedding(f"cannot accept connections: {exc.strerror}")
+                self._log_shortage(f"cannot accept connections: {exc.strerror}")
                 self._stand_back(PAUSE_S, self._listen)
                 return
-            stream = CallerStream(
+            stream = ClientStream(
                 connection, max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size
             )
             if connection.fileno() >= self._serve_below:
-                self._log_shedding("too few open files are left: new connections are answered 503")
+                self._log_shortage("too few open files are left: new connections are answered 503")
                 self._shed.add(stream)
                 asyncio.get_running_loop().call_later(SHED_S, stream.close)
             self.handle_stream(stream, address)
@@ -149,124 +154,117 @@ class Server(HTTPServer):
                 self._stand_back(PAUSE_S, self._listen)
                 return
 
-    def _log_shedding(self, what: str) -> None:
+    def _log_shortage(self, event: str) -> None:
         now = asyncio.get_running_loop().time()
         if now >= self._log_again_at:
             self._log_again_at = now + LOG_INTERVAL_S
-            logger.error("%s; %d connections, limit of open files %d", what, self._open, open_files())
+            logger.error(
+                "%s, with %d connections and a limit of %d open files (raise LimitNOFILE in systemd or ulimit -n)",
+                *(event, self._open, max_open_files()),
+            )
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
+        """Serve a connection that was accepted."""
         self._open += 1
-        self._tell()
+        self._show_connections()
         context = _HTTPRequestContext(stream, address, self.protocol, self.trusted_downstream)
-        connection = CallerConnection(stream, self.conn_params, context)
+        connection = ClientConnection(stream, self.conn_params, context)
         self._connections.add(connection)
         connection.start_serving(self)
-        if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(LOOK_AT_CALLERS_S, self._look_at_callers)
+        self._sweep.start()
 
     def on_close(self, server_conn: object) -> None:
+        """Forget a connection that was closed."""
         super().on_close(server_conn)
         self._open -= 1
-        self._tell()
+        self._show_connections()
 
-    def _look_at_callers(self) -> None:
-        """Close the connections of those who do not speak, or too slowly."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        for connection in list(self._callers):
-            if connection.waits_since is None:
+    def _close_silent(self) -> bool:
+        """Close connections whose client sends nothing, or a head too slowly. Return whether any are open."""
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._clients):
+            if connection.waiting_since is None:
                 continue
-            if connection.has_begun and connection.head_since is None:
+            if connection.has_part_of_head and connection.head_since is None:
                 connection.head_since = now
-            since, limit = connection.waits_since, KEPT_TIMEOUT_S if connection.served else HEAD_TIMEOUT_S
+            since = connection.waiting_since
+            limit = KEEP_ALIVE_TIMEOUT_S if connection.has_served else HEAD_TIMEOUT_S
             if connection.head_since is not None:
                 since, limit = connection.head_since, HEAD_TIMEOUT_S
             if now - since > limit:
                 connection.stream.close()
-        self._look = loop.call_later(LOOK_AT_CALLERS_S, self._look_at_callers) if self._open else None
+        return self._open > 0
 
     @property
-    def _callers(self) -> set[CallerConnection]:
-        return cast(set[CallerConnection], self._connections)
+    def _clients(self) -> set[ClientConnection]:
+        return cast(set[ClientConnection], self._connections)
 
-    def _tell(self) -> None:
+    def _show_connections(self) -> None:
         if self._listeners:
-            self._places.occupy(self._open)
+            self._neighbours.set_connections(self._open)
 
-    # And go.
+    # Connections go.
 
     @property
     def in_flight(self) -> int:
-        """Connections that carry a request."""
-        return sum(connection.is_busy for connection in self._callers)
+        """Return how many connections carry a request."""
+        return sum(connection.is_busy for connection in self._clients)
 
     def stop(self) -> None:
-        """Take what waits to be accepted, and listen no longer."""
+        """Accept what waits to be accepted, then listen no longer."""
         super().stop()
         listeners, self._listeners = self._listeners, []
         if not listeners:
             return
-        self._places.occupy(None)
-        if self._return is not None:
-            self._return.cancel()
+        self._neighbours.set_connections(None)
+        if self._resume is not None:
+            self._resume.cancel()
         for listener in listeners:
             asyncio.get_running_loop().remove_reader(listener)
             self._accept(listener, LISTEN_BACKLOG)
             listener.close()
 
     async def drain(self) -> None:
-        """Return when the last connection has gone. Call :meth:`stop` first."""
+        """Wait until the last connection is closed. Call :meth:`stop` first."""
         self.conn_params.no_keep_alive = True  # for requests that come from here on
-        for connection in self._callers:
+        for connection in self._clients:
             if connection.is_busy and connection.request is not None:
                 close_after(connection.request)
         idle_since: dict[object, float] = {}
         while self._open:
             await asyncio.sleep(CLOSE_POLL_S)
             now = asyncio.get_running_loop().time()
-            for connection in list(self._callers):
+            for connection in list(self._clients):
                 if connection.is_busy or connection.stream.closed():
                     idle_since.pop(connection, None)
                 elif (
                     now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S
-                    and not connection.has_begun
+                    and not connection.has_part_of_head
                     and not _has_unread(connection.stream)
                 ):
                     connection.stream.close()
 
-    async def end(self) -> None:
-        """Close all connections, as soon as what handlers write now has left or CLOSE_GRACE_S are over."""
+    async def close(self) -> None:
+        """Close all connections as soon as everything written to them has left, after CLOSE_GRACE_S at the latest."""
         for _ in range(round(CLOSE_GRACE_S / CLOSE_POLL_S)):
             await asyncio.sleep(CLOSE_POLL_S)
-            if not any(connection.stream.writing() for connection in self._callers):
+            if not any(connection.stream.writing() for connection in self._clients):
                 break
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close_all_connections(), CLOSE_GRACE_S)
 
 
 def fair_share(mine: int, fewest: int | None) -> int:
-    """How many connections a worker that has ``mine`` may take while another has ``fewest``.
+    """Return how many connections a worker that has ``mine`` may accept while another has ``fewest``.
 
-    A quarter more than that one, and one: a crowd is then taken in a few turns of each.
+    It may come to a quarter and one more than that other has: a crowd is then accepted in a few turns of each.
     """
     return ACCEPT_BATCH if fewest is None else min(1 + fewest + fewest // 4 - mine, ACCEPT_BATCH)
 
 
 def _has_unread(stream: IOStream) -> bool:
-    """Whether bytes of the caller's wait in the kernel: a request that has just come."""
+    """Return whether bytes of the client's wait in the kernel: a request that has just come."""
     try:
         return bool(stream.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
         return False
-
-
-def open_files() -> int:
-    """How many files this process may have open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
-
-
-def reserve(files: int) -> int:
-    """How many of them callers do not get: for connections to fal, name look-ups, and 503s."""
-    return min(max(files // RESERVED_PART, LEAST_RESERVE), MOST_RESERVE)

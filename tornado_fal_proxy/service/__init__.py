@@ -1,0 +1,14 @@
+"""The command: the proxy as a service of its own. An application that mounts the handler never imports this package.
+
+A map:
+
+* ``command`` starts the service and returns its exit code; ``options`` parses arguments and environment.
+* ``process`` is the life of a process that serves; ``application`` is the Tornado application in it.
+* ``server``, ``connection`` and ``limits`` accept, read and close clients' connections.
+* ``supervisor`` is the parent of several ``worker`` processes, which share a ``scoreboard``.
+* ``systemd``, ``admin``, ``metrics`` and ``access_log`` are for those who operate the service.
+"""
+
+from tornado_fal_proxy.service.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,156 @@
+"""The Tornado application of the service: the proxy's route, its health check, and 404 for everything else.
+
+Strategy. The application finds out who the client is, sends away requests that come too late or are too many, and gives
+each call that is over to the access log and the metrics. The relaying is all done by
+:class:`~tornado_fal_proxy.handler.FalProxyHandler`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPServerRequest
+from tornado.iostream import IOStream
+from tornado.routing import URLSpec
+from tornado.web import Application, RequestHandler
+
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.handler import FalProxyHandler
+from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
+from tornado_fal_proxy.service.access_log import AccessLog
+from tornado_fal_proxy.service.admin import HealthHandler
+from tornado_fal_proxy.service.connection import close_after
+from tornado_fal_proxy.telemetry import Call
+
+if TYPE_CHECKING:
+    from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
+
+__all__ = ["CLOSING", "FULL", "NOT_FOUND", "ProxyApplication", "describe_access", "make_application"]
+
+# The responses that the service gives without relaying. Nothing was sent to fal: after a 503 the client may try again,
+# and finds another process.
+NOT_FOUND = {"status": 404, "message": "Not found.", "error": "NotFound"}
+CLOSING = {"status": 503, "message": "The proxy is closing; try again.", "error": "Closing"}
+FULL = {"status": 503, "message": "The proxy has no room for another connection; try again.", "error": "NoRoom"}
+
+NO_PROXIES = TrustedProxies()
+
+
+class LoggedHandler(FalProxyHandler):
+    """The proxy's handler, which passes each call that is over to the application."""
+
+    def on_call_end(self, call: Call) -> None:
+        """Log and count the call."""
+        assert isinstance(self.application, ProxyApplication)
+        self.application.record(call, self.request)
+
+
+class MessageHandler(RequestHandler):
+    """Responds to every request with a status and, like the proxy, with ``{"message": ...}``."""
+
+    def initialize(self, status: int, message: str, error: str) -> None:
+        """Take the response, and the error's name in log and metrics."""
+        self.set_status(status)
+        self._message = message
+        self.status, self.error = status, error
+        self.set_header("Content-Type", "application/json")
+
+    def prepare(self) -> None:
+        """Respond, whatever the method is."""
+        self.finish(json.dumps({"message": self._message}))
+
+
+class ProxyApplication(Application):
+    """The application of one process.
+
+    ``closing`` is set when the process ends, and concerns connections that are still open then. ``shed`` holds
+    connections for which there are too few open files.
+    """
+
+    closing = False
+    access_log: AccessLog | None = None
+    metrics: Metrics | None = None
+
+    def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config, self.route, self._trusted = config, route, trusted
+        self.shed: weakref.WeakSet[IOStream] = weakref.WeakSet()
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        """Choose who responds, and set the request's ``remote_ip`` to the client's address."""
+        connection = request.connection
+        assert isinstance(connection, HTTP1Connection)
+        family = getattr(connection.context, "address_family", None)  # the socket may be closed by now
+        peer = UNIX if family == socket.AF_UNIX else request.remote_ip or ""
+        request.remote_ip = self._trusted.client(peer, request.headers.get_list("X-Forwarded-For"))
+        if self.closing or (self.shed and connection.stream in self.shed):
+            close_after(connection)
+            return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
+        if request.path == self.route:
+            return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
+        return super().find_handler(request, **kwargs)
+
+    def log_request(self, handler: RequestHandler) -> None:
+        """Log and count a request that was no call of the proxy."""
+        if isinstance(handler, FalProxyHandler | HealthHandler):
+            return  # on_call_end() has done it; and health checks come every few seconds
+        request, status = handler.request, handler.get_status()
+        call = Call(request.method or "", None)
+        call.began -= request.request_time()
+        call.mark_first_byte()
+        call.sent_bytes = int(handler._headers.get("Content-Length", 0))
+        if isinstance(handler, MessageHandler) and status == handler.status:
+            call.error = handler.error
+        elif status >= 400:
+            call.error = "HTTPError"
+        call.finish(status)
+        self.record(call, request)
+
+    def record(self, call: Call, request: HTTPServerRequest) -> None:
+        """Log and count a call that is over."""
+        if self.access_log is not None:
+            self.access_log.add(call, request.remote_ip or "")
+        if self.metrics is not None:
+            self.metrics.count(call)
+
+
+def make_application(
+    config: ProxyConfig, route: str, more: Sequence[URLSpec] = (), trusted: TrustedProxies = NO_PROXIES
+) -> ProxyApplication:
+    """Make the application that relays on ``route``, with the rules ``more`` beside its own."""
+    return ProxyApplication(
+        config,
+        route,
+        trusted,
+        [
+            URLSpec("/healthz", HealthHandler),
+            *more,
+        ],
+        default_handler_class=MessageHandler,
+        default_handler_args=NOT_FOUND,
+    )
+
+
+def describe_access(config: ProxyConfig) -> tuple[bool, str]:
+    """Return whether anything keeps strangers from spending the key's money, and a line that lists what is open."""
+    access, cors = config.access, config.cors
+    parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
+    if config.allowed_endpoints is not None and config.allow_uploads:
+        parts.append("uploads")
+    if config.allowed_hosts is not None:
+        parts.append(f"only on {', '.join(config.allowed_hosts)}")
+    if config.allow_cancel:
+        parts.append("cancel")
+    if access is not None and access.webhooks is not None:
+        parts.append(f"webhooks to {', '.join(access.webhooks) or 'nobody'}")
+    parts.append("anyone" if config.authorize is None else "clients that authorize accepts")
+    if cors is not None and config.allowed_origins is not None:
+        parts.append(f"pages of {', '.join(config.allowed_origins)}")
+    restricted = config.allowed_endpoints is not None or config.authorize is not None
+    advice = "" if restricted else " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
+    return restricted, f"open: {', '.join(parts)}{advice}"

@@ -1,0 +1,182 @@
+"""The life of a process that serves: start, serve, drain, close.
+
+Strategy. A :class:`ServiceContext` is made before anything is forked, and holds what all processes of the service
+share. Each process that serves runs :func:`serve` in a loop of its own. A shutdown has three steps: calls in flight are
+finished, calls that are left when time is up are aborted, and the responses to these are written before the process
+ends.
+
+This module forks nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tornado.httpserver import HTTPServer
+
+from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.relay.backend import backends_of, close_upstreams
+from tornado_fal_proxy.service.access_log import AccessLog, access_logger
+from tornado_fal_proxy.service.admin import admin_application
+from tornado_fal_proxy.service.application import ProxyApplication, make_application
+from tornado_fal_proxy.service.options import Settings
+from tornado_fal_proxy.service.server import Server
+from tornado_fal_proxy.service.systemd import Notifier
+from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
+
+if TYPE_CHECKING:
+    from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
+
+__all__ = ["ServiceContext", "run_worker", "serve", "url_of"]
+
+logger = logging.getLogger("tornado_fal_proxy")
+
+# Time for which a connection to the admin port is kept without a request: Prometheus scrapes once a minute by default.
+ADMIN_KEEP_ALIVE_S = 120.0
+# Time between two updates of a process's numbers on the scoreboard: a scrape may reach another process, which then
+# reports numbers that are this old at most.
+REFRESH_INTERVAL_S = 5.0
+# The part of the watchdog's time after which a heartbeat is due: one that is late is still in time.
+HEARTBEATS_PER_WATCHDOG = 4
+
+
+@dataclass(frozen=True)
+class ServiceContext:
+    """The settings and open resources that all processes of the service share.
+
+    ``metrics_directory`` is None unless several processes count together.
+    """
+
+    settings: Settings
+    sockets: list[socket.socket]
+    admin_sockets: list[socket.socket]
+    metrics_directory: str | None
+    sandbox: Sandbox | None
+    notifier: Notifier
+
+    @property
+    def heartbeat_s(self) -> float | None:
+        """Return the seconds between two heartbeats; None without a watchdog."""
+        return self.notifier.watchdog_s and self.notifier.watchdog_s / HEARTBEATS_PER_WATCHDOG
+
+    def stopping(self) -> None:
+        """Report that the service stops, and close the parent's listening sockets."""
+        self.notifier.stopping()
+        for listener in self.sockets:
+            listener.close()
+
+
+def run_worker(context: ServiceContext, worker: Worker) -> bool:
+    """Serve as one of several processes. Return whether all calls were finished."""
+    try:
+        return asyncio.run(serve(context, worker))
+    finally:
+        if context.metrics_directory is not None and worker.is_orphan:  # else the parent removes it
+            shutil.rmtree(context.metrics_directory, ignore_errors=True)
+
+
+async def serve(context: ServiceContext, process: SingleProcess | Worker) -> bool:
+    """Serve until a shutdown is requested, then drain and close. Return whether all calls were finished."""
+    settings, sandbox = context.settings, context.sandbox
+    shutdown = Shutdown()
+    process.handle_signals(shutdown)
+    application = _application(context)
+    access_log = AccessLog(access_logger)
+    if access_logger.isEnabledFor(logging.INFO):
+        application.access_log = access_log
+    server = Server(application)
+    server.listen_on(context.sockets, process, application.shed)
+    admin = _serve_admin(context, process, application) if context.admin_sockets else None
+    process.ready()
+    heartbeat = asyncio.create_task(_send_heartbeats(process, context.heartbeat_s))
+    await shutdown.requested.wait()
+    process.stopping()
+    server.stop()
+    all_finished = await _drain(server, shutdown, settings.drain_timeout_s)
+    application.closing = True
+    close_upstreams(application)
+    await server.close()
+    if admin is not None:
+        admin.stop()
+        await admin.close_all_connections()
+    if sandbox is not None:
+        await sandbox.close()
+    heartbeat.cancel()
+    access_log.write()
+    return all_finished
+
+
+def _application(context: ServiceContext) -> ProxyApplication:
+    """Make the application, in sandbox mode with the sandbox started behind it."""
+    settings, sandbox = context.settings, context.sandbox
+    config, more = settings.config, []
+    if sandbox is not None:
+        sandbox.start()
+        sandbox.public_url = url_of(context.sockets[0])
+        texts = {**settings.texts, "ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
+        config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
+    assert config is not None
+    return make_application(config, settings.route, more, settings.trusted_proxies)
+
+
+def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> HTTPServer:
+    """Count calls, and serve the admin port from now on."""
+    from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
+
+    scoreboard = process.scoreboard
+
+    def refresh() -> bool:
+        backends = backends_of(application)
+        scoreboard.update(
+            process.slot,
+            in_flight=sum(backend.slots.in_use for backend in backends),
+            upstream_connections=sum(backend.client.connections() for backend in backends),
+        )
+        return True
+
+    refresh()
+    Sweep(REFRESH_INTERVAL_S, refresh).start()
+    max_in_flight = application.config.max_in_flight
+    application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, max_in_flight)
+
+    def is_ready() -> bool:
+        return any(worker.connections is not None for worker in scoreboard.workers())
+
+    admin = HTTPServer(admin_application(metrics, is_ready, refresh), idle_connection_timeout=ADMIN_KEEP_ALIVE_S)
+    admin.add_sockets(context.admin_sockets)
+    return admin
+
+
+async def _send_heartbeats(process: SingleProcess | Worker, interval_s: float | None) -> None:
+    """Send a heartbeat again and again, as long as the loop runs."""
+    while interval_s is not None:
+        process.heartbeat()
+        await asyncio.sleep(interval_s)
+
+
+async def _drain(server: Server, shutdown: Shutdown, timeout_s: float) -> bool:
+    """Wait until all calls in flight are finished. Return False if time is up, or the shutdown is forced, before."""
+    logger.info("drain: %d calls in flight, timeout %g s", server.in_flight, timeout_s)
+    drained, forced = asyncio.create_task(server.drain()), asyncio.create_task(shutdown.forced.wait())
+    await asyncio.wait((drained, forced), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
+    forced.cancel()
+    if aborted := server.in_flight:
+        logger.warning("drain: %d calls aborted (a longer --drain-timeout-s gives them more time)", aborted)
+    return not aborted
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL at which a browser on this machine finds the service."""
+    if listener.family == socket.AF_UNIX:
+        return f"http://unix:{listener.getsockname()}:"
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104  (recognized, not bound)
+        host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,83 @@
+"""A few numbers of each worker in memory that all processes of the service share.
+
+Strategy. The parent makes the memory before it forks. Each worker has a slot and writes only there; everyone reads.
+Nothing is locked, because the numbers are hints: where to leave connections to another worker, what the metrics show,
+whether a worker's loop still runs. A number may be a moment old.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import dataclass
+
+__all__ = ["Scoreboard", "WorkerStats"]
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """The numbers of one worker. ``connections`` is None while the worker accepts none."""
+
+    connections: int | None
+    in_flight: int
+    upstream_connections: int
+
+
+class Scoreboard:
+    """Shared numbers of ``size`` workers, each in its slot from 0 on."""
+
+    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _COLUMNS = range(6)
+
+    def __init__(self, size: int) -> None:
+        self._cells = memoryview(mmap.mmap(-1, 8 * self._COLUMNS * size)).cast("q")
+        self._offsets = range(0, self._COLUMNS * size, self._COLUMNS)
+        for slot in range(size):
+            self.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Forget the numbers of a worker that has ended."""
+        self._cells[self._offsets[slot] + self._CONNECTIONS] = -1
+        for column in (self._HEARTBEAT, self._IN_FLIGHT, self._UPSTREAM):
+            self._cells[self._offsets[slot] + column] = 0
+
+    def count_start(self, slot: int) -> None:
+        """Count one more worker that is started in this slot."""
+        self._cells[self._offsets[slot] + self._STARTS] += 1
+
+    def restarts(self) -> int:
+        """Return how many workers were started in place of one that ended."""
+        return sum(max(self._cells[offset + self._STARTS] - 1, 0) for offset in self._offsets)
+
+    def set_connections(self, slot: int, connections: int | None) -> None:
+        """Set how many connections of clients a worker has; None means that it accepts no more."""
+        self._cells[self._offsets[slot] + self._CONNECTIONS] = -1 if connections is None else connections
+
+    def update(self, slot: int, *, in_flight: int, upstream_connections: int) -> None:
+        """Set how many calls and connections to fal a worker has."""
+        self._cells[self._offsets[slot] + self._IN_FLIGHT] = in_flight
+        self._cells[self._offsets[slot] + self._UPSTREAM] = upstream_connections
+
+    def fewest_connections(self, slot: int) -> int | None:
+        """Return the least number of connections that a worker in another slot has; None if no other accepts any."""
+        own = self._offsets[slot]
+        others = [n for at in self._offsets if at != own and (n := self._cells[at + self._CONNECTIONS]) >= 0]
+        return min(others, default=None)
+
+    def workers(self) -> list[WorkerStats]:
+        """Return the numbers of all workers, by slot."""
+        return [
+            WorkerStats(
+                None if (connections := self._cells[offset + self._CONNECTIONS]) < 0 else connections,
+                self._cells[offset + self._IN_FLIGHT],
+                self._cells[offset + self._UPSTREAM],
+            )
+            for offset in self._offsets
+        ]
+
+    def heartbeat(self, slot: int) -> None:
+        """Note that the worker's loop runs now."""
+        self._cells[self._offsets[slot] + self._HEARTBEAT] = time.monotonic_ns()
+
+    def heartbeat_age_s(self, slot: int) -> float:
+        """Return the seconds since the worker's last heartbeat."""
+        return (time.monotonic_ns() - self._cells[self._offsets[slot] + self._HEARTBEAT]) / 1e9
