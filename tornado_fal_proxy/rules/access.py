@@ -1,142 +1,62 @@
-"""Who may call what, where the operator has set rules: pure decisions about a checked target and a token's body.
+"""The operator's rules: pure decisions about a parsed target, and about the body of a token request.
 
-Strategy. Rules are compiled once into a frozen :class:`AccessRules`. Where endpoints are restricted, a call must be one
-that is known: a path in a grammar with one spelling for each endpoint (no escapes, no empty or dot segments, upper case
-only where a pattern has it), on a host whose meaning is known, with a method that it has. Whatever fal's server might
-read in another way than this module is refused, and so is all that nobody thought of.
+Strategy. Rules are compiled once into a frozen :class:`AccessRules`. Where endpoints are restricted, a request must be
+one that is known. Its path has one spelling for each endpoint, its host has a known meaning, and its method is one that
+the endpoint has. The rules refuse whatever fal's server might read in another way than this module, and all that nobody
+thought of. Because fal drops the rest of an endpoint's id in the queue's calls, a job of any endpoint of an app can be
+read where one of the app's endpoints is allowed.
 
-The segment ``requests`` belongs to fal's queue: behind the id of an application it is a queued job's status, result or
-cancel, and anywhere else the call is refused. fal drops the rest of an endpoint's id there, so a job of any endpoint of
-an application can be read where one of its endpoints is allowed.
+This module never refuses what no rule restricts, and its errors name the rule but nothing of what the rule contains.
 
-Like ``policy`` this uses the standard library only and never does I/O, logs, looks at the clock or reads the
-environment. Patterns mean what they mean to fal's own proxy (picomatch): ``*`` is any part of one segment, ``**`` as a
-whole segment any number of them, none included.
+Sources: fal's pages on its queue, webhooks and realtime tokens, and the source of fal's SDKs.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from tornado_fal_proxy.cors import origin_problem
 from tornado_fal_proxy.errors import (
     ConfigError,
     EndpointNotAllowed,
     HostNotAllowed,
-    TargetRefused,
     TokenNotAllowed,
     UploadNotAllowed,
     WebhookNotAllowed,
 )
-from tornado_fal_proxy.policy import Target, parse_target
+from tornado_fal_proxy.rules.cors import origin_problem
+from tornado_fal_proxy.rules.endpoints import (
+    NAMESPACES,
+    QUEUE_HOST,
+    REQUESTS,
+    REST_HOSTS,
+    RUN_HOST,
+    STREAM,
+    TOKENS_PATH,
+    UPLOADS,
+    id_length,
+    is_cancel,
+    is_queue_call,
+)
+from tornado_fal_proxy.rules.patterns import Pattern
+from tornado_fal_proxy.rules.target import SEGMENT, Target, canonical_segments
 
-__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "Pattern", "access_rules"]
+__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules"]
 
-# fal's client asks for 120 s, and for a new token before they are over.
+# The life of a realtime token, in seconds. fal's JavaScript SDK asks for 120, and for a new token before they are over.
 DEFAULT_MAX_TOKEN_EXPIRATION_S = 300
-
-# More than the longest id of an endpoint with a job's id behind it. They bound what matching costs.
-MAX_PATH_CHARS, MAX_SEGMENTS = 512, 16
-# A token's body has one or a few short names.
+# The size of a token request's body, which holds a few short names at most.
 MAX_TOKEN_BODY_BYTES = 4096
-
-RUN_HOST, QUEUE_HOST = "fal.run", "queue.fal.run"
-# The second is what the Swift and Dart clients call, and older JavaScript ones.
-REST_HOSTS = ("rest.fal.ai", "rest.alpha.fal.ai")
-TOKENS = "/tokens/"
-INITIATE, INITIATE_MULTIPART = "/storage/upload/initiate", "/storage/upload/initiate-multipart"
-CDN = "?storage_type=fal-cdn-v3"
-UPLOADS = frozenset((host, path + CDN) for host in REST_HOSTS for path in (INITIATE, INITIATE_MULTIPART)) | {
-    ("rest.alpha.fal.ai", INITIATE)
-}
-NAMESPACES = ("workflows", "comfy")  # an id that begins with one has one more segment
-REQUESTS = "requests"
-# Method, and what stands behind the request's id.
-QUEUE_CALLS = {("GET",), ("GET", "status"), ("GET", "status", "stream"), ("PUT", "cancel")}
 WEBHOOK = "fal_webhook"
 
-_SEGMENT = r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*"
-_PATH = re.compile(rf"(?:/{_SEGMENT})+")
-_ALIAS = re.compile(_SEGMENT)
-_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
-_WILD = "[a-z0-9._-]*"  # no upper case: should fal's server not care about case, * opens nothing new
-_PATTERN_CHARS = re.compile(r"[A-Za-z0-9._*/-]+")
 _HOST = re.compile(r"(\*\.)?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*fal\.(?:ai|run)")
-# A value that all decoders read alike: escapes are whole, and + is none of them.
+# A value that all decoders read alike: its escapes are whole, and it has no +.
 _WEBHOOK_VALUE = re.compile(r"(?:[!-$&-*,-~]|%[0-9A-Fa-f]{2})*")
 _WEBHOOK_URL = re.compile(r"[!-\[\]-~]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """One of ``allowed_endpoints``, by segments; None stands for ``**``."""
-
-    text: str
-    segments: tuple[re.Pattern[str] | None, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Raises ValueError, with what is wrong."""
-        if not _PATTERN_CHARS.fullmatch(text):
-            raise ValueError("may have letters, digits, '.', '_', '-', '/', * and ** only")
-        parts = text.split("/")
-        if "***" in text or not all(part == "**" or _ALIAS.fullmatch(re.sub(r"\*+", "a", part)) for part in parts):
-            raise ValueError("has a segment that no endpoint has")
-        if REQUESTS in parts:
-            raise ValueError("has the segment requests: the queue's calls are allowed together with their endpoint")
-        if "**" not in parts and len(parts) < _id_length(parts):
-            raise ValueError("has too few segments to be an endpoint's; for all below it add /**")
-        return cls(text, tuple(None if part == "**" else _segment_pattern(part) for part in parts))
-
-    def matches(self, segments: Sequence[str | None]) -> bool:
-        """Whether it is an endpoint that this pattern allows. A segment that is None stands for any owner."""
-        return len(self.segments) in self._positions(segments)
-
-    def may_begin(self, segments: Sequence[str | None]) -> bool:
-        """Whether it is, or there is something below it that is."""
-        return bool(self._positions(segments))
-
-    def _positions(self, segments: Iterable[str | None]) -> set[int]:
-        """How many of the pattern's segments ``segments`` can use up, exactly: none, one or several numbers."""
-        positions = self._skipping({0})
-        for segment in segments:
-            taken = set()
-            for position in positions:
-                if position < len(self.segments):
-                    pattern = self.segments[position]
-                    if pattern is None:
-                        if segment is None or segment == segment.lower():
-                            taken.add(position)
-                    elif segment is None or pattern.fullmatch(segment):
-                        taken.add(position + 1)
-            positions = self._skipping(taken)
-        return positions
-
-    def _skipping(self, positions: set[int]) -> set[int]:
-        """``positions``, and those behind each ``**`` that takes no segment."""
-        for position, pattern in enumerate(self.segments):
-            if pattern is None and position in positions:
-                positions.add(position + 1)
-        return positions
-
-
-def _segment_pattern(text: str) -> re.Pattern[str]:
-    """A segment, which may have ``*``. What stands between two of them is found where it comes first, for good: that
-    loses no match, and keeps the time in proportion to the length."""
-    first, *rest = [re.escape(part) for part in re.split(r"\*+", text)]
-    if not rest:
-        return re.compile(first)
-    return re.compile(first + "".join(f"(?>{_WILD}?{part})" for part in rest[:-1]) + _WILD + rest[-1])
-
-
-def _id_length(segments: Sequence[str]) -> int:
-    """How many segments the id of the application has, at least, that these begin with."""
-    return 3 if segments[0] in NAMESPACES else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +70,15 @@ class AccessRules:
     cancel: bool
     max_token_expiration_s: int
 
-    def cancels(self, urls: Sequence[str]) -> bool:
-        """Whether the target headers ``urls`` are one that a PUT may be sent to."""
-        if not self.cancel or len(urls) != 1:
-            return False
-        try:
-            target = parse_target(urls[0])
-        except TargetRefused:
-            return False
-        segments = plain_segments(target.path)
-        return (
-            segments is not None
-            and (target.host, target.query) == (QUEUE_HOST, None)
-            and _is_queue_call("PUT", segments)
-        )
+    def allows_cancel(self, target: Target) -> bool:
+        """Return whether a PUT may be sent to ``target``, as far as ``allow_cancel`` decides. ``check`` comes after."""
+        return self.cancel and is_cancel(target)
 
     def check(self, method: str, target: Target) -> None:
-        """Raises HostNotAllowed, WebhookNotAllowed, or EndpointNotAllowed and its like, in this order."""
+        """Raise AccessRefused unless the rules allow this request.
+
+        Raises HostNotAllowed, then WebhookNotAllowed, then UploadNotAllowed or EndpointNotAllowed.
+        """
         if self.hosts is not None and not any(_is_host(target.host, allowed) for allowed in self.hosts):
             raise HostNotAllowed
         if self.webhooks is not None and target.query is not None:
@@ -176,16 +88,19 @@ class AccessRules:
         if target.host in REST_HOSTS:
             self._check_rest_call(method, target)
             return
-        segments = plain_segments(target.path)
+        segments = canonical_segments(target.path)
         if segments is None or not self._allows(method, target.host, segments):
             raise EndpointNotAllowed
 
-    def judges_body(self, target: Target) -> bool:
-        """Whether :meth:`check_body` must see the body before this call begins."""
-        return self.endpoints is not None and target.host in REST_HOSTS and target.path == TOKENS
+    def needs_body(self, target: Target) -> bool:
+        """Return whether :meth:`check_body` must see the whole body before the request goes to fal."""
+        return self.endpoints is not None and target.host in REST_HOSTS and target.path == TOKENS_PATH
 
     def check_body(self, body: bytes) -> None:
-        """Whether this body of a call for a realtime token may go to fal. Raises TokenNotAllowed."""
+        """Raise TokenNotAllowed unless this body of a request for a realtime token may go to fal.
+
+        Its apps must all be allowed, and its token must live from 1 to ``max_token_expiration_s`` seconds.
+        """
         try:
             apps, expiration_s = _token_request(body)
         except ValueError as exc:
@@ -196,28 +111,29 @@ class AccessRules:
             raise TokenNotAllowed("token: for an app that is not allowed")
 
     def _allows(self, method: str, host: str, segments: Sequence[str]) -> bool:
+        """Return whether this is an allowed endpoint, its stream, or one of the queue's calls for its jobs."""
         assert self.endpoints is not None
-        length = _id_length(segments)
+        length = id_length(segments)
         if len(segments) < length or host not in (RUN_HOST, QUEUE_HOST):
             return False
         if REQUESTS in segments:
             app = segments[:length]
             return (
                 host == QUEUE_HOST
-                and _is_queue_call(method, segments)
+                and is_queue_call(method, segments)
                 and any(pattern.may_begin(app) for pattern in self.endpoints)
             )
         if any(pattern.matches(segments) for pattern in self.endpoints):
             return True
         *endpoint, last = segments
         return (
-            (host, last) == (RUN_HOST, "stream")
+            (host, last) == (RUN_HOST, STREAM)
             and len(endpoint) >= length
             and any(pattern.matches(endpoint) for pattern in self.endpoints)
         )
 
     def _allows_whole(self, alias: str) -> bool:
-        """Whether some owner's application of that name is allowed as such: a token opens all that is below it."""
+        """Return whether some owner's app of that name is allowed as such, because a token opens all below it."""
         assert self.endpoints is not None
         ids = [[None, alias], *([namespace, None, alias] for namespace in NAMESPACES)]
         return any(pattern.matches(segments) for pattern in self.endpoints for segments in ids)
@@ -226,13 +142,14 @@ class AccessRules:
         if (target.host, target.request_target) in UPLOADS:
             if method != "POST" or not self.uploads:
                 raise UploadNotAllowed
-        elif method != "POST" or target.request_target != TOKENS:
+        elif method != "POST" or target.request_target != TOKENS_PATH:
             raise EndpointNotAllowed
 
     def _check_webhook(self, query: str) -> None:
-        """Every parameter that some server could take for ``fal_webhook`` must be it, once, with an allowed origin.
+        """Raise WebhookNotAllowed unless the query has no webhook, or exactly one whose origin is allowed.
 
-        Such a server may separate parameters at semicolons too, or decode the query before it separates them.
+        Every parameter counts that some server could take for ``fal_webhook``: a server may separate parameters at
+        semicolons too, or decode the query before it separates them.
         """
         layers = (query, unquote(query), unquote(unquote(query)))
         counts = {sum(map(_may_be_webhook, re.split("[&;]", layer))) for layer in layers}
@@ -250,26 +167,6 @@ class AccessRules:
         )
 
 
-def plain_segments(path: str) -> list[str] | None:
-    """The segments of a path that every server reads alike, or None."""
-    if len(path) > MAX_PATH_CHARS or not _PATH.fullmatch(path):
-        return None
-    segments = path[1:].split("/")
-    return segments if len(segments) <= MAX_SEGMENTS else None
-
-
-def _is_queue_call(method: str, segments: Sequence[str]) -> bool:
-    """Whether that is ``{app}/requests/{id}`` or what may stand behind it, with its method."""
-    length = _id_length(segments)
-    if REQUESTS in segments[:length]:
-        return False
-    match segments[length:]:
-        case ["requests", request_id, *rest]:
-            is_id = request_id != REQUESTS and _REQUEST_ID.fullmatch(request_id) is not None
-            return is_id and (method, *rest) in QUEUE_CALLS
-    return False
-
-
 def _may_be_webhook(parameter: str) -> bool:
     name = unquote(unquote(parameter.partition("=")[0]))
     return "falwebhook" in re.sub("[^a-z0-9]", "", name.lower())
@@ -280,13 +177,16 @@ def _is_host(host: str, allowed: str) -> bool:
 
 
 def _token_request(body: bytes) -> tuple[list[str], int]:
-    """Apps and seconds of a call for a token, from a body that every JSON parser reads alike. Raises ValueError."""
+    """Return the apps and the seconds that a token request asks for.
+
+    Raises ValueError unless every JSON parser reads the body alike.
+    """
     if len(body) > MAX_TOKEN_BODY_BYTES:
         raise ValueError("the body is too large")
     if not body.isascii() or b"\\" in body:
         raise ValueError("the body has more than plain ASCII without escapes")
     try:
-        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_number)
+        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise ValueError("the body is not plain JSON") from None
     if not isinstance(fields, dict) or set(fields) != {"allowed_apps", "token_expiration"}:
@@ -295,7 +195,7 @@ def _token_request(body: bytes) -> tuple[list[str], int]:
     if (
         not isinstance(apps, list)
         or not apps
-        or not all(isinstance(app, str) and _ALIAS.fullmatch(app) for app in apps)
+        or not all(isinstance(app, str) and SEGMENT.fullmatch(app) for app in apps)
     ):
         raise ValueError("allowed_apps must be a list of aliases")
     if type(expiration_s) is not int:
@@ -304,14 +204,16 @@ def _token_request(body: bytes) -> tuple[list[str], int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a JSON object. Raises ValueError where it has a name twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a name stands there twice")
     return fields
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+def _refuse_constant(text: str) -> Any:
+    """Raise ValueError because NaN and Infinity, which Python's parser takes, are not JSON."""
+    raise ValueError(f"{text} is not JSON")
 
 
 def access_rules(
@@ -323,9 +225,9 @@ def access_rules(
     allow_cancel: object = False,
     max_token_expiration_s: int = DEFAULT_MAX_TOKEN_EXPIRATION_S,
 ) -> AccessRules | None:
-    """The rules for these fields of the configuration, or None when nothing is restricted or opened.
+    """Return the rules for these fields of the configuration, or None when nothing is restricted or opened.
 
-    Raises ConfigError, naming every problem.
+    Raises ConfigError, which names every problem.
     """
     problems: list[str] = []
     patterns = None
@@ -358,6 +260,7 @@ def access_rules(
 
 
 def _patterns(allowed_endpoints: object, problems: list[str]) -> tuple[Pattern, ...]:
+    """Return the patterns that are valid, and add a problem for each that is not."""
     patterns = []
     name = "allowed_endpoints"
     for text in _texts(name, allowed_endpoints, "patterns, or left out for every endpoint", problems) or ():
@@ -369,7 +272,7 @@ def _patterns(allowed_endpoints: object, problems: list[str]) -> tuple[Pattern, 
 
 
 def _texts(name: str, value: object, kind: str, problems: list[str], *, empty: bool = False) -> tuple[str, ...] | None:
-    """``value`` when it is None or a tuple of texts; else None, and a problem."""
+    """Return ``value`` when it is None or a tuple of texts. Otherwise add a problem and return None."""
     if value is None:
         return None
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value) or not (value or empty):

@@ -1,8 +1,9 @@
-"""Which pages of other origins may read the proxy's answers: the rules of CORS, as pure functions.
+"""The rules of CORS: which pages of other origins may read the proxy's responses.
 
-Strategy. An origin is compared as the text that a browser sends: exactly, or for ``https://*.example.com`` by its end
-after a dot. There is no ``*`` for everyone and never ``null``, which any sandboxed frame can be. Nothing here decides
-who may call: a browser asks these rules, other callers do not.
+Strategy. An origin is compared as the text that a browser sends, either exactly or, for ``https://*.example.com``, by
+its end after a dot. There is no ``*`` for everyone and never ``null``, which any sandboxed frame can send.
+
+This module never decides who may call: a browser follows these rules, other clients do not.
 
 Source: the Fetch standard, section 3.3 (https://fetch.spec.whatwg.org/#http-cors-protocol).
 """
@@ -17,13 +18,13 @@ from tornado_fal_proxy.errors import ConfigError
 
 __all__ = ["CORS_PREFIX", "CorsRules", "cors_rules", "origin_problem", "vary"]
 
-# The target's own headers of this kind speak for its origin and not for the proxy's.
+# The prefix of the headers that fal's response may have too. They are valid for fal's origin, not for the proxy's.
 CORS_PREFIX = "access-control-"
-# What fal's client reads of an answer's head.
+# The headers of a response that fal's SDKs read.
 EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
-# The longest that Chromium remembers a preflight's answer.
+# The time, in seconds, for which a browser may keep the response to a preflight. Chromium keeps it no longer.
 PREFLIGHT_MAX_AGE_S = 7200
-# Far more header names than any page sends.
+# The length of a preflight's list of header names, which the response repeats. No page sends nearly as many names.
 MAX_REQUESTED_CHARS = 4096
 
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -33,7 +34,11 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def origin_problem(text: object, *, wildcard: bool = False, https: bool = False) -> str | None:
-    """Why ``text`` is no origin as browsers write one, or None. With ``wildcard``, ``https://*.example.com`` is one."""
+    """Return the problem that keeps ``text`` from being an origin as browsers write it, or None if it is one.
+
+    With ``wildcard`` the text may be ``https://*.example.com``. With ``https`` the scheme must be https. The problem
+    continues a sentence that names the text.
+    """
     match = _ORIGIN.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         return "must be an origin such as https://app.example.com, in lower case and with nothing behind it"
@@ -52,7 +57,11 @@ def origin_problem(text: object, *, wildcard: bool = False, https: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class CorsRules:
-    """What browsers are told. ``exact`` are origins, ``suffixes`` are ``(port, ".example.com")`` of https ones."""
+    """The rules of one configuration. Only :func:`cors_rules` makes one.
+
+    ``exact`` are whole origins, ``suffixes`` are ``(port, ".example.com")`` of https origins with a wildcard. The port
+    is empty for the default one. ``methods`` is the value of Access-Control-Allow-Methods.
+    """
 
     exact: frozenset[str]
     suffixes: tuple[tuple[str, str], ...]
@@ -60,7 +69,7 @@ class CorsRules:
     methods: str
 
     def allows(self, origin: str | None) -> bool:
-        """Whether pages of ``origin``, as in the Origin header, may read answers."""
+        """Return whether pages of ``origin``, the value of the Origin header, may read responses."""
         if origin is None:
             return False
         if origin in self.exact:
@@ -73,18 +82,21 @@ class CorsRules:
             and any((match[3] or "") == port and match[2].endswith(suffix) for port, suffix in self.suffixes)
         )
 
-    def answer_headers(self, origin: str | None) -> list[tuple[str, str]]:
-        """What an answer to a page of ``origin`` carries, beside ``vary: Origin``: nothing when it is not allowed."""
+    def response_headers(self, origin: str | None) -> list[tuple[str, str]]:
+        """Return the CORS headers of a response to a page of ``origin``, none when the origin is not allowed.
+
+        The response needs ``vary: Origin`` in both cases.
+        """
         if origin is None or not self.allows(origin):
             return []
         headers = [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", EXPOSED)]
         return [*headers, ("Access-Control-Allow-Credentials", "true")] if self.credentials else headers
 
     def preflight_headers(self, requested: str | None) -> list[tuple[str, str]]:
-        """What the answer to a preflight of an allowed origin carries, beside :meth:`answer_headers`.
+        """Return what the response to a preflight of an allowed origin has beside :meth:`response_headers`.
 
-        ``requested`` is the value of Access-Control-Request-Headers. All that are names are allowed: what an allowed
-        page sends is for ``authorize`` to read, and only the headers that policy lists ever go to fal.
+        ``requested`` is the value of Access-Control-Request-Headers. All valid names are allowed, because the headers
+        of an allowed page are there for ``authorize`` to read, and only those that ``rules.headers`` lists go to fal.
         """
         headers = [("Access-Control-Allow-Methods", self.methods), ("Access-Control-Max-Age", str(PREFLIGHT_MAX_AGE_S))]
         if requested and len(requested) <= MAX_REQUESTED_CHARS and _NAMES.fullmatch(requested):
@@ -93,7 +105,7 @@ class CorsRules:
 
 
 def vary(values: Iterable[str], *names: str) -> list[str]:
-    """The lines of a Vary field that is to name ``names`` too."""
+    """Return the lines of a Vary field, with those of ``names`` added that it has not (RFC 9110 section 12.5.5)."""
     lines = [value for value in values if value.strip()]
     listed = {name.strip(" \t").lower() for line in lines for name in line.split(",")}
     missing = [name for name in names if name.lower() not in listed]
@@ -103,7 +115,10 @@ def vary(values: Iterable[str], *names: str) -> list[str]:
 def cors_rules(
     allowed_origins: Sequence[str] | None, *, allow_credentials: bool = False, allow_cancel: bool = False
 ) -> CorsRules | None:
-    """The rules for these fields of the configuration, or None where CORS is off. Raises ConfigError."""
+    """Return the rules for these fields of the configuration, or None where CORS is off.
+
+    Raises ConfigError, which names every problem.
+    """
     if allowed_origins is None:
         if allow_credentials is True:
             raise ConfigError(["allow_credentials: needs allowed_origins"])

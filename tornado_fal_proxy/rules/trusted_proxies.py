@@ -1,10 +1,12 @@
-"""Who a caller is, when a proxy of the operator's own stands between.
+"""The address of a client that comes through the operator's own proxies.
 
 Strategy. ``X-Forwarded-For`` is a text that anyone may send. It is read from its end, where the nearest proxy has
-written, and only as long as whoever wrote is trusted: the peer of the connection first, then each address that a
-trusted one names. The first that is not trusted is the caller.
+written, and only as long as the writer is trusted. The first writer is the peer of the connection, and each address
+that a trusted writer names is the next. The first address that is not trusted is the client's.
 
-Source: RFC 7239 section 8.1 says why; nginx's ``real_ip_recursive`` does the same.
+This module never believes an untrusted peer, and never resolves a name.
+
+Sources: RFC 7239 section 8.1, nginx's ``real_ip_recursive``, which does the same.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 __all__ = ["UNIX", "TrustedProxies"]
 
-# The peer on a socket of the file system, which has no address.
+# The name of a peer on a socket in the file system, which has no address.
 UNIX = "unix"
-# Proxies in a row that are looked at.
-MOST_HOPS = 16
-# An address as text: RFC 4291 section 2.2, form 3.
-LONGEST = 45
+# The number of addresses read from the end of X-Forwarded-For, which bounds the work. No operator has as many proxies
+# in a row.
+MAX_HOPS = 16
+# The length of an address as text: the longest form of RFC 4291 section 2.2 is the third.
+MAX_ADDRESS_CHARS = 45
 
 
 @dataclass(frozen=True)
 class TrustedProxies:
-    """Addresses and networks whose ``X-Forwarded-For`` is believed; ``unix`` stands for a socket in the file system.
+    """Addresses and networks whose ``X-Forwarded-For`` is believed.
 
-    Raises ValueError, which names what is none.
+    ``unix`` among ``texts`` stands for a socket in the file system. Raises ValueError, which names the first text that
+    is none of these.
     """
 
     texts: tuple[str, ...] = ()
@@ -44,17 +48,20 @@ class TrustedProxies:
                     raise ValueError(f"{text!r} is no address, no network such as 10.0.0.0/8, and not unix") from exc
         object.__setattr__(self, "_networks", tuple(networks))
 
-    def caller(self, peer: str, forwarded_for: Sequence[str]) -> str:
-        """The address of the caller behind ``peer``, which is itself one where it is not trusted."""
+    def client(self, peer: str, forwarded_for: Sequence[str]) -> str:
+        """Return the address of the client behind ``peer``, which is the client itself unless it is trusted.
+
+        ``forwarded_for`` are the values of the X-Forwarded-For lines, in the order received.
+        """
         if not (self.texts and forwarded_for):
             return peer
-        caller, hops = peer, ",".join(forwarded_for).rsplit(",", MOST_HOPS)[-MOST_HOPS:]
-        while hops and self._trusts(caller):
+        client, hops = peer, ",".join(forwarded_for).rsplit(",", MAX_HOPS)[-MAX_HOPS:]
+        while hops and self._trusts(client):
             address = _address(hops.pop().strip(" \t"))
             if address is None:
                 break
-            caller = str(address)
-        return caller
+            client = str(address)
+        return client
 
     def _trusts(self, peer: str) -> bool:
         if peer == UNIX:
@@ -64,9 +71,9 @@ class TrustedProxies:
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
-    # The zone of an IPv6 address (RFC 4007 section 11), which a peer may have, is any text.
+    # A peer's IPv6 address may have a zone (RFC 4007 section 11), which is any text.
     text = text.partition("%")[0]
-    return _parsed(text) if len(text) <= LONGEST else None
+    return _parsed(text) if len(text) <= MAX_ADDRESS_CHARS else None
 
 
 @lru_cache(4096)
@@ -75,5 +82,5 @@ def _parsed(text: str) -> IPv4Address | IPv6Address | None:
         address = ip_address(text)
     except ValueError:
         return None
-    # What a socket for both families says of a peer of the older one.
+    # A socket for both families writes an IPv4 peer as an IPv4-mapped IPv6 address.
     return getattr(address, "ipv4_mapped", None) or address

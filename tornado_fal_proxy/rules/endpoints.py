@@ -1,0 +1,117 @@
+"""The one list of fal's hosts and paths, and which kind of call a target is.
+
+Strategy. Hosts, paths and the calls of fal's queue stand here as constants, and all that must recognise one of them
+asks this module. Two readings exist. :func:`is_queue_call` and :func:`is_cancel` are strict because rules rely on them:
+they take canonical segments only. :func:`kind_of` is lenient because logs and metrics rely on it: any target has a
+kind.
+
+The segment ``requests`` belongs to fal's queue. Behind the id of an app it is the status, result or cancel of a queued
+job, and fal drops the rest of an endpoint's id there.
+
+This module never decides whether a call may pass.
+
+Sources: fal's pages on its queue, on realtime tokens and on workflow endpoints, and the source of fal's SDKs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tornado_fal_proxy.rules.target import Target, canonical_segments
+
+__all__ = [
+    "INITIATE",
+    "INITIATE_MULTIPART",
+    "NAMESPACES",
+    "QUEUE_CALLS",
+    "QUEUE_HOST",
+    "REQUESTS",
+    "REST_HOSTS",
+    "RUN_HOST",
+    "STREAM",
+    "TOKENS_PATH",
+    "UPLOADS",
+    "WELL_KNOWN_HOSTS",
+    "id_length",
+    "is_cancel",
+    "is_queue_call",
+    "kind_of",
+]
+
+RUN_HOST, QUEUE_HOST = "fal.run", "queue.fal.run"
+# The Swift and Dart SDKs call the second, and so do older JavaScript ones.
+REST_HOSTS = _REST_HOST, _ALPHA_REST_HOST = "rest.fal.ai", "rest.alpha.fal.ai"
+# The hosts that fal's SDKs call. They need no proof that they exist, not even at the first request.
+WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, *REST_HOSTS})
+
+TOKENS_PATH = "/tokens/"
+INITIATE, INITIATE_MULTIPART = "/storage/upload/initiate", "/storage/upload/initiate-multipart"
+_CDN = "?storage_type=fal-cdn-v3"
+# Host and request target of the requests that begin an upload.
+UPLOADS = frozenset((host, path + _CDN) for host in REST_HOSTS for path in (INITIATE, INITIATE_MULTIPART)) | {
+    (_ALPHA_REST_HOST, INITIATE)
+}
+
+# An app's id that begins with one of these has one more segment.
+NAMESPACES = ("workflows", "comfy")
+# The last segment of an endpoint's path on RUN_HOST where its response is an event stream.
+STREAM = "stream"
+REQUESTS = "requests"
+# Each call of a queued job: the method, then the segments behind the request's id.
+QUEUE_CALLS = frozenset({("GET",), ("GET", "status"), ("GET", "status", "stream"), ("PUT", "cancel")})
+
+_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+def id_length(segments: Sequence[str]) -> int:
+    """Return how many segments the app's id has at least, in an endpoint's id or path that has these ``segments``."""
+    return 3 if segments[0] in NAMESPACES else 2
+
+
+def is_queue_call(method: str, segments: Sequence[str]) -> bool:
+    """Return whether a request to QUEUE_HOST is one of QUEUE_CALLS, with its method.
+
+    ``segments`` are canonical: the app's id, ``requests``, the request's id, and nothing, ``status``,
+    ``status/stream`` or ``cancel``.
+    """
+    length = id_length(segments)
+    if REQUESTS in segments[:length]:
+        return False
+    match segments[length:]:
+        case ["requests", request_id, *rest]:
+            is_id = request_id != REQUESTS and _REQUEST_ID.fullmatch(request_id) is not None
+            return is_id and (method, *rest) in QUEUE_CALLS
+    return False
+
+
+def is_cancel(target: Target) -> bool:
+    """Return whether a PUT to ``target`` cancels a queued job, which has one spelling and no query."""
+    if target.host != QUEUE_HOST or target.query is not None:
+        return False
+    segments = canonical_segments(target.path)
+    return segments is not None and is_queue_call("PUT", segments)
+
+
+def kind_of(target: Target | None) -> str:
+    """Return the kind of a call to ``target`` for logs and metrics, one of eleven names whatever clients send.
+
+    They are ``run``, ``stream``, ``queue_submit``, ``queue_status``, ``queue_stream``, ``queue_result``,
+    ``queue_cancel``, ``token``, ``storage``, ``other``, and ``none`` where the request has no valid target.
+    """
+    if target is None:
+        return "none"
+    host, path = target.host, target.path
+    if host == RUN_HOST:
+        return "stream" if path.endswith(f"/{STREAM}") else "run"
+    if host == QUEUE_HOST:
+        _, found, rest = path.partition(f"/{REQUESTS}/")
+        if not found:
+            return "queue_submit"
+        for end in ("stream", "cancel", "status"):
+            if rest.endswith(f"/{end}"):
+                return f"queue_{end}"
+        return "queue_result"
+    if host.startswith("rest."):
+        return "token" if path.startswith("/tokens") else "storage" if path.startswith("/storage/") else "other"
+    return "other"
