@@ -1,17 +1,17 @@
-"""What a process of our own makes of its memory: large blocks of the C library's, and Python's collection of garbage.
+"""Tune the memory of a process of one's own: large blocks of the C library, and Python's garbage collection.
 
-**Blocks.** libcurl keeps the buffer through which a request's body goes until the answer is complete. Most bodies fill
-a small part of it, and a page that nothing was written to costs no memory; but only a block that is mapped by itself
-has such pages. glibc maps blocks from 128 kB on, until the first of them is given back: then it takes the like from the
-heap, where they cost all of their size. Setting the bound, even to its default, keeps it from moving (mallopt(3)).
+**Blocks.** libcurl keeps the buffer for a request's body until the response is complete. Most bodies fill a small part
+of it, and a page that nothing was written to costs no memory. Only a block that is mapped by itself has such pages.
+glibc maps blocks from 128 kB on, but only until the first of them is freed: then it takes blocks of that size from the
+heap, where all of their size counts. Setting the threshold, even to its default, keeps it from moving (mallopt(3)).
 
 **Garbage.** No call leaves a cycle behind (a test holds that), so there is next to nothing to collect. But Python looks
 through all objects whenever a quarter more of them has grown old, and calls that are held for long do grow old: with
 6,000 of them it stops everything for 0.24 s, as often as 1,500 have come. Here that is a hundred times rarer.
 
-Both are for the whole process, so an embedding application decides: it calls :func:`map_large_blocks` before the first
-call, or sets MALLOC_MMAP_THRESHOLD_=131072 in the environment, or lives with 12 kB more for each POST that waits; and
-it calls :func:`collect_rarely`, or not.
+Both are for the whole process, so an embedding application decides. It calls :func:`map_large_blocks` before the first
+call, or sets MALLOC_MMAP_THRESHOLD_=131072 in the environment, or accepts 12 kB more for each POST that waits. It calls
+:func:`collect_rarely` or leaves Python's own settings.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _set = False
 
 
 def map_large_blocks() -> None:
-    """Give each block of 128 kB and more pages of its own from now on. Does nothing where this is not glibc."""
+    """Map each block of 128 kB and more by itself from now on. Do nothing where this is not glibc."""
     global _set
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     _set = mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES) == 1
 
 
 def are_mapped() -> bool:
-    """Whether blocks from 128 kB on, or smaller ones, stay mapped."""
+    """Tell whether blocks from 128 kB on, or smaller ones, stay mapped."""
     threshold = os.environ.get(_VARIABLE, "")
     return _set or (threshold.isdecimal() and int(threshold) <= MAPPED_FROM_BYTES)
 
