@@ -1,4 +1,4 @@
-"""How logs are written, as text or JSON, without a control character that a client has sent.
+"""Format logs as text or JSON, without a control character that a client has sent.
 
 Strategy: messages of Tornado and libcurl may contain any byte from 0x80 on that a client or a server has sent. Some of
 these are control characters (C1, such as NEL, which many readers take for the end of a line, and CSI, which begins a

@@ -1,4 +1,4 @@
-"""How many files this process may have open, and how many of them clients do not get."""
+"""The limit of open files: raised at the start, with a part that clients' connections do not get."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ logger = logging.getLogger("tornado_fal_proxy")
 OWN_FILES = 32
 # Calls that share a connection to fal over HTTP/2: servers commonly allow a hundred.
 STREAMS_PER_CONNECTION = 100
-# The part of the open files, and its bounds, that clients do not get. A sixteenth is for connections to fal, name
-# look-ups and 503s; with fewer than 16 no call would succeed, and more than 256 would never be used.
+# The part of the open files, within bounds, that clients do not get: connections to fal, name lookups and 503s need
+# some when clients have taken all others. A sixteenth is hardly missed, and the bounds keep it from being too few under
+# a low limit and idle under a high one.
 RESERVED_PART = 16
 MIN_RESERVED_FILES, MAX_RESERVED_FILES = 16, 256
 
@@ -48,8 +49,7 @@ def raise_open_files(max_in_flight: int | None) -> None:
     if needed > limit:
         fits = (limit - spare) * STREAMS_PER_CONNECTION // (STREAMS_PER_CONNECTION + 1)
         logger.warning(
-            "limit of open files is %d: --max-in-flight=%d takes up to %d open files in a process over HTTP/2, and %d "
-            "over HTTP/1.1 (raise the limit, with LimitNOFILE=%d in systemd or ulimit -n in a shell, "
-            "or set --max-in-flight=%d)",
+            "limit of open files is %d: --max-in-flight=%d takes up to %d open files in a process over HTTP/2, %d over "
+            "HTTP/1.1. Raise the limit (LimitNOFILE=%d in systemd, ulimit -n in a shell) or set --max-in-flight=%d",
             *(limit, max_in_flight, needed, spare + 2 * max_in_flight, needed, max(fits, 1)),
         )

@@ -30,7 +30,7 @@ from tornado_fal_proxy.telemetry import Call
 
 __all__ = ["Metrics"]
 
-# Upper bounds of the histograms' buckets: refusals and cached results take milliseconds, slow models many minutes.
+# Upper bounds of the histograms' buckets: refusals take milliseconds, slow models many minutes.
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 

@@ -39,17 +39,20 @@ PROGRAM = "tornado-fal-proxy"
 
 # The address to listen on: of this machine only, because a paid key is exposed to the world only if somebody asks.
 DEFAULT_ADDRESS = "127.0.0.1"
+# The port to listen on: the usual one of a service that no user types, and open to programs without privileges.
 DEFAULT_PORT = 8080
 # The text of an admin port that is not opened.
 NO_PORT = "none"
 # Paths that the service itself serves, or may serve, beside the route.
 TAKEN_ROUTES = ("/", "/healthz")
+# The texts that --log-level and --log-format accept, in any case of letters.
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 # The processes that serve: the sandbox, or a first try, needs no more than one.
 DEFAULT_PROCESSES = 1
 # Limits processes: more than any machine has cores, and far fewer than an operating system permits.
 MAX_PROCESSES = 256
+# Limits ports: TCP has two bytes for one.
 MAX_PORT = 65_535
 # Limits a drain: the time that Kubernetes gives a pod, and longer than most models run. Endless streams reach it.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0

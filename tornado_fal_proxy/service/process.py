@@ -42,7 +42,7 @@ ADMIN_KEEP_ALIVE_S = 120.0
 # Time between two updates of a process's numbers on the scoreboard: a scrape may reach another process, which then
 # reports numbers that are this old at most.
 REFRESH_INTERVAL_S = 5.0
-# The part of the watchdog's time after which a heartbeat is due: one that is late is still in time.
+# Heartbeats within the watchdog's time limit: so many that a late one is still in time.
 HEARTBEATS_PER_WATCHDOG = 4
 
 

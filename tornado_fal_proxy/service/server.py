@@ -43,23 +43,24 @@ logger = logging.getLogger("tornado_fal_proxy")
 LISTEN_BACKLOG = 4096
 # Bytes that are read at once. Tornado's 64 kB would be cleared for each of two reads, and few requests have a thousand.
 READ_BYTES = 16 * 1024
-# Time for a head, from its first part on, or from the start of a connection that never had a request. A phone with a
-# bad connection needs seconds.
+# Time for a head, from its first part on, or from the start of a connection that never had a request: as
+# long as nginx waits by default.
 HEAD_TIMEOUT_S = 60.0
 # Time for which a connection is kept without a request: longer than by proxies in front (nginx 60 s, Google's load
 # balancer 600 s), so none of them sends a call on a connection that is being closed.
 KEEP_ALIVE_TIMEOUT_S = 620.0
 # Time between two sweeps over the connections: short beside the two limits above.
 SWEEP_INTERVAL_S = 5.0
-# Connections that are accepted in one turn of the loop, so that calls in flight get their turns.
+# Connections that are accepted in one turn of the loop. Calls in flight wait for so many, and no longer.
 ACCEPT_BATCH = 128
 # Time for which a worker leaves connections to others: several turns of another's loop, and nothing to a client.
 STAND_BACK_S = 0.001
-# Time without accepting when open files ran out, in which some calls end; and time between two log lines about it.
+# Time without accepting when open files ran out, in which other calls may end; and between two log lines about it.
 PAUSE_S, LOG_INTERVAL_S = 0.1, 60.0
 # Time in which a client that is answered 503 must have sent its request: each such connection holds a reserved file.
 SHED_S = 5.0
-# Time without a request after which a drain closes a connection: clients send their next one sooner, if they have one.
+# Time without a request after which a drain closes a connection: a client that sends its next request within this time
+# after a response still has it served.
 IDLE_GRACE_S = 1.0
 # Time for responses that are being written when the process ends, and between two checks whether they have left.
 CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02

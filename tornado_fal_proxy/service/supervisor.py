@@ -41,8 +41,8 @@ EARLY_DEATH_S = 1.0
 # Bounds of the delay before a worker is replaced that died early. It doubles from the first, which is hardly noticed,
 # to the second, at which restarts cost next to nothing.
 MIN_DELAY_S, MAX_DELAY_S = 0.1, 5.0
-# Starts that may fail in a row before the service ends. The delays between so many add up to 1.5 seconds, which may be
-# all that a lack of memory lasts, and a wrong setup is still reported soon.
+# Starts that may fail in a row before the service ends. The delays between so many add up to 1.5 seconds: a
+# short lack of memory may pass, and a wrong setup is still reported soon.
 MAX_FAILED_STARTS = 5
 # Time that a worker gets beyond its own limit before it is killed: enough to close what it has on a busy machine.
 KILL_AFTER_S = 2.0
@@ -88,7 +88,7 @@ class Supervisor:
     def run(self) -> bool:
         """Run until all workers have ended. Return whether each ended with code 0 after the shutdown began.
 
-        Raises CannotStartWorkers.
+        Raise CannotStartWorkers.
         """
         self.scoreboard = Scoreboard(self.size)
         self._lifeline, lifeline_end = os.pipe()
@@ -243,7 +243,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _signals_as_bytes() -> Iterator[tuple[int, int]]:
-    """Open a pipe from which the number of each signal that arrives can be read. Restores the handlers at the end."""
+    """Open a pipe from which the number of each signal that arrives can be read. Restore the handlers at the end."""
     readable, writable = os.pipe()
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)

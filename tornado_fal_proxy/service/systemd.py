@@ -25,7 +25,7 @@ class NotListening(Exception):
 def activated_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """Return the listening sockets that systemd opened for this process; none if it was started without.
 
-    Raises NotListening.
+    Raise NotListening.
     """
     count, pid, names = (environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
     environ.pop("LISTEN_PIDFDID", None)
@@ -36,7 +36,7 @@ def activated_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 def _listener(fd: int, name: str) -> socket.socket:
-    """Return the descriptor as a socket. Raises NotListening."""
+    """Return the descriptor as a socket. Raise NotListening."""
     listening = 0
     with contextlib.suppress(OSError):
         os.set_inheritable(fd, False)

@@ -1,9 +1,8 @@
-"""A process that serves: its slot on the scoreboard, and how it is told to shut down.
+"""A process that serves: its slot on the scoreboard, and the way it learns of a shutdown.
 
-Strategy. :class:`Worker` is one of several processes and obeys its parent; :class:`SingleProcess` is the only process
-of a service and obeys whoever sends it a signal. Both offer the same methods, so that the code that serves need not
-distinguish them. The protocol between parent and worker is described in
-:mod:`~tornado_fal_proxy.service.supervisor`.
+Strategy. :class:`Worker` is one of several processes and obeys its parent. :class:`SingleProcess` is the only process
+of a service and obeys every signal. Both offer the same methods, and the code that serves need not distinguish them.
+The protocol between parent and worker is described in :mod:`~tornado_fal_proxy.service.supervisor`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["PID_FORMAT", "STOP_SIGNALS", "Shutdown", "SingleProcess", "Worker", 
 logger = logging.getLogger("tornado_fal_proxy")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# How a worker writes its process id to the ready pipe.
+# The format of a worker's process id on the ready pipe.
 PID_FORMAT = "i"
 
 
