@@ -21,16 +21,16 @@ PAGE = """<!doctype html>
 <script>
 document.querySelector("form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const say = (text) => { document.querySelector("#status").textContent = text; };
-  say("Drawing ...");
-  const answer = await fetch("/api/fal/proxy", {
+  const show = (text) => { document.querySelector("#status").textContent = text; };
+  show("Drawing ...");
+  const response = await fetch("/api/fal/proxy", {
     method: "POST",
     headers: { "content-type": "application/json", "x-fal-target-url": "https://fal.run/fal-ai/flux/dev" },
     body: JSON.stringify({ prompt: event.target.elements.prompt.value }),
   });
-  const result = await answer.json();
-  say(answer.ok ? "" : result.message ?? JSON.stringify(result.detail));
-  if (answer.ok) document.querySelector("#picture").src = result.images[0].url;
+  const result = await response.json();
+  show(response.ok ? "" : result.message ?? JSON.stringify(result.detail));
+  if (response.ok) document.querySelector("#picture").src = result.images[0].url;
 });
 </script>
 """
