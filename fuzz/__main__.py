@@ -63,7 +63,7 @@ def fuzz_here(name: str, seconds: int, replay: str | None) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["tornado_fal_proxy"]):
-        from fuzz.properties import TARGETS
+        from fuzz.targets import TARGETS
     target = TARGETS[name]
     with tempfile.TemporaryDirectory() as directory:
         words = Path(directory, "words")

@@ -11,10 +11,9 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from caller import Answer, Caller, request
-
 from soak.processes import IDLE_TIMEOUT_S, MAX_BODY_BYTES
 from soak.wish import ROLES, Wish
+from tests.support.raw_client import RawClient, Response, request
 
 __all__ = ["BROKEN", "KINDS", "Call", "Unwanted", "Wrong"]
 
@@ -48,23 +47,23 @@ class Call:
     number: int
     port: int
     dice: random.Random
-    idle: list[Caller]
+    idle: list[RawClient]
     to_repeat: set[int]
-    _opened: list[Caller] = field(default_factory=list)
+    _opened: list[RawClient] = field(default_factory=list)
     _parts: int = 0
 
-    async def caller(self, *, receive_buffer: int | None = None) -> Caller:
+    async def caller(self, *, receive_buffer: int | None = None) -> RawClient:
         """A connection, mostly one that was used before."""
         caller = None
         while self.idle and caller is None and receive_buffer is None and self.dice.random() < REUSED:
             caller = self.idle.pop()
             if caller.reader.at_eof() or caller.reader.exception():
                 caller = None
-        caller = caller or await Caller.open(self.port, receive_buffer=receive_buffer)
+        caller = caller or await RawClient.open(self.port, receive_buffer=receive_buffer)
         self._opened.append(caller)
         return caller
 
-    def keep(self, caller: Caller, answer: Answer) -> None:
+    def keep(self, caller: RawClient, answer: Response) -> None:
         """The connection may serve another call, if the answer says nothing else."""
         if answer.header("connection") != "close":
             self._opened.remove(caller)
@@ -85,9 +84,9 @@ class Call:
     def request(self, method: str, wish: Wish, body: bytes = b"", role: str = "calm") -> bytes:
         return request(method, body, target=f"https://{self.dice.choice(ROLES[role])}{wish.path}")
 
-    async def receive(self, caller: Caller, method: str, wish: Wish, body: bytes) -> Answer:
+    async def receive(self, caller: RawClient, method: str, wish: Wish, body: bytes) -> Response:
         """The whole answer, which is the right one or the proxy's own."""
-        answer = await caller.answer()
+        answer = await caller.response()
         right = wish.answer(body if method == "POST" else b"")
         if is_own(answer):
             if method == "POST" and answer.status in REPEATED:
@@ -98,7 +97,7 @@ class Call:
             )
         return answer
 
-    async def expect(self, caller: Caller, method: str, wish: Wish, body: bytes = b"") -> str:
+    async def expect(self, caller: RawClient, method: str, wish: Wish, body: bytes = b"") -> str:
         """The right answer."""
         answer = await self.receive(caller, method, wish, body)
         if is_own(answer):
@@ -107,7 +106,7 @@ class Call:
         return str(answer.status)
 
 
-def is_own(answer: Answer) -> bool:
+def is_own(answer: Response) -> bool:
     """Whether the proxy says this by itself."""
     return answer.body.startswith(b'{"message": ')
 
@@ -262,7 +261,7 @@ async def refused(call: Call) -> str:
     )
     caller = await call.caller()
     caller.writer.write(data)
-    answer = await caller.answer()
+    answer = await caller.response()
     if answer.status != status or not is_own(answer):
         raise Wrong(f"{answer.status} {answer.body[:200]!r}, not {status}")
     return str(status)

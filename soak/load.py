@@ -8,10 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from caller import Caller
-
 from soak.calls import BROKEN, KINDS, Call, Unwanted
 from soak.processes import Service
+from tests.support.raw_client import RawClient
 
 __all__ = ["Load"]
 
@@ -40,7 +39,7 @@ class Load:
         self.made = 0
         self.most_at_once = 0
         self._service, self._seed, self._trouble = service, seed, trouble
-        self._idle: list[Caller] = []
+        self._idle: list[RawClient] = []
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, rate: float, seconds: float, stop: asyncio.Event) -> None:

@@ -13,12 +13,9 @@ from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 
-import trustme
-from upstream import FAL_NAMES
+from tests.support.tools import ROOT
 
-from soak import ROOT
-
-__all__ = ["IDLE_TIMEOUT_S", "MAX_BODY_BYTES", "CannotStart", "Service", "Upstream", "make_certificates"]
+__all__ = ["IDLE_TIMEOUT_S", "MAX_BODY_BYTES", "CannotStart", "Service", "Upstream"]
 
 KEY = "id-of-a-soak:secret-of-a-soak"
 IDLE_TIMEOUT_S = 4
@@ -62,15 +59,6 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-
-
-def make_certificates(directory: Path) -> None:
-    """A CA and a certificate of fal's names, as ``ca.pem``, ``cert.pem`` and ``key.pem``."""
-    authority = trustme.CA()
-    leaf = authority.issue_cert(*FAL_NAMES)
-    authority.cert_pem.write_to_path(directory / "ca.pem")
-    leaf.private_key_pem.write_to_path(directory / "key.pem")
-    leaf.cert_chain_pems[0].write_to_path(directory / "cert.pem")
 
 
 class Upstream:

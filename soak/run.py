@@ -20,11 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from caller import Caller, request
-
 from soak.load import Load
-from soak.processes import Service, Upstream, make_certificates
+from soak.processes import Service, Upstream
+from soak.upstream import CERTIFICATE
 from soak.wish import Wish
+from tests.support.certificates import Authority
+from tests.support.raw_client import RawClient, request
 
 __all__ = ["Options", "soak"]
 
@@ -61,7 +62,7 @@ async def soak(options: Options, stop: asyncio.Event) -> tuple[list[str], list[s
     """The report, and what was wrong. ``stop`` ends the calls early."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        make_certificates(directory)
+        Authority(directory).write_certificate(directory / CERTIFICATE)
         upstream = Upstream(directory)
         await upstream.start()
         service = None
@@ -136,10 +137,10 @@ class _Soak:
 
     async def _touch(self) -> None:
         """Calls to each process that serves."""
-        callers = [await Caller.open(self.service.port) for _ in range(8 * self.options.processes)]
+        callers = [await RawClient.open(self.service.port) for _ in range(8 * self.options.processes)]
         for caller in callers:
             caller.writer.write(request("GET", target=f"https://fal.run{Wish('plain', 0).path}"))
-            await caller.answer()
+            await caller.response()
         for caller in callers:
             await caller.close()
 

@@ -18,12 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from h2.errors import ErrorCodes
-from upstream import Exchange, Upstream
 
 from soak.wish import Wish, speaks_http2
+from tests.support.scripted_upstream import Exchange, Upstream
+from tests.support.stub_handlers import EVENT_STREAM, JSON
 
-JSON = ("content-type", "application/json")
-EVENTS = ("content-type", "text/event-stream")
+# The file in the directory with the key and the certificate; beside it is the CA's, ca.pem.
+CERTIFICATE = "server.pem"
 GZIP = ("content-encoding", "gzip")
 PIECE_BYTES = 64 * 1024
 LOOK_S = 0.5
@@ -37,17 +38,17 @@ async def respond(exchange: Exchange, wish: Wish, answer: bytes) -> None:  # noq
             await asyncio.sleep(wish.pause_ms / 1000)
             await respond_whole(exchange, wish, answer)
         case "zipped":
-            await exchange.respond(wish.status, gzip.compress(answer, 1), [JSON, GZIP])
+            await exchange.respond(wish.status, gzip.compress(answer, 1), [*JSON, GZIP])
         case "corrupt":
-            await exchange.respond(wish.status, answer, [JSON, GZIP])
+            await exchange.respond(wish.status, answer, [*JSON, GZIP])
         case "stream" | "cut_stream":
-            await exchange.start(wish.status, [EVENTS])
+            await exchange.start(wish.status, EVENT_STREAM)
             for event in wish.events():
                 await asyncio.sleep(wish.pause_ms / 1000)
                 await exchange.send(event)
             await exchange.end() if wish.how == "stream" else exchange.reset()
         case "stall_in_body" | "cut":
-            await exchange.start(wish.status, [JSON], length=len(answer))
+            await exchange.start(wish.status, JSON, length=len(answer))
             await exchange.send(answer[: len(answer) // 2])
             if wish.how == "cut":
                 exchange.reset()
@@ -64,7 +65,7 @@ async def respond(exchange: Exchange, wish: Wish, answer: bytes) -> None:  # noq
         case "go_away":  # properly: what is here already is answered
             if h2:
                 exchange.goaway()
-            await exchange.respond(wish.status, answer, [JSON])
+            await exchange.respond(wish.status, answer, JSON)
         case _:
             assert wish.how == "stall", wish
 
@@ -72,9 +73,9 @@ async def respond(exchange: Exchange, wish: Wish, answer: bytes) -> None:  # noq
 async def respond_whole(exchange: Exchange, wish: Wish, answer: bytes) -> None:
     """Every second answer does not say how long it is."""
     if wish.number % 2:
-        await exchange.respond(wish.status, answer, [JSON])
+        await exchange.respond(wish.status, answer, JSON)
         return
-    await exchange.start(wish.status, [JSON])
+    await exchange.start(wish.status, JSON)
     for start in range(0, len(answer), PIECE_BYTES):
         await exchange.send(answer[start : start + PIECE_BYTES])
     await exchange.end()
@@ -90,7 +91,7 @@ def tls(generation: int, directory: Path) -> ssl.SSLContext:
     both = {}
     for protocol in ("h2", "http/1.1"):
         context = both[protocol] = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+        context.load_cert_chain(directory / CERTIFICATE)
         context.set_alpn_protocols([protocol])
 
     def choose(connection: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> None:

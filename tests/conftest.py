@@ -1,29 +1,15 @@
-"""What all tests share: a loop, a certificate authority, the proxy under test, and no unexpected log line."""
+"""Fixtures of all tests: a loop, a certificate authority, the proxy under test, and no unexpected log line."""
 
 import asyncio
 import logging
-import os
-import re
-import shutil
-import socket
-import subprocess
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from tornado.httpserver import HTTPServer
 from tornado.platform.asyncio import AsyncIOLoop
-from tornado.testing import bind_unused_port
-from tornado.web import Application
-from upstream import Authority, Handler, Upstream
 
-from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams
-
-# Set by .ci/run: there a missing tool is a failure.
-REQUIRE_TOOLS = "TORNADO_FAL_PROXY_REQUIRE_TOOLS"
-KEY = "key-id-of-a-test:secret-of-a-test"
-ROUTE = "/api/fal/proxy"
+from tests.support.certificates import Authority
+from tests.support.logs import Logs
+from tests.support.proxy import Setup
 
 
 @pytest.fixture
@@ -39,36 +25,6 @@ def io_loop() -> Iterator[AsyncIOLoop]:
     asyncio_loop.run_until_complete(asyncio_loop.shutdown_asyncgens())
     loop.close(all_fds=False)
     asyncio.set_event_loop(None)
-
-
-class Logs(logging.Handler):
-    """All that was logged during a test. Lines of level WARNING and above must be expected, and none holds the key."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.records: list[logging.LogRecord] = []
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        self._expected: list[re.Pattern[str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-    @property
-    def lines(self) -> list[str]:
-        return [self.format(record) for record in self.records]
-
-    def expect(self, pattern: str) -> None:
-        """Lines that match are part of the test, and at least one must have come when it ends."""
-        self._expected.append(re.compile(pattern))
-
-    def check(self) -> None:
-        lines = self.lines
-        assert not [line for line in lines if KEY.partition(":")[2] in line]
-        missing = [wanted.pattern for wanted in self._expected if not any(map(wanted.search, lines))]
-        assert not missing, f"not logged: {missing} in {lines}"
-        loud = [self.format(record) for record in self.records if record.levelno >= logging.WARNING]
-        unexpected = [line for line in loud if not any(wanted.search(line) for wanted in self._expected)]
-        assert not unexpected
 
 
 @pytest.fixture(autouse=True)
@@ -99,77 +55,8 @@ def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-class Setup:
-    """The proxy in front of a scripted upstream, both in the loop of the test."""
-
-    def __init__(self, authority: Authority) -> None:
-        self._authority = authority
-        self._closers: list[Callable[[], Awaitable[object]]] = []
-
-    async def upstream(self, handler: Handler, protocol: str = "h2", **options: Any) -> Upstream:
-        """A started upstream that speaks only ``protocol``."""
-        context = options.pop("ssl_context", None) or self._authority.context()
-        upstream = Upstream(handler, ssl_context=context, protocols=[protocol], **options)
-        await upstream.start()
-        self._closers.append(upstream.close)
-        return upstream
-
-    def config(self, upstream: Upstream | str, **fields: Any) -> ProxyConfig:
-        """A configuration that directs every target at ``upstream``, or at that address."""
-        fields = {"key": KEY, "ca_certs": self._authority.ca_file} | fields
-        return ProxyConfig(connect_to=upstream if isinstance(upstream, str) else upstream.address, **fields)
-
-    def serve(self, application: Application, **options: Any) -> int:
-        """Serve ``application`` on a free port, and return that."""
-        listener, port = bind_unused_port()
-        server = HTTPServer(application, **options)
-        server.add_sockets([listener])
-
-        async def close() -> None:
-            server.stop()
-            close_upstreams(application)
-            await server.close_all_connections()
-
-        self._closers.append(close)
-        return port
-
-    def proxy(self, upstream: Upstream | str, **fields: Any) -> int:
-        """The proxy in front of ``upstream`` in an application of its own, on the port returned."""
-        rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
-        return self.serve(Application([rule], log_function=lambda handler: None))
-
-    async def close(self) -> None:
-        for close in reversed(self._closers):
-            await close()
-
-
 @pytest.fixture
 def setup(io_loop: AsyncIOLoop, authority: Authority) -> Iterator[Setup]:
     setup = Setup(authority)
     yield setup
     io_loop.asyncio_loop.run_until_complete(setup.close())
-
-
-def tool(name: str, path: str | Path | None = None) -> str:
-    """Where that program (or file, if ``path`` is given) is. Without it the test is skipped, and fails in CI."""
-    found = (str(path) if Path(path).exists() else None) if path else shutil.which(name)
-    if found is None:
-        (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"{name} is not installed")
-    return str(found)
-
-
-def isolated() -> list[str]:
-    """What runs a command in a network and with mounts of its own. Without it the test is skipped, and fails in CI."""
-    command = [tool("unshare"), *([] if os.geteuid() == 0 else ["--map-root-user"]), "--net", "--mount"]
-    tried = subprocess.run(
-        [*command, tool("mount"), "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False
-    )
-    if tried.returncode:
-        (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"no namespaces: {tried.stderr.strip()}")
-    return command
-
-
-def unused_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -1,0 +1,134 @@
+"""The sandbox's page does in a real Chromium what it promises: pictures through the queue, streams, errors, Cancel.
+
+And a page of another origin may call the proxy just where allowed_origins says so.
+"""
+
+import asyncio
+from http.client import responses
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
+
+from tests.support.certificates import Authority
+from tests.support.node import run_script, serve_sandbox
+from tests.support.proxy import ROUTE, Setup
+from tests.support.tools import tool
+
+PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
+
+PLACES = ["Submitting …", "In the queue, 2 ahead", "In the queue, 1 ahead", "In the queue, 0 ahead", "In progress"]
+LOG = ["Loading the model", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "Done"]
+TEXT = (
+    "Grüße aus dem Sandkasten! 🌊 Übermut! 日本語のテキスト。 👩‍🚀 中文也可以。 Привет! Ça va? 🎉"
+    "(Say something in many scripts)"
+)
+# The error that was chosen in the list, and what is shown.
+ERRORS = [(422, "422: body.prompt: This error was asked for")]
+ERRORS += [(status, f"{status}: This error was asked for: {responses[status]}") for status in (429, 500)]
+
+
+@pytest.fixture(scope="module")
+def page(authority: Authority) -> Any:
+    """One run of ``page.mjs``, which the tests below look at."""
+    chromium = tool("chromium")
+
+    async def make() -> Any:
+        async with serve_sandbox(Setup(authority), PACE) as sandbox:
+            return await run_script("page.mjs", sandbox.public_url, chromium)
+
+    return asyncio.run(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("run", "A lighthouse in a snow storm"), ("run_again", "Ein Kätzchen 🐱")]
+)
+def test_run_form(page: Any, name: str, prompt: str) -> None:
+    """Places in the queue, then the log line by line, then the picture, decoded; also after errors and a cancel."""
+    seen = page["seen"][name]
+    shown = seen["queue-position"]
+    assert shown == [*(place for place in PLACES if place in shown), "Completed"]  # a slow machine misses some
+    assert shown[0] == PLACES[0]
+    assert len(shown) > 2
+    lines = seen["logs"][-1].splitlines()
+    assert [line.partition("  ")[2] for line in lines] == LOG
+    assert seen["picture"] == [512, 384, prompt]
+    assert (seen["error"], seen["idle"]) == ("", True)
+
+
+def test_stream_form(page: Any) -> None:
+    """The text grows, never with a torn character, and is whole at the end."""
+    seen = page["seen"]["stream"]
+    shown = seen["stream-output"]
+    assert len(shown) > 2
+    assert all(longer.startswith(text) for text, longer in pairwise(shown))
+    assert shown[-1] == TEXT
+    assert (seen["error"], seen["idle"]) == ("", True)
+
+
+@pytest.mark.parametrize("form", ["run", "stream"])
+@pytest.mark.parametrize(("status", "text"), ERRORS)
+def test_errors_are_told(page: Any, form: str, status: int, text: str) -> None:
+    """An error of fal's is shown with its status and its words, and the form can be used again."""
+    seen = page["seen"][f"{form}_{status}"]
+    assert (seen["error"], seen["idle"]) == (text, True)
+
+
+@pytest.mark.parametrize(("form", "output", "whole"), [("run", "logs", LOG[-1]), ("stream", "stream-output", TEXT)])
+def test_cancel(page: Any, form: str, output: str, whole: str) -> None:
+    """Cancel ends the call that is under way, says so, and leaves the form ready."""
+    seen = page["seen"][f"{form}_cancelled"]
+    assert (seen["error"], seen["idle"]) == ("Cancelled.", True)
+    assert whole not in seen[output][-1]
+    assert form == "stream" or seen["picture"] is None
+
+
+def test_the_page_stays_at_home(page: Any) -> None:
+    """No request leaves the proxy's own origin, and no script failed."""
+    (origin,) = page["origins"]
+    assert origin.startswith("http://127.0.0.1:")
+    assert page["problems"] == []
+
+
+class Page(RequestHandler):
+    def get(self) -> None:
+        self.finish("<!doctype html><title>A page of another origin</title>")
+
+
+@pytest.fixture(scope="module")
+def pages(authority: Authority) -> Any:
+    """One run of ``cors.mjs``: the same page as of two origins, of which the proxy allows the first."""
+    chromium = tool("chromium")
+
+    async def make() -> Any:
+        listener, port = bind_unused_port()
+        server = HTTPServer(Application([("/", Page)], log_function=lambda handler: None))
+        server.add_sockets([listener])
+        allowed, other = (f"http://{host}:{port}" for host in ("127.0.0.1", "localhost"))
+        try:
+            async with serve_sandbox(Setup(authority), PACE, allowed_origins=(allowed,)) as sandbox:
+                return await run_script("cors.mjs", sandbox.public_url + ROUTE, allowed, other, chromium)
+        finally:
+            server.stop()
+            await server.close_all_connections()
+
+    return asyncio.run(make())
+
+
+def test_a_page_of_an_allowed_origin(pages: Any) -> None:
+    """It calls, with any headers, and reads the result, fal's request id, and why a call was refused; no more."""
+    run, refused = pages["allowed"]["run"], pages["allowed"]["refused"]
+    assert run["status"] == 200
+    assert run["body"]["images"]
+    assert len(run["headers"]["x-fal-request-id"]) == 36
+    assert run["headers"]["server"] is None
+    assert refused["status"] == 412
+    assert "x-fal-target-url" in refused["body"]["message"]
+
+
+def test_a_page_of_another_origin(pages: Any) -> None:
+    """The browser does not even send its call."""
+    assert pages["other"] == {name: {"error": "TypeError: Failed to fetch"} for name in ("run", "refused")}

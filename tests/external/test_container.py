@@ -1,0 +1,191 @@
+"""deploy/docker: the files are valid, agree with the proxy, and start what they say.
+
+Docker does not run here: the files are validated, and what they start is started by hand, by their own words with the
+paths replaced.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.deploy_files import (
+    ADMIN_PORT,
+    COMPOSE,
+    DOCKERFILE,
+    INSTALLED,
+    LONGEST_END_S,
+    NGINX,
+    has_counted,
+    instructions,
+    run,
+    start,
+    the,
+)
+from tests.support.load import respond
+from tests.support.proxy import KEY, Setup
+from tests.support.raw_client import call
+from tests.support.tools import ROOT, tool
+from tornado_fal_proxy.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
+
+
+def argv(text: str) -> list[str]:
+    """A command in exec form: one in shell form would put a shell between the engine's signals and the proxy."""
+    found = yaml.safe_load(text)
+    assert isinstance(found, list)
+    return found
+
+
+def compose() -> dict[str, Any]:
+    found = yaml.safe_load(COMPOSE.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_dockerfile_is_right() -> None:
+    """A linter finds nothing to say about it."""
+    assert run(tool("hadolint"), DOCKERFILE) == ""
+
+
+def test_dockerfile_agrees() -> None:
+    """It has a Python that the suite runs on, the proxy's port, no root, and no key."""
+    (image,) = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
+    assert f"NEWEST_PYTHON={image.removeprefix('python:').removesuffix('-slim')}\n" in (ROOT / ".ci/run").read_text()
+    assert the("EXPOSE") == str(DEFAULT_PORT)
+    assert the("ENV").split("=")[0] == "FAL_PROXY_ADDRESS"
+    assert int(the("USER").split(":")[0]) > 0
+    assert the("STOPSIGNAL") == "SIGTERM"
+    assert [name for name, _ in instructions()][-1] == "ENTRYPOINT"
+    assert not [rest for name, rest in instructions() if name in ("ENV", "ARG") and "KEY" in rest]
+
+
+def test_dockerignore() -> None:
+    """The engine is sent what the Dockerfile copies, and neither git's files nor a key beside them."""
+    rules = (ROOT / ".dockerignore").read_text().split()
+    assert rules[0] == "*"
+    sent = {rule[1:] for rule in rules if rule.startswith("!")}
+    copied = [rest.split()[:-1] for name, rest in instructions() if name == "COPY" and not rest.startswith("--from")]
+    assert {source for sources in copied for source in sources} == sent
+    assert all((ROOT / name).exists() for name in sent)
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Path]:
+    """What the first stage of the Dockerfile makes, below a directory that all may read."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        os.chmod(root, 0o755)
+        workdir = root / the("WORKDIR").strip("/")
+        workdir.mkdir()
+        (root / "bin").mkdir()
+        (root / "bin/python").symlink_to(Path(sys.executable).resolve())
+        for name, rest in instructions():
+            if name == "COPY" and not rest.startswith("--from"):
+                for source in rest.split()[:-1]:
+                    copy(ROOT / source, workdir / source)
+        borrowed = sysconfig.get_path("purelib")
+        environ = {"PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": borrowed, "HOME": directory}
+        # What it requires is here already, and what builds it.
+        environ |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_WARN_SCRIPT": "1"}
+        run("sh", "-ec", the("RUN").replace(INSTALLED, f"{root}{INSTALLED}"), cwd=workdir, env=environ)
+        (site,) = (root / INSTALLED[1:]).glob("lib/python*/site-packages")
+        (site / "borrowed.pth").write_text(borrowed + "\n")
+        yield root
+
+
+def copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
+
+
+def as_user(user: str) -> list[str]:
+    """A command to run another as that user, without rights but to read where the tests' Python is."""
+    if os.geteuid() != 0:
+        return []
+    uid, _, gid = user.partition(":")
+    capability = "-all,+dac_read_search"
+    return [
+        *(tool("setpriv"), f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"),
+        *(f"--bounding-set={capability}", f"--inh-caps={capability}", "--ambient-caps=+dac_read_search"),
+    ]
+
+
+@pytest.mark.gen_test
+async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Dockerfile installs serves as it says, for a user without rights; its health check tells; it drains."""
+    service = compose()["services"]["proxy"]
+    secret, temporary = image / "secret", image / "tmp"
+    secret.write_text(KEY)
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    assert service["environment"]["FAL_KEY_FILE"] == "/run/secrets/" + service["secrets"][0]
+    inside = [part.replace(INSTALLED, f"{image}{INSTALLED}") for part in argv(the("ENTRYPOINT"))]
+    monkeypatch.setattr("tests.support.service_process.COMMAND", [*as_user(the("USER")), *inside])
+    name, address = the("ENV").split("=")
+    upstream = await setup.upstream(respond)
+    environ = service["environment"] | {name: address, "FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary)}
+    running = await start(setup, upstream, *service["command"], cwd=image, **environ)
+    if os.geteuid() == 0:
+        assert Path(f"/proc/{running.pid}").stat().st_uid == int(the("USER").split(":")[0])
+    (where,) = {os.readlink(f"/proc/{pid}/exe") for pid in (running.pid, *running.workers())}
+    assert fnmatch(Path(where).name, "python3*")
+    assert (await call(running.port, target="https://fal.run/short")).status == 200
+    await has_counted(running)
+    assert await healthy(image, running.port)
+    await running.end()
+    assert not await healthy(image, running.port)
+
+
+async def healthy(image: Path, port: int) -> bool:
+    """What the health check of the Dockerfile says of the proxy on that port."""
+    options, _, command = the("HEALTHCHECK").partition("CMD ")
+    (seconds,) = re.findall(r"--timeout=(\d+)s", options)
+    text = command.replace(INSTALLED, f"{image}{INSTALLED}")
+    assert str(DEFAULT_PORT) in text
+    process = await asyncio.create_subprocess_exec(
+        *argv(text.replace(str(DEFAULT_PORT), str(port))), stderr=subprocess.DEVNULL
+    )
+    async with asyncio.timeout(float(seconds)):
+        return await process.wait() == 0
+
+
+def test_compose_is_right() -> None:
+    """It is what the specification of compose files describes."""
+    run(tool("check-jsonschema"), "--builtin-schema=vendor.compose-spec", COMPOSE)
+
+
+def test_compose_agrees() -> None:
+    """Files that it names are there, both services may take the time of a drain, and neither may more than it needs."""
+    content = compose()
+    proxy, nginx = content["services"]["proxy"], content["services"]["nginx"]
+    assert (COMPOSE.parent / proxy["build"]["context"]).resolve() == ROOT
+    assert ROOT / proxy["build"]["dockerfile"] == DOCKERFILE
+    conf, certificate = (volume.split(":")[0] for volume in nginx["volumes"])
+    assert (COMPOSE.parent / conf).resolve() == NGINX
+    assert f"ssl_certificate {certificate}/" in NGINX.read_text()
+    for service in (proxy, nginx):
+        assert float(service["stop_grace_period"].removesuffix("s")) > LONGEST_END_S
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+    # Both are on one loopback, where the file of nginx looks for the proxy; only nginx's port is published.
+    assert (nginx["network_mode"], proxy["environment"]["FAL_PROXY_ADDRESS"]) == ("service:proxy", DEFAULT_ADDRESS)
+    assert proxy["ports"] == ["443:443"]
+    settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY": KEY})
+    assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
+    assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS,)
+    assert proxy["tmpfs"] == ["/tmp"]
+    assert content["secrets"].keys() == set(proxy["secrets"])

@@ -1,0 +1,51 @@
+"""deploy/: no file goes untested, and they agree with each other and with the proxy."""
+
+import re
+
+import yaml
+
+from tests.support.deploy_files import (
+    ADMIN_PORT,
+    COMPOSE,
+    DEPLOY,
+    DOCKERFILE,
+    GRAFANA,
+    KUBERNETES,
+    NGINX,
+    PROMETHEUS,
+    SOCKET,
+    UNIT,
+)
+from tornado_fal_proxy.config import DEFAULT_HOLD_BYTES, DEFAULT_IDLE_TIMEOUT_S, DEFAULT_MAX_BODY_BYTES, DEFAULT_ROUTE
+from tornado_fal_proxy.options import DEFAULT_ADDRESS, DEFAULT_PORT
+
+
+def test_all_files_are_known() -> None:
+    """No file goes untested."""
+    known = {NGINX, NGINX.with_name("auth-request.conf"), UNIT, SOCKET, DOCKERFILE, COMPOSE, KUBERNETES}
+    known |= {PROMETHEUS, PROMETHEUS.with_name("alerts.yaml"), PROMETHEUS.with_name("alerts_test.yaml"), GRAFANA}
+    assert {file for file in DEPLOY.rglob("*") if file.is_file() and file.name != "fal_key"} == known
+
+
+def test_the_admin_port_is_one() -> None:
+    """Prometheus looks where the files here put it."""
+    (scrape,) = yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
+    assert scrape["static_configs"] == [{"targets": [f"{DEFAULT_ADDRESS}:{ADMIN_PORT}"]}]
+    for file in (UNIT, COMPOSE):
+        assert f"http://{DEFAULT_ADDRESS}:{ADMIN_PORT}/metrics" in file.read_text()
+
+
+def test_nginx_agrees() -> None:
+    """Route, port and bounds are the proxy's defaults, and its time limits lie behind the proxy's."""
+    text = NGINX.read_text()
+
+    def values(pattern: str) -> list[str]:
+        return re.findall(rf"^ *{pattern};", text, re.MULTILINE)
+
+    assert values(r"server ([\d.:]+)") == [f"{DEFAULT_ADDRESS}:{DEFAULT_PORT}"]
+    assert f"location = {DEFAULT_ROUTE} {{" in text
+    assert values(r"client_max_body_size (\d+)m") == [str(DEFAULT_MAX_BODY_BYTES // 2**20)]
+    assert values(r"proxy_max_temp_file_size (\d+)m") == [str(DEFAULT_HOLD_BYTES // 2**20)]
+    for name in ("proxy_read_timeout", "send_timeout"):
+        (seconds,) = values(rf"{name} (\d+)s")
+        assert int(seconds) > DEFAULT_IDLE_TIMEOUT_S

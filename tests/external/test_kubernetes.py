@@ -1,0 +1,122 @@
+"""deploy/kubernetes: the objects are valid, agree with the proxy, and their probes work.
+
+Kubernetes does not run here: the file is validated, and what it starts is started by hand.
+"""
+
+import asyncio
+import re
+import stat
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.deploy_files import ADMIN_PORT, KUBERNETES, LONGEST_END_S, run, start, the
+from tests.support.load import respond
+from tests.support.proxy import KEY, Setup
+from tests.support.raw_client import call
+from tests.support.tools import tool
+from tests.support.waiting import eventually
+from tornado_fal_proxy.options import DEFAULT_DRAIN_TIMEOUT_S, parse_settings
+
+# A release that is still served by clouds, and the newest whose schemas are there.
+KUBERNETES_VERSIONS = ("1.29", "1.34")
+
+
+@pytest.fixture
+def kubernetes() -> dict[str, Any]:
+    """The objects, by kind."""
+    return {found["kind"]: found for found in yaml.safe_load_all(KUBERNETES.read_text())}
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_kubernetes_is_right(version: str) -> None:
+    """Each object is what the schemas of Kubernetes describe, and has no field that they do not."""
+    run(tool("kubernetes-validate"), "--strict", "--quiet", f"--kubernetes-version={version}", KUBERNETES)
+
+
+def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
+    """All objects mean the same pods; ports, paths, options and times are the proxy's."""
+    pod = kubernetes["Deployment"]["spec"]["template"]
+    (labels,) = {
+        str(labels)
+        for labels in (
+            pod["metadata"]["labels"],
+            kubernetes["Deployment"]["spec"]["selector"]["matchLabels"],
+            pod["spec"]["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"],
+            kubernetes["Service"]["spec"]["selector"],
+            kubernetes["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+            kubernetes["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        )
+    }
+    assert "tornado-fal-proxy" in labels
+    scaled = kubernetes["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (scaled["kind"], scaled["name"]) == ("Deployment", kubernetes["Deployment"]["metadata"]["name"])
+
+    (container,) = pod["spec"]["containers"]
+    settings = parse_settings(container["args"], {"FAL_KEY": KEY})
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": settings.port, "admin": settings.admin_port}
+    assert (settings.address, settings.admin_address, settings.admin_port) == ("0.0.0.0", "0.0.0.0", ADMIN_PORT)
+    (served,) = kubernetes["Service"]["spec"]["ports"]
+    assert served["targetPort"] == "http"
+    (callers, callers_ports), (watchers, watchers_ports) = (
+        (rule["from"], rule["ports"]) for rule in kubernetes["NetworkPolicy"]["spec"]["ingress"]
+    )
+    assert callers != watchers
+    assert (callers_ports, watchers_ports) == ([{"port": "http"}], [{"port": "admin"}])
+    probes = {name: container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert {probe["port"] for probe in probes.values()} == {"admin"}
+    assert [probe["path"] for probe in probes.values()] == ["/healthz", "/readyz", "/healthz"]
+    # Its file system is read-only, and several processes would write to count together.
+    assert settings.processes == 1
+    (trusted,) = settings.trusted_proxies.texts
+    assert ip_network(trusted).prefixlen >= 16
+    _, waits = container["lifecycle"]["preStop"]["exec"]["command"]
+    end = LONGEST_END_S - DEFAULT_DRAIN_TIMEOUT_S + settings.drain_timeout_s
+    assert pod["spec"]["terminationGracePeriodSeconds"] > float(waits) + end
+
+    (variable,) = container["env"]
+    (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
+    assert (variable["name"], variable["value"]) == ("FAL_KEY_FILE", f"{mount['mountPath']}/key")
+    assert (mount["name"], volume["secret"]["secretName"]) == (volume["name"], "tornado-fal-proxy")
+    assert not volume["secret"]["defaultMode"] & stat.S_IRWXO
+    assert "--from-file=key=" in KUBERNETES.read_text()
+
+
+@pytest.mark.gen_test
+async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
+    """A pod that was told to end is alive and not ready while its last calls are answered."""
+    (container,) = kubernetes["Deployment"]["spec"]["template"]["spec"]["containers"]
+    arguments = [re.sub(r"port=\d+$", "port=0", argument) for argument in container["args"]]
+    upstream = await setup.upstream(respond)
+    running = await start(setup, upstream, *arguments, FAL_KEY=KEY)
+    admin = await running.admin_port()
+
+    async def statuses() -> list[int]:
+        paths = [container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")]
+        return [(await call(admin, "GET", target=None, path=path)).status for path in paths]
+
+    assert await statuses() == [200, 200]
+    last = asyncio.create_task(call(running.port, target="https://fal.run/poll"))
+    await eventually(lambda: upstream.exchanges)
+    running.process.terminate()
+    await running.log_line("ending: 1 calls in flight")
+    assert await statuses() == [200, 503]
+    assert (await last).status == 200
+    await running.ended()
+
+
+def test_pods_have_no_rights(kubernetes: dict[str, Any]) -> None:
+    """What the "restricted" pod security standard asks, a file system to read, and no token of the cluster's."""
+    pod = kubernetes["Deployment"]["spec"]["template"]["spec"]
+    assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert str(pod["securityContext"]["runAsUser"]) == the("USER").split(":")[0]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }

@@ -1,0 +1,236 @@
+"""nginx in front of the proxy, with README.md's file: results, streams, polls, and clients that go."""
+
+import asyncio
+import itertools
+import json
+import re
+from contextlib import closing, suppress
+from typing import Any
+
+import pytest
+from tornado.curl_httpclient import CurlError
+
+from tests.support.nginx import (
+    DEFAULT_TIMEOUT_S,
+    DIE,
+    LIVE,
+    NAME,
+    RUN,
+    SCALED_MS,
+    calling,
+    deployed,
+    message,
+    nginx,
+    tls_caller,
+    two_workers,
+)
+from tests.support.proxy import ROUTE, Setup
+from tests.support.raw_client import call
+from tests.support.scripted_upstream import Exchange, Gone
+from tests.support.stub_handlers import EVENT_STREAM, JSON
+from tornado_fal_proxy.errors import BodyTooLarge
+
+
+@pytest.fixture(params=["HTTP/2", "HTTP/1.1"])
+def version(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for callers of each protocol."""
+    return str(request.param)
+
+
+@pytest.mark.gen_test
+async def test_results(setup: Setup, version: str) -> None:
+    """A POST's result and a body of 20 MB pass as they are; one that is larger than allowed is answered 413 in JSON."""
+
+    async def size(exchange: Exchange) -> None:
+        await exchange.respond(201, b'{"size": %d}' % len(await exchange.body()), [*JSON, ("x-fal-request-id", "7")])
+
+    upstream = await setup.upstream(size)
+    running = await two_workers(setup, upstream)
+    async with nginx((NAME,), deployed(running.port)) as front:
+        with calling(front, version) as caller:
+            for length in (2, 20_000_000):
+                response = await caller.call(body=b'"' + b"x" * (length - 2) + b'"')
+                assert (response.code, json.loads(response.body)) == (201, {"size": length})
+                assert response.headers["x-fal-request-id"] == "7"
+            response = await caller.call(body=b"x" * (32 * 1024 * 1024 + 1))
+            assert (response.code, message(response)) == (413, BodyTooLarge.message)
+            assert len(upstream.exchanges) == 2
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_only_the_route_is_public(setup: Setup) -> None:
+    """nginx passes on no other path, whatever it looks like."""
+    upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
+    port = setup.proxy(upstream)
+    async with nginx((NAME,), deployed(port)) as front:
+        with calling(front, "HTTP/2") as caller:
+            for path in ("/", "/healthz", "/readyz", "/metrics", ROUTE + "/", ROUTE + "x", "/api/fal", "/x" + ROUTE):
+                response = await caller.call(path=path)
+                assert response.code == 404, path
+                assert b"nginx" in response.body, path
+            assert not upstream.exchanges
+            assert (await caller.call()).code == 200
+
+
+@pytest.mark.gen_test
+async def test_events(setup: Setup, version: str) -> None:
+    """Each event reaches the caller before the next one is sent, whatever the answer says of buffering."""
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+    events = [b'data: {"n": %d}\n\n' % number for number in range(20)]
+
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start(200, [*EVENT_STREAM, ("x-accel-buffering", "yes")])
+        for event in events:
+            await exchange.send(event)
+            assert await arrived.get() == event
+        await exchange.end()
+
+    running = await two_workers(setup, await setup.upstream(stream))
+    async with nginx((NAME,), deployed(running.port)) as front:
+        with calling(front, version) as caller:
+            for method in ("POST", "GET"):
+                response = await caller.call(method, target=RUN + "/stream", streaming_callback=arrived.put_nowait)
+                assert response.code == 200
+                assert response.headers["content-type"] == "text/event-stream"
+                assert "x-accel-buffering" not in response.headers
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_all_else_is_buffered(setup: Setup) -> None:
+    """A result leaves the proxy at once though its caller does not read; with events the proxy goes at his pace."""
+    size = 7_000_000  # less than goes into nginx's file, and more than into its memory
+
+    async def answer(exchange: Exchange) -> None:
+        if exchange.target.endswith(b"/stream"):
+            await exchange.start(200, EVENT_STREAM)
+            with suppress(Gone):
+                while True:
+                    await exchange.send(b"data: " + b"x" * 60_000 + b"\n\n")
+        elif exchange.target.endswith(b"/result"):
+            await exchange.respond(200, b'"' + b"x" * (size - 2) + b'"', JSON)
+        else:
+            await exchange.respond(200, b"{}", JSON)
+
+    port = setup.proxy(await setup.upstream(answer), max_in_flight=1)
+
+    async def place_is_free() -> None:
+        async with asyncio.timeout(20):
+            while (await call(port)).status != 200:
+                await asyncio.sleep(0.01)
+
+    async with nginx((NAME,), deployed(port)) as front:
+        slow = await tls_caller(front, "127.0.0.1", receive_buffer=16_384)
+        await slow.send("GET", target=f"{RUN}/stream")
+        await slow.head()
+        await asyncio.sleep(0.2)
+        assert (await call(port)).status == 503
+        assert "temporary file" not in front.errors.read_text()
+        slow.leave()
+        await place_is_free()
+
+        slow = await tls_caller(front, "127.0.0.1", receive_buffer=16_384)
+        await slow.send("GET", target=f"{RUN}/result")
+        assert (await slow.head()).header("content-length") == str(size)
+        await place_is_free()
+        assert front.errors.read_text().count("an upstream response is buffered to a temporary file") == 1
+        assert len(await slow.reader.readexactly(size)) == size
+        slow.leave()
+
+
+@pytest.mark.gen_test
+async def test_long_poll(setup: Setup, version: str) -> None:
+    """A call that is silent for half as long again as nginx allows by default is answered."""
+
+    async def poll(exchange: Exchange) -> None:
+        seconds = json.loads(await exchange.body())["s"]
+        await asyncio.sleep(seconds * SCALED_MS / 1000)
+        await exchange.respond(200, b"{}", JSON)
+
+    running = await two_workers(setup, await setup.upstream(poll))
+    front_of = nginx((NAME,), deployed(running.port, second_ms=SCALED_MS), second_ms=SCALED_MS)
+    async with front_of as front:
+        with calling(front, version) as caller:
+            assert (await caller.call(body=b'{"s": %d}' % (1.5 * DEFAULT_TIMEOUT_S))).code == 200
+    await running.end()
+
+
+@pytest.mark.parametrize(("method", "headers"), [("POST", EVENT_STREAM), ("GET", EVENT_STREAM), ("GET", JSON)])
+@pytest.mark.gen_test
+async def test_broken_stream(
+    setup: Setup, version: str, logs: Any, method: str, headers: list[tuple[str, str]]
+) -> None:
+    """A stream that breaks at fal breaks for the caller, and does not end as if it were complete; buffered or not."""
+    arrived = asyncio.Event()
+
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start(200, headers)
+        await exchange.send(b"data: {}\n\n" * 20_000)
+        await arrived.wait()
+        exchange.reset()
+
+    logs.expect("the answer was broken off")
+    port = setup.proxy(await setup.upstream(stream))
+    async with nginx((NAME,), deployed(port)) as front:
+        with calling(front, version) as caller:
+            with pytest.raises(CurlError):
+                await caller.call(method, streaming_callback=lambda chunk: arrived.set())
+            assert arrived.is_set()
+
+
+@pytest.mark.gen_test
+async def test_caller_leaves(setup: Setup, version: str) -> None:
+    """A caller that goes away ends its call at fal."""
+    arrived, gone = asyncio.Event(), asyncio.Event()
+
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start(200, [("content-type", "text/event-stream")])
+        await exchange.send(b"data: {}\n\n")
+        await exchange.gone.wait()
+        gone.set()
+
+    port = setup.proxy(await setup.upstream(stream))
+    async with nginx((NAME,), deployed(port)) as front:
+        with calling(front, version) as caller:
+            call = asyncio.create_task(caller.call(streaming_callback=lambda chunk: arrived.set()))
+            await arrived.wait()
+            caller.leave()
+            await gone.wait()
+            with pytest.raises(CurlError):
+                await call
+
+
+@pytest.mark.gen_test
+async def test_post_is_sent_once(version: str) -> None:
+    """When the proxy ends under a POST nginx does not repeat it, and the answer is none that clients repeat.
+
+    On a fresh connection and on a used one. A GET is sent once more where the connection was a used one.
+    """
+    received: list[tuple[int, str]] = []  # the number of the connection, and the method
+    connections = itertools.count(1)
+
+    async def dying_proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = next(connections)
+        with suppress(asyncio.IncompleteReadError), closing(writer):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                assert "\r\nconnection:" not in head
+                length = re.search(r"content-length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                method = head.split()[0]
+                received.append((number, method))
+                if body == DIE or method == "get":
+                    return
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    server = await asyncio.start_server(dying_proxy, "127.0.0.1", 0)
+    async with server, nginx((NAME,), deployed(server.sockets[0].getsockname()[1])) as front:
+        with calling(front, version) as caller:
+            for body in (DIE, LIVE, DIE, LIVE):
+                response = await caller.call(body=body)
+                assert response.code == (500 if body == DIE else 200)
+                assert body == LIVE or "may have run" in message(response)
+            response = await caller.call("GET")
+            assert (response.code, message(response)) == (502, "The proxy did not answer.")
+    assert received == [(1, "post"), (2, "post"), (2, "post"), (3, "post"), (3, "get"), (4, "get")]

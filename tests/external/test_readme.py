@@ -1,0 +1,304 @@
+"""README.md is true: its commands, its Python, its tables, what it says of nginx and the log, and its links."""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import sys
+from typing import Any
+
+import pytest
+from tornado.web import Application, create_signed_value
+
+import tornado_fal_proxy
+from tests.support.certificates import Authority
+from tests.support.proxy import KEY, ROUTE, Setup
+from tests.support.raw_client import call
+from tests.support.scripted_upstream import Exchange
+from tests.support.tools import ROOT, tool, unused_port
+from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_upstreams, errors, handler
+from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy.options import parse_settings
+from tornado_fal_proxy.sandbox import Sandbox
+from tornado_fal_proxy.service import access_logger, main
+from tornado_fal_proxy.telemetry import Call
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def command(name: str) -> str:
+    """The command that .ci/run finds by the same mark."""
+    (found,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*)\n```$", README, re.MULTILINE)
+    return str(found)
+
+
+def table(*header: str) -> list[list[str]]:
+    """The rows of the table with that header, as lists of cells."""
+    rows = README.partition("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    assert cells
+    assert {len(row) for row in cells} == {len(header)}
+    return cells
+
+
+async def answer(exchange: Exchange) -> None:
+    assert exchange.header("authorization") == f"Key {KEY}".encode()
+    await exchange.body()
+    await exchange.respond(200, b'{"ok": 1}', [("content-type", "application/json")])
+
+
+def test_length() -> None:
+    """A person in a hurry gets to the end."""
+    assert len(README.splitlines()) <= 300
+
+
+def test_commands() -> None:
+    """There are two commands, each a line that begins with nothing but Python; .ci/run takes its own from here."""
+    assert re.findall(r"<!-- command: (\w+) -->", README) == ["sandbox", "test"]
+    script = (ROOT / ".ci/run").read_text("utf-8")
+    assert "<!-- command: $1 -->" in script
+    for name in ("sandbox", "test"):
+        assert command(name).startswith("python3 -m venv .venv && .venv/bin/pip install ")
+        assert f"$(readme {name})" in script
+        assert command(name) not in script
+
+
+@pytest.mark.gen_test
+async def test_curl() -> None:
+    """The curl line is the one that the sandbox prints, and it makes a picture."""
+    curl = tool("curl")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tornado_fal_proxy", "--sandbox", "--port=0"), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        lines = [(await process.stdout.readline()).decode() for _ in range(3)]
+        (port,) = re.findall(r"listens on http://127\.0\.0\.1:(\d+)/api/fal/proxy$", lines[0].strip())
+        (line,) = [block.strip() for block in blocks("sh") if block.startswith("curl ")]
+        assert lines[2].strip() == line.replace(":8080", f":{port}")
+        shown = await asyncio.create_subprocess_shell(
+            f"{curl} --silent --noproxy '*'{lines[2].strip().removeprefix('curl')}", stdout=asyncio.subprocess.PIPE
+        )
+        assert json.loads((await shown.communicate())[0])["images"][0]["url"].startswith(f"http://127.0.0.1:{port}/")
+    finally:
+        process.terminate()
+        assert await process.wait() == 0
+
+
+@pytest.mark.gen_test
+async def test_embedding(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least code that is needed is enough."""
+    monkeypatch.setattr(handler, "_DEFAULT_CONFIG", setup.config(await setup.upstream(answer)))
+    names = run_block(blocks("python")[0])
+    assert (await call(setup.serve(names["application"]))).status == 200
+
+
+@pytest.mark.gen_test
+async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second example lets in those who are signed in, whatever xsrf_cookies says, and tells others so in JSON."""
+    upstream = await setup.upstream(answer)
+    monkeypatch.setattr(
+        tornado_fal_proxy, "ProxyConfig", lambda **fields: setup.config(upstream, **fields), raising=True
+    )
+    names = run_block(blocks("python")[1])
+    assert names["config"].max_in_flight == 500
+    names["application"].settings["log_function"] = lambda handler: None
+    port = setup.serve(names["application"])
+    refused = await call(port)
+    assert (refused.status, refused.message) == (401, "Sign in first.")
+    assert not upstream.exchanges
+    closed = await call(port, target="https://fal.run/fal-ai/other")
+    assert (closed.status, "allowed_endpoints" in closed.message) == (403, True)
+    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "somebody").decode()
+    assert (await call(port, headers=[f"cookie: user={cookie}"])).status == 200
+
+
+def run_block(code: str) -> dict[str, Any]:
+    """Run a block as a program of its own would be run, and return its names."""
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.gen_test
+async def test_example(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """examples/embed.py serves its page and the proxy, and ends when it is told to."""
+    sandbox = Sandbox(pace=0.01)
+    sandbox.start()
+    port = unused_port()
+    loop = asyncio.get_running_loop()
+    try:
+        monkeypatch.setenv("FAL_KEY", sandbox.key)
+        monkeypatch.setenv("FAL_PROXY_CONNECT_TO", sandbox.address)
+        monkeypatch.setenv("FAL_PROXY_CA_CERTS", sandbox.ca_certs)
+        example = runpy.run_path(str(ROOT / "examples/embed.py"))
+        running = asyncio.create_task(example["main"](port))
+        await asyncio.sleep(0)  # by then it listens
+        page = await call(port, "GET", path="/")
+        assert page.status == 200
+        assert f'fetch("{ROUTE}"'.encode() in page.body
+        picture = await call(port)
+        assert picture.status == 200
+        assert json.loads(picture.body)["images"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await sandbox.close()
+
+
+def test_options() -> None:
+    """The table names every option with its variable, its field and its default, and no other."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        main(["--help"])
+    shown = dict.fromkeys(re.findall(r"^  (--[a-z-]+)", text.getvalue(), re.MULTILINE), "")
+    del shown["--version"]
+    for entry in re.split(r"\n  (?=--)", re.sub(r"\n {3,}", " ", text.getvalue())):
+        name = entry.split()[0]
+        default = re.search(r"\(default: (.*?)\)", entry)
+        if name in shown and default:
+            shown[name] = default[1]
+    shown["--sandbox"] = "no"
+
+    key, *rows = table("Option", "Variable", "Field", "Default", "Meaning")
+    assert key[:4] == ["", "`FAL_KEY`", "`key`", ""]
+    fields = {option.name: option for option in relay_options()}
+    assert [row[0].strip("`") for row in rows] == list(shown)
+    for option, variable, field, stated, meaning in rows:
+        name = option.strip("`-").replace("-", "_")
+        assert variable == f"`{ENV_PREFIX}{name.upper()}`"
+        assert field == (f"`{name}`" if name in fields else "")
+        told = shown[option.strip("`")]
+        assert stated == told or float(stated) == float(told), option
+        assert meaning
+        if name.endswith("_s"):
+            assert meaning.startswith("seconds ")
+    assert {row[2].strip("`") for row in rows if row[2]} == set(fields)
+
+
+def test_statuses() -> None:
+    """The table of answers is errors.py, in the order in which the rules apply."""
+    kinds = [getattr(errors, name) for name in errors.__all__]
+    own = {
+        (kind.status, kind.message)
+        for kind in kinds
+        if issubclass(kind, errors.ProxyError)
+        and kind not in (errors.ProxyError, errors.AccessRefused, errors.UpstreamError, errors.CallerGone)
+    }
+    rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
+    assert set(rows) == own
+    assert len(rows) == len(own)
+    assert [status for status, _ in rows[:12]] == [405, 400, 412, *[403] * 6, 415, 413, 401]
+    assert (
+        f'**500 instead of 502 or 504**, with "{errors.ConnectionLost("", may_have_run=True).message}'.replace(
+            errors.ConnectionLost.message + " ", ""
+        )
+        in README
+    )
+
+
+def test_nginx() -> None:
+    """What README says of nginx's file is in it: names to change, and bounds."""
+    text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
+    said = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
+    (rate,), (burst,) = re.findall(r"rate=(\d+)r/s;", text), re.findall(r"burst=(\d+) nodelay;", text)
+    (held,) = re.findall(r"limit_conn \w+ (\d+);", text)
+    assert f"{rate} calls a second from an address ({burst} at once, and {held} held)" in said
+    names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
+    assert names == {"fal-proxy.example.com", "app.example.com"}
+
+
+def test_log_line() -> None:
+    """The line that is shown has the fields of the access log, in their order."""
+    (line,) = blocks("text")
+    logger, _, fields = line.partition(": ")
+    assert logger.endswith(f" INFO {access_logger.name}")
+    assert re.findall(r"(\w+)=\S+", fields) == list(Call("POST", None).fields(""))
+
+
+def test_links() -> None:
+    """Every relative link of the documents leads to a file."""
+    for document in (
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*/README.md"),
+    ):
+        for link in re.findall(r"\]\((?!https://)([^)#]+)", document.read_text("utf-8")):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_threat_model() -> None:
+    """Each test that it names exists, and each attack has one."""
+    text = (ROOT / "docs/threat-model.md").read_text("utf-8")
+    attacks = [row for row in text.splitlines() if row.count(" | ") == 3 and not row.startswith("| From ")]
+    assert len(attacks) > 30
+    for row in attacks:
+        named = re.findall(r"(\w+/test_\w+)::(test_\w+)", row.rpartition(" | ")[2])
+        assert named, row
+        for module, function in named:
+            code = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+            assert re.search(rf"^(?:async )?def {function}\(", code, re.MULTILINE), f"{module}::{function}"
+
+
+def test_kubernetes() -> None:
+    """A variable that Kubernetes makes for a Service named fal-proxy ends the start, with the line that is quoted."""
+    with pytest.raises(ConfigError) as caught:
+        parse_settings([], {"FAL_KEY": KEY, "FAL_PROXY_PORT": "tcp://10.0.0.1:8080"})
+    (problem,) = caught.value.problems
+    (quoted,) = re.findall(r"start fails with `(.*?)`", README)
+    assert problem.startswith(quoted)
+
+
+@pytest.mark.gen_test
+async def test_egress_proxy(setup: Setup, authority: Authority, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libcurl takes the proxy that https_proxy names, and that one sees the name of a host, no key and no path."""
+    upstream = await setup.upstream(answer, protocol)
+    asked: list[bytes] = []
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        onward, outward = await asyncio.open_connection("127.0.0.1", upstream.port)
+        writer.write(b"HTTP/1.1 200 Connected\r\nx-of-the-tunnel: 1\r\n\r\n")
+        await asyncio.gather(copy(reader, outward), copy(onward, writer))
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+
+    for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with await asyncio.start_server(tunnel, "127.0.0.1", 0) as server:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        config = ProxyConfig(key=KEY, ca_certs=authority.ca_file)
+        application = Application([(ROUTE, FalProxyHandler, {"config": config})], log_function=lambda handler: None)
+        got = await call(setup.serve(application))
+        assert (got.status, got.body, got.header("x-of-the-tunnel")) == (200, b'{"ok": 1}', None)
+        close_upstreams(application)
+    (head,) = asked
+    assert head.startswith(b"CONNECT fal.run:443 HTTP/1.1\r\n")
+    assert KEY.encode() not in head
+    assert b"flux" not in head
+
+
+@pytest.mark.gen_test
+async def test_cross_site(setup: Setup) -> None:
+    """What a browser asks before a script of another origin may call gets 405 and no permission."""
+    port = setup.proxy("127.0.0.1:1")
+    asked = ["origin: https://evil.example", "access-control-request-headers: x-fal-target-url"]
+    refused = await call(port, "OPTIONS", target=None, headers=asked)
+    assert refused.status == 405
+    assert not [name for name, _ in refused.headers if name.startswith("access-control-")]

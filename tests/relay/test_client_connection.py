@@ -1,0 +1,323 @@
+"""A caller's connection: what is read faster than by Tornado is read as by Tornado, and nobody takes for ever."""
+
+import asyncio
+import gc
+import inspect
+import socket
+import struct
+import weakref
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
+from tornado.httpserver import _HTTPRequestContext
+from tornado.httputil import HTTPHeaders, HTTPInputError
+from tornado.iostream import IOStream, StreamClosedError
+
+from tests.support.logs import Logs
+from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient, call, request
+from tests.support.scripted_upstream import Exchange, Upstream
+from tornado_fal_proxy import close_upstreams, connection, server
+from tornado_fal_proxy.connection import CallerConnection, CallerStream, Request
+from tornado_fal_proxy.server import Server
+from tornado_fal_proxy.service import make_application
+from tornado_fal_proxy.upstream import UpstreamClient
+
+# Heads, each with what is unusual about it.
+HEADS = {
+    "as clients send them": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n\r\n",
+    "no header": b"GET / HTTP/1.1\r\n\r\n",
+    "a header twice": b"GET / HTTP/1.1\r\nHost: a\r\nx-fal-a: 1\r\nX-Fal-A: 2\r\nhost: b\r\n\r\n",
+    "an empty value": b"GET / HTTP/1.1\r\nx-fal-a:\r\nx-fal-b: \r\n\r\n",
+    "white space around a value": b"GET / HTTP/1.1\r\nx-fal-a: \t 1 \t\r\n\r\n",
+    "colons in a value": b"GET / HTTP/1.1\r\nx-fal-target-url: https://fal.run:443/a?b:c\r\n\r\n",
+    "bytes above ASCII": b"GET / HTTP/1.1\r\nx-fal-a: \xe4\xff\r\n\r\n",
+    "a long value": b"GET / HTTP/1.1\r\nx-fal-a: " + b"a" * 1000 + b"\r\n\r\n",
+    "line ends before it": b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "bare LF": b"GET / HTTP/1.1\nHost: a\n\n",
+    "a bare LF among others": b"GET / HTTP/1.1\r\nHost: a\nx-fal-a: 1\r\n\r\n",
+    "a bare LF at its end": b"GET / HTTP/1.1\r\nHost: a\n\r\n",
+    "a bare CR": b"GET / HTTP/1.1\r\nHost: a\rx-fal-a: 1\r\n\r\n",
+    "a CR before the line end": b"GET / HTTP/1.1\r\nHost: a\r\r\n\r\n",
+    "a folded line": b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
+    "a folded line with a colon": b"GET / HTTP/1.1\r\nHost: a\r\n\tx-fal-b: c\r\n\r\n",
+    "a folded first line": b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
+    "no colon": b"GET / HTTP/1.1\r\nHost\r\n\r\n",
+    "no name": b"GET / HTTP/1.1\r\n: a\r\n\r\n",
+    "a space before the colon": b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+    "NUL": b"GET / HTTP/1.1\r\nx-fal-a: \0\r\n\r\n",
+    "DEL": b"GET / HTTP/1.1\r\nx-fal-a: \x7f\r\n\r\n",
+}
+
+
+def read(kind: type[HTTP1Connection], data: bytes) -> tuple[str, list[tuple[str, str]], dict[str, str]] | None:
+    """Start line, headers one by one and combined; None where the head is refused."""
+    one, other = socket.socketpair()
+    with one, other:
+        parser = kind(IOStream(one), False)
+        if isinstance(parser, Request):
+            parser.caller = CallerConnection(parser.stream)
+        try:
+            start_line, headers = parser._parse_headers(data)
+        except HTTPInputError:
+            return None
+        return start_line, list(headers.get_all()), dict(headers)
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+@pytest.mark.gen_test
+async def test_a_head_is_read_as_tornado_reads_it(name: str) -> None:
+    """Also a second time, when what came of its lines is known."""
+    assert [read(Request, HEADS[name]) for _ in range(2)] == [read(HTTP1Connection, HEADS[name])] * 2
+
+
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from([b"Host: a", b"host:b", b"x-fal-a: 1", b" folded", b"", b"none", b"a\rb: c", b"a: b\nc: d"]),
+        st.binary(max_size=12),
+    ),
+    max_size=5,
+)
+
+
+@given(LINES, st.sampled_from([b"\r\n\r\n", b"\n\n", b"\r\n\n", b"\n\r\n"]))
+@example([b"Host: a", b""], b"\r\n\r\n")
+def test_any_head_is_read_as_tornado_reads_it(lines: list[bytes], end: bytes) -> None:
+    """Whatever it is made of."""
+
+    async def both() -> None:
+        head = b"\r\n".join([b"GET / HTTP/1.1", *lines]) + end
+        assert read(Request, head) == read(HTTP1Connection, head)
+
+    asyncio.run(both())
+
+
+@pytest.mark.gen_test
+async def test_nobodys_secrets_are_kept() -> None:
+    """Lines that authorize a caller are read anew each time."""
+    connection._kept.cache_clear()
+    for name in (b"Authorization", b"cookie", b"Proxy-Authorization"):
+        read(Request, b"GET / HTTP/1.1\r\n" + name + b": secret\r\n\r\n")
+    assert connection._kept.cache_info().currsize == 0
+    read(Request, HEADS["as clients send them"])
+    assert connection._kept.cache_info().currsize == 2
+
+
+class Nobody:
+    def occupy(self, connections: int | None) -> None:
+        pass
+
+    def fewest(self) -> int | None:
+        return None
+
+
+def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
+    """The service's own server in the loop of the test, in front of ``upstream`` or of nobody."""
+    application = make_application(setup.config(upstream or "127.0.0.1:1", **fields), "/api/fal/proxy")
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    running = Server(application)
+    running.listen_on([listener], Nobody(), application.shed)
+
+    async def close() -> None:
+        running.stop()
+        close_upstreams(application)
+        await running.close_all_connections()
+
+    setup._closers.append(close)
+    return int(listener.getsockname()[1])
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("served", "part", "limit"),
+    [
+        (False, b"", "HEAD_TIMEOUT_S"),
+        (False, b"GET / HT", "HEAD_TIMEOUT_S"),
+        (True, b"", "KEPT_TIMEOUT_S"),
+        (True, b"GET / HTTP/1.1\r\nHost: a\r\n", "HEAD_TIMEOUT_S"),
+    ],
+)
+@pytest.mark.gen_test
+async def test_who_does_not_speak_is_closed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, served: bool, part: bytes, limit: str
+) -> None:
+    """After its time a connection without a request, or with a part of one, is closed; others are not."""
+    monkeypatch.setattr(server, "LOOK_AT_CALLERS_S", 0.01)
+    port = serve(setup)
+    caller, other = await RawClient.open(port), await RawClient.open(port)
+    for one in (caller, other) if served else ():
+        one.writer.write(HEALTH)
+        assert (await one.response()).status == 200
+    monkeypatch.setattr(server, limit, 0.05)
+    caller.writer.write(part)
+    assert await caller.reader.read() == b""
+    if limit == "HEAD_TIMEOUT_S" and served:
+        # Kept connections have the longer time until a part of a head is here.
+        other.writer.write(HEALTH)
+        assert (await other.response()).status == 200
+    await caller.close()
+    await other.close()
+
+
+@pytest.mark.gen_test
+async def test_a_request_costs_no_timer(setup: Setup) -> None:
+    """The server looks at all connections with one; Tornado's would start one for each head."""
+    running = Server(make_application(setup.config("127.0.0.1:1"), "/api/fal/proxy"))
+    assert running.conn_params.header_timeout is None
+    assert running.conn_params.chunk_size == running.read_chunk_size == server.READ_BYTES
+
+
+@pytest.mark.gen_test
+async def test_a_call_may_take_longer_than_a_head(setup: Setup, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
+    """While a request is served nobody waits for a head."""
+    monkeypatch.setattr(server, "LOOK_AT_CALLERS_S", 0.01)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.03)
+    monkeypatch.setattr(server, "KEPT_TIMEOUT_S", 0.03)
+    caller = await RawClient.open(serve(setup))
+    caller.writer.write(request(body=b"{}")[:-1])
+    await asyncio.sleep(0.2)
+    caller.writer.write(b"}")
+    logs.expect("No connection|could not be made|ConnectFailed|ConnectionLost")
+    assert (await caller.response()).status == 502
+    await caller.close()
+
+
+async def stream(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, [("content-type", "text/event-stream")])
+    await exchange.send(b"data: 1\n\n")
+    await exchange.gone.wait()
+
+
+async def silent(exchange: Exchange) -> None:
+    await exchange.gone.wait()
+
+
+async def answered(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.respond(200, b"{}")
+
+
+async def broken(exchange: Exchange) -> None:
+    await exchange.body()
+    exchange.abort_connection()
+
+
+async def endless(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, [("content-type", "text/event-stream")])
+    while True:
+        await exchange.send(b"data: \n\n" * 1000)
+
+
+CALLS: dict[str, tuple[Any, str]] = {
+    "answered": (answered, "answer"),
+    "left in its body": (silent, "part"),
+    "left with much unread": (endless, "unread"),
+    "left by the proxy, for it does not read": (endless, "deaf"),
+    "left while it waits": (silent, "leave"),
+    "left while it streams": (stream, "head"),
+    "failed": (broken, "answer"),
+}
+
+
+# Until no more is taken from the proxy; until that has had enough of it.
+UNREAD_S = {"unread": 0.3, "deaf": 1}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", list(CALLS))
+@pytest.mark.gen_test
+async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, method: str, logs: Logs) -> None:
+    """What a call and its connection were made of goes with them, without a collection of garbage."""
+    handler, end = CALLS[how]
+    upstream = await setup.upstream(handler, protocol)
+    port = serve(setup, upstream, idle_timeout_s=0.3 if end == "deaf" else 900)
+    if how == "failed":
+        logs.expect("ConnectionLost")
+
+    async def one() -> None:
+        known = len(upstream.exchanges)
+        caller = await RawClient.open(port, receive_buffer=16 * 1024)
+        if end == "part":
+            caller.writer.write(request("POST", b"x" * 1000)[:-1])
+            await asyncio.sleep(0.05)
+        else:
+            await caller.send(method)
+        if end == "leave":
+            while len(upstream.exchanges) == known:
+                await asyncio.sleep(0.01)
+        elif end != "part":
+            await (caller.response() if end == "answer" else caller.head())
+        await asyncio.sleep(UNREAD_S.get(end, 0))
+        caller.leave()
+        if how.startswith("left") and end != "part":
+            await upstream.exchanges[-1].gone.wait()
+
+    await one()
+    await asyncio.sleep(0.05)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            await one()
+        await asyncio.sleep(0.05)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = {type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith("tornado_fal_proxy")}
+        assert ours == set()
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.gen_test
+async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
+    """Where that is found out by writing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        stream: IOStream | None = CallerStream(listener.accept()[0])
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    assert stream is not None
+    with pytest.raises(StreamClosedError):
+        await stream.write(b"a")
+    assert isinstance(stream.error, ConnectionResetError)
+    gone = weakref.ref(stream)
+    gc.disable()
+    try:
+        stream = None
+        await asyncio.sleep(0)
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gen_test
+async def test_a_kept_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
+    """A handle of libcurl's that waits for its next call lets go of the last, and so of what decoded its answer."""
+    port = serve(setup, await setup.upstream(answered, protocol))
+    for method in ("GET", "POST"):
+        assert (await call(port, method)).status == 200
+    clients = [thing for thing in gc.get_objects() if type(thing) is UpstreamClient and not thing._shut]
+    kept = [handle for client in clients for handles in client._handles.values() for handle in handles]
+    assert len(kept) == 2
+    assert [held for handle in kept for held in gc.get_referents(handle) if hasattr(held, "__self__")] == []
+
+
+def test_private_names_of_tornado() -> None:
+    """What is overridden or called has these parameters, and headers are kept in these two dicts."""
+    assert list(inspect.signature(HTTP1Connection._parse_headers).parameters) == ["self", "data"]
+    assert list(inspect.signature(HTTP1ServerConnection._server_request_loop).parameters) == ["self", "delegate"]
+    assert list(inspect.signature(_HTTPRequestContext.__init__).parameters) == [
+        *("self", "stream", "address", "protocol", "trusted_downstream")
+    ]
+    headers = HTTPHeaders({"a": "1"})
+    assert (headers._as_list, headers._combined_cache) == ({"A": ["1"]}, {"A": "1"})

@@ -1,0 +1,274 @@
+"""Connections to fal that cannot be made, and pooled ones that died meanwhile."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.logs import Logs
+from tests.support.proxy import KEY, Setup
+from tests.support.raw_client import TARGET, RawClient, Response, call
+from tests.support.scripted_upstream import Exchange, Upstream
+from tests.support.stub_handlers import JSON, fine, resets
+from tests.support.tools import unused_port
+
+# Before the request could leave.
+
+METHODS = ["GET", "POST"]
+
+
+@dataclass
+class Unreachable:
+    """``message`` is what the caller reads; ``status`` is the same for GET and POST, for nothing can have run."""
+
+    error: str
+    message: str
+    status: int = 502
+
+
+async def accepts_and_closes(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def accepts_and_waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
+async def speaks_plain_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(100)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    writer.close()
+
+
+TLS = "The TLS connection to fal's server could not be trusted or set up."
+LISTENERS = {
+    "no TLS": (speaks_plain_http, Unreachable("TlsFailed", TLS)),
+    "closed in the handshake": (accepts_and_closes, Unreachable("TlsFailed", TLS)),
+    "hanging handshake": (accepts_and_waits, Unreachable("UpstreamTimeout", "fal's server took too long.", 504)),
+}
+
+
+async def assert_unreachable(port: int, logs: Logs, wanted: Unreachable) -> None:
+    logs.expect(
+        rf"WARNING tornado_fal_proxy: {wanted.status} \w+ https://fal.run/fal-ai/flux/dev: .*\({wanted.error}\)$"
+    )
+    for method in METHODS:
+        answer = await call(port, method)
+        assert (answer.status, answer.message) == (wanted.status, wanted.message)
+
+
+@pytest.mark.parametrize("name", list(LISTENERS))
+@pytest.mark.gen_test
+async def test_no_handshake(setup: Setup, logs: Logs, name: str) -> None:
+    """Trouble in the TLS handshake: nothing left, so the caller may repeat."""
+    handler, wanted = LISTENERS[name]
+    listener = await asyncio.start_server(handler, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    await assert_unreachable(setup.proxy(address, connect_timeout_s=0.3), logs, wanted)
+    listener.close()
+    await listener.wait_closed()
+
+
+@pytest.mark.gen_test
+async def test_name_not_found(setup: Setup, logs: Logs) -> None:
+    """A name that cannot be looked up."""
+    wanted = Unreachable("NameNotFound", "The name of fal's server could not be looked up.")
+    await assert_unreachable(setup.proxy("no-such-name.invalid:443"), logs, wanted)
+
+
+@pytest.mark.gen_test
+async def test_connection_refused(setup: Setup, logs: Logs) -> None:
+    """Nobody listens."""
+    wanted = Unreachable("ConnectFailed", "No connection to fal's server could be made.")
+    await assert_unreachable(setup.proxy(f"127.0.0.1:{unused_port()}"), logs, wanted)
+
+
+@pytest.mark.parametrize("what", ["untrusted", "wrong name", "expired"])
+@pytest.mark.gen_test
+async def test_certificate(
+    setup: Setup, authority: Authority, logs: Logs, protocol: str, what: str, tmp_path_factory: Any
+) -> None:
+    """A certificate that is not good: the request, and with it the key, is never sent."""
+    issuer = Authority(tmp_path_factory.mktemp("other")) if what == "untrusted" else authority
+    names = ("fal.run.example", "*.example") if what == "wrong name" else ()
+    upstream = await setup.upstream(fine, protocol, ssl_context=issuer.context(*names, expired=what == "expired"))
+    port = setup.proxy(upstream)
+    await assert_unreachable(port, logs, Unreachable("TlsFailed", TLS))
+    assert upstream.exchanges == []
+    assert upstream.open_connections == 0
+
+
+# Pooled connections that died meanwhile.
+
+
+async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int]:
+    """A proxy with ``count`` pooled connections (one over HTTP/2)."""
+    here: list[Exchange] = []
+    all_here = asyncio.Event()
+
+    async def together(exchange: Exchange) -> None:
+        await exchange.body()
+        here.append(exchange)
+        if len(here) == count:
+            all_here.set()
+        await all_here.wait()
+        await exchange.respond(200, b"{}", JSON)
+
+    upstream = await setup.upstream(together, protocol)
+    port = setup.proxy(upstream)
+    await asyncio.gather(*(call(port, "POST") for _ in range(count)))
+    assert upstream.open_connections == (1 if protocol == "h2" else count)
+    upstream.handler = fine
+    return upstream, port
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_restart_of_the_upstream(setup: Setup, protocol: str, method: str) -> None:
+    """Pooled connections that fal closed while they were idle cost no call."""
+    upstream, port = await pooled(setup, protocol, 30)
+    await upstream.close()
+    await upstream.start()
+    answers: list[Response] = await asyncio.gather(*(call(port, method) for _ in range(40)))
+    assert [answer.status for answer in answers] == [200] * 40
+    assert len(upstream.exchanges) == 30 + 40
+
+
+@pytest.mark.gen_test
+async def test_dead_connections_found_out_late(setup: Setup, protocol: str) -> None:
+    """A GET that is sent into dead connections is repeated, and answered, on a fresh one."""
+    upstream, port = await pooled(setup, protocol, 20)
+    dead = {exchange.connection_number for exchange in upstream.exchanges}
+
+    async def resets_old(exchange: Exchange) -> None:
+        await (resets if exchange.connection_number in dead else fine)(exchange)
+
+    upstream.handler = resets_old
+    answers: list[Response] = await asyncio.gather(*(call(port, "GET") for _ in range(20)))
+    assert [answer.status for answer in answers] == [200] * 20
+
+
+@pytest.mark.gen_test
+async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: str) -> None:
+    """After one connection broke, POSTs do not try their luck on the other pooled ones."""
+    upstream, port = await pooled(setup, protocol, 10)
+    dead = {exchange.connection_number for exchange in upstream.exchanges}
+
+    async def resets_old(exchange: Exchange) -> None:
+        await (resets if exchange.connection_number in dead else fine)(exchange)
+
+    upstream.handler = resets_old
+    logs.expect("the job may have run")
+    assert (await call(port, "POST")).status == 500
+    for _ in range(5):
+        assert (await call(port, "POST")).status == 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_closed_long_ago(setup: Setup, protocol: str, method: str) -> None:
+    """A connection that fal closed while it was idle, with nothing but TLS's word for it, is used by no later call."""
+    upstream = await setup.upstream(fine, protocol)
+    port = setup.proxy(upstream)
+    for _ in range(3):
+        assert (await call(port, method)).status == 200
+        await upstream.close()
+        await upstream.start()
+        await asyncio.sleep(1.2)  # so that no other rule keeps POSTs away
+    assert (await call(port, method)).status == 200
+    assert len(upstream.exchanges) == 4
+
+
+@pytest.mark.gen_test
+async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
+    """A connection whose only call is paused when fal closes it costs no other call."""
+
+    async def answers_gets_endlessly(exchange: Exchange) -> None:
+        if exchange.method == "POST":
+            return await fine(exchange)
+        await exchange.start(200, JSON)
+        while True:
+            await exchange.send(b" " * 10_000)
+
+    upstream = await setup.upstream(answers_gets_endlessly, protocol)
+    port = setup.proxy(upstream)
+    stalled = await RawClient.open(port, receive_buffer=16 * 1024)
+    await stalled.send("GET")
+    await stalled.head()
+    await asyncio.sleep(0.5)
+    await upstream.close()
+    await upstream.start()
+    await asyncio.sleep(1.5)  # so that no other rule keeps POSTs away
+    assert (await call(port, "POST")).status == 200
+    logs.expect("the answer was broken off")
+    await stalled.reader.read()
+    assert stalled.reader.at_eof()
+    await stalled.close()
+
+
+@pytest.mark.gen_test
+async def test_goaway_between_calls(setup: Setup) -> None:
+    """A graceful GOAWAY: what is in flight is answered, and later calls take a new connection."""
+
+    async def answers_slowly(exchange: Exchange) -> None:
+        await exchange.body()
+        exchange.goaway()
+        await exchange.respond(200, b"{}", JSON)
+
+    upstream = await setup.upstream(answers_slowly, "h2")
+    port = setup.proxy(upstream)
+    for _ in range(5):
+        assert (await call(port, "POST")).status == 200
+    assert upstream.connections == 5
+
+
+@pytest.mark.gen_test
+async def test_one_stream_at_a_time(setup: Setup) -> None:
+    """A server that allows one stream on a connection gets more connections, and every call an answer."""
+    upstream = await setup.upstream(fine, "h2", max_concurrent_streams=1)
+    port = setup.proxy(upstream)
+    for _ in range(3):
+        answers: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 10))
+        assert [answer.status for answer in answers] == [200] * 20
+
+
+@pytest.mark.gen_test
+async def test_change_of_protocol(setup: Setup, authority: Authority) -> None:
+    """fal's server speaks HTTP/2, after a restart HTTP/1.1, then HTTP/2: no call is lost or lined up."""
+    first = await setup.upstream(fine, "h2")
+    port = setup.proxy(first)
+    await asyncio.gather(*(call(port, "POST") for _ in range(5)))
+    for protocol in ("http/1.1", "h2"):
+        await first.close()
+        here: list[Exchange] = []
+        all_here = asyncio.Event()
+
+        async def together(exchange: Exchange, here: list[Exchange] = here, all_here: asyncio.Event = all_here) -> None:
+            await exchange.body()
+            here.append(exchange)
+            if len(here) == 10:
+                all_here.set()
+            await all_here.wait()
+            await exchange.respond(200, b"{}", JSON)
+
+        first = Upstream(together, ssl_context=authority.context(), protocols=[protocol], port=first.port)
+        await first.start()
+        answers: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 5))
+        assert [answer.status for answer in answers] == [200] * 10
+        assert {exchange.protocol for exchange in here} == {protocol}
+    await first.close()
+
+
+@pytest.mark.gen_test
+async def test_log_of_trouble(setup: Setup, logs: Logs) -> None:
+    """The log names method, target without query, curl's reason and ours; neither it nor the answer has the key."""
+    port = setup.proxy(f"127.0.0.1:{unused_port()}")
+    logs.expect(
+        r"^WARNING tornado_fal_proxy: 502 POST https://fal.run/fal-ai/flux/dev: curl error 7: .* \(ConnectFailed\)$"
+    )
+    answer = await call(port, "POST", target=TARGET + "?fal_webhook=https://secret.example/")
+    assert KEY not in str(answer)
+    assert not [line for line in logs.lines if "secret.example" in line]

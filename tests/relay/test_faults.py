@@ -1,0 +1,218 @@
+"""Faults on fal's side: what the client gets, how often the job ran, what the log says. Over both protocols."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import h2.errors
+import pytest
+
+from tests.support.logs import Logs
+from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient, call
+from tests.support.scripted_upstream import Exchange, Handler
+from tests.support.stub_handlers import EVENT_STREAM, JSON, fine, resets
+
+MAY_HAVE_RUN = "The job may have run: check before sending it again."
+
+METHODS = ["GET", "POST"]
+
+
+# Before the answer: the request has left, and nothing useful came back.
+
+
+async def closes(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.close_connection()
+
+
+async def resets_stream(exchange: Exchange) -> None:
+    await exchange.body()
+    exchange.reset(h2.errors.ErrorCodes.INTERNAL_ERROR)
+
+
+async def refuses_stream(exchange: Exchange) -> None:
+    await exchange.body()
+    exchange.reset(h2.errors.ErrorCodes.REFUSED_STREAM)
+
+
+async def says_goaway(exchange: Exchange) -> None:
+    await exchange.body()
+    exchange.goaway(code=h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+    await exchange.close_connection()
+
+
+async def stalls(exchange: Exchange) -> None:
+    await exchange.body()
+
+
+def says(data: bytes) -> Handler:
+    async def garbage(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.raw(data)
+        await exchange.close_connection()
+
+    return garbage
+
+
+async def has_a_bad_status(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.respond(999_999, b"{}", JSON)
+
+
+async def has_endless_headers(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.respond(200, b"{}", [(f"x-{number}", "y" * 4000) for number in range(200)])
+
+
+# Once the answer has begun.
+
+
+async def breaks_off_the_result(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, JSON, length=100)
+    await exchange.send(b'{"images": [')
+    await asyncio.sleep(0.05)  # so that the proxy has seen the head by itself
+    exchange.reset()
+
+
+async def closes_in_the_result(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, JSON, length=100)
+    await exchange.send(b'{"images": [')
+    await exchange.close_connection()
+
+
+async def stalls_in_the_result(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.start(200, JSON, length=100)
+    await exchange.send(b'{"images": [')
+
+
+async def sends_a_corrupt_coding(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.respond(200, b"this is not gzip", [*JSON, ("content-encoding", "gzip")])
+
+
+async def breaks_off_the_chunks(exchange: Exchange) -> None:
+    await exchange.body()
+    await exchange.raw(
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nzz"
+    )
+    await exchange.close_connection()
+
+
+@dataclass
+class Fault:
+    """``error`` is the name in the log; ``get`` and ``post`` are the statuses, None for a connection broken off."""
+
+    handler: Handler
+    error: str
+    get: int | None = 502
+    post: int = 500
+    protocols: tuple[str, ...] = ("h2", "http/1.1")
+
+
+FAULTS = {
+    "reset": Fault(resets, "ConnectionLost"),
+    "close": Fault(closes, "ConnectionLost"),
+    "stream reset": Fault(resets_stream, "ConnectionLost", protocols=("h2",)),
+    "stream refused": Fault(refuses_stream, "ConnectionLost", protocols=("h2",)),
+    "goaway": Fault(says_goaway, "ConnectionLost", protocols=("h2",)),
+    "stall": Fault(stalls, "UpstreamTimeout", get=504),
+    "garbage": Fault(says(b"\x00\x01\x02\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
+    "HTTP/0.9": Fault(says(b"<html>"), "MalformedAnswer", protocols=("http/1.1",)),
+    "two digits of status": Fault(says(b"HTTP/1.1 20 OK\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
+    "unknown version": Fault(says(b"HTTP/9.9 200 OK\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
+    "head breaks off": Fault(says(b"HTTP/1.1 200 OK\r\ncontent-le"), "MalformedAnswer", protocols=("http/1.1",)),
+    "only an interim answer": Fault(says(b"HTTP/1.1 103 Hint\r\n\r\n"), "ConnectionLost", protocols=("http/1.1",)),
+    "endless headers": Fault(has_endless_headers, "", protocols=("http/1.1",)),
+    "result breaks off": Fault(breaks_off_the_result, "ConnectionLost", get=None),
+    "close in the result": Fault(closes_in_the_result, "ConnectionLost", get=None),
+    "stall in the result": Fault(stalls_in_the_result, "UpstreamTimeout", get=None),
+    "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedAnswer"),
+    "chunks break off": Fault(breaks_off_the_chunks, "", get=None, protocols=("http/1.1",)),
+}
+
+
+@pytest.mark.parametrize("connection", ["fresh", "reused"])
+@pytest.mark.parametrize("name", list(FAULTS))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name: str, connection: str) -> None:
+    """A POST is executed once and answered 500 completely; a GET gets what may be repeated, or breaks off."""
+    fault = FAULTS[name]
+    if protocol not in fault.protocols:
+        return
+    upstream = await setup.upstream(fine, protocol)
+    port = setup.proxy(upstream, idle_timeout_s=0.3)
+    if connection == "reused":
+        assert (await call(port, method)).status == 200
+    upstream.handler = fault.handler
+    upstream.exchanges.clear()
+    logs.expect(rf"{method} https://fal.run/fal-ai/flux/dev: .* \({fault.error or 'MalformedAnswer|ConnectionLost'}")
+    if method == "GET" and fault.get is None:
+        caller = await RawClient.open(port)
+        await caller.send("GET")
+        await caller.head()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await caller.reader.readexactly(100)
+        await caller.close()
+        logs.expect("the answer was broken off")
+        return
+    answer = await call(port, method)
+    assert answer.status == (fault.get if method == "GET" else fault.post)
+    assert answer.message.endswith(MAY_HAVE_RUN) == (method == "POST")
+    if method == "POST":
+        assert len(upstream.exchanges) == 1, "executed more than once"
+        logs.expect("the job may have run")
+    upstream.handler = fine
+    assert (await call(port, method)).status == 200, "the next call is not harmed"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gen_test
+async def test_silence_counts_from_the_request(setup: Setup, logs: Logs, protocol: str, method: str) -> None:
+    """A call that fal never answers ends after idle_timeout_s, and a POST not later than a GET."""
+    port = setup.proxy(await setup.upstream(stalls, protocol), idle_timeout_s=0.8)
+    logs.expect("UpstreamTimeout")
+    began = time.monotonic()
+    assert (await call(port, method)).status == (504 if method == "GET" else 500)
+    assert 0.8 <= time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", ["reset", "close", "stall"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.gen_test
+async def test_broken_event_stream(
+    setup: Setup, logs: Logs, protocol: str, method: str, how: str, version: str
+) -> None:
+    """An event stream that breaks off at fal breaks off at the caller: it never gets a clean end."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, EVENT_STREAM, length=1000 if protocol == "http/1.1" else None)
+        await exchange.send(b"data: 1\n\n")
+        await go_on.wait()
+        if how == "reset":
+            exchange.reset()
+        elif how == "close":
+            await exchange.close_connection()
+
+    go_on = asyncio.Event()
+    upstream = await setup.upstream(answer, protocol)
+    caller = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.4))
+    await caller.send(method, version=version)
+    head = await caller.head()
+    first = b"9\r\ndata: 1\n\n\r\n" if head.header("transfer-encoding") else b"data: 1\n\n"
+    assert await caller.reader.readexactly(len(first)) == first
+    logs.expect("the answer was broken off")
+    go_on.set()
+    if version == "HTTP/1.0":
+        # There the end of the connection can be the end of the answer: only a reset is not.
+        with pytest.raises(ConnectionResetError):
+            await caller.reader.read()
+    else:
+        assert await caller.reader.read() == b"", "no last chunk"
+    await caller.close()

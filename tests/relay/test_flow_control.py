@@ -1,0 +1,147 @@
+"""Memory stays bounded when a client reads slowly, and no response is delayed by the bound."""
+
+import asyncio
+
+import pytest
+
+from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient, call
+from tests.support.scripted_upstream import Exchange
+from tests.support.stub_handlers import EVENT_STREAM, JSON
+from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, WINDOW_BYTES, Transfer
+from tornado_fal_proxy.upstream import RATE_IS_WINDOW
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that stops reading stops fal; once it reads again everything arrives."""
+    sent = 0
+    full = asyncio.Event()
+    piece = b"data: " + b"x" * 100_000 + b"\n\n"
+    pieces = 400  # 40 MB: more than sockets and libcurl's windows hold
+
+    async def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        await exchange.body()
+        await exchange.start(200, EVENT_STREAM)
+        for _ in range(pieces):
+            await exchange.send(piece)
+            sent += 1
+        full.set()
+        await exchange.end()
+
+    held: list[int] = []
+    on_body = Transfer.on_body
+
+    def spy(self: Transfer, data: bytes) -> int | None:
+        held.append(self._buffered)
+        return on_body(self, data)
+
+    monkeypatch.setattr(Transfer, "on_body", spy)
+    upstream = await setup.upstream(answer, protocol)
+    caller = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
+    await caller.send(method)
+    await caller.head()
+    before = -1
+    while before != sent:  # until it stands still
+        before = sent
+        await asyncio.sleep(0.3)
+    assert sent < pieces
+    assert not full.is_set()
+    assert max(held) <= HIGH_WATER_BYTES + 16_384
+    received = 0
+    while chunk := await caller.chunk():
+        received += len(chunk)
+    assert received == pieces * len(piece)
+    await caller.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "hold_bytes"),
+    [
+        ("GET", EVENT_STREAM, 1),
+        ("GET", JSON, 1),
+        ("POST", EVENT_STREAM, 1),
+        ("POST", JSON, 1_000_000),
+        ("POST", JSON, 30_000_000),
+    ],
+)
+@pytest.mark.gen_test(timeout=30)
+async def test_window_is_no_limit(
+    setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]], hold_bytes: int
+) -> None:
+    """libcurl's limit of the rate, which serves as a window, would let 20 MB take more than a minute."""
+    piece = b"data: " + b"x" * 199_992 + b"\n\n"
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, headers)
+        for _ in range(100):
+            await exchange.send(piece)
+        await exchange.end()
+
+    upstream = await setup.upstream(answer, protocol)
+    result = await call(setup.proxy(upstream, hold_bytes=hold_bytes), method)
+    assert result.body == piece * 100
+
+
+@pytest.mark.parametrize("size", [15_000, 60_000, 240_000])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_window_delays_no_answer_of_known_length(setup: Setup, protocol: str, method: str, size: int) -> None:
+    """libcurl would spread the rate over the length that was declared: 0.2 s for each of these answers, or more."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, [*JSON, ("content-length", str(size))])
+        for _ in range(5):
+            await exchange.send(b"x" * (size // 5))
+        await exchange.end()
+
+    loop = asyncio.get_running_loop()
+    port = setup.proxy(await setup.upstream(answer, protocol))
+
+    async def seconds() -> float:
+        start = loop.time()
+        assert len((await call(port, method)).body) == size
+        return loop.time() - start
+
+    assert min(await asyncio.gather(*[seconds() for _ in range(8)])) < 0.1
+
+
+@pytest.mark.gen_test
+async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that does not read an event stream lets fal send hardly more than the window over HTTP/2."""
+    sent = taken = 0
+    on_body = Transfer.on_body
+
+    def spy(self: Transfer, data: bytes) -> int | None:
+        nonlocal taken
+        result = on_body(self, data)
+        taken += len(data) if result is None else 0
+        return result
+
+    monkeypatch.setattr(Transfer, "on_body", spy)
+
+    async def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        await exchange.body()
+        await exchange.start(200, EVENT_STREAM)
+        while True:
+            await exchange.send(b"data: " + b"x" * 10_000 + b"\n\n")
+            sent += 10_000
+
+    upstream = await setup.upstream(answer, "h2")
+    caller = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
+    await caller.send("POST")
+    await caller.head()
+    caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    before = -1
+    while before != sent:  # until it stands still
+        before = sent
+        await asyncio.sleep(0.3)
+    window = WINDOW_BYTES if RATE_IS_WINDOW else 10 * 1024 * 1024
+    assert sent - taken <= window + 64 * 1024, "the window, and what is on its way"
+    caller.leave()
+    await upstream.exchanges[0].gone.wait()

@@ -1,0 +1,127 @@
+"""What an attacker has fal send, and that the key is on no page and in no repr."""
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+from tornado.web import Application
+
+from tests.support.logs import Logs
+from tests.support.proxy import ROUTE, SECRET, Setup
+from tests.support.raw_client import RawClient, call
+from tests.support.scripted_upstream import Exchange
+from tests.support.stub_handlers import JSON
+from tornado_fal_proxy import FalProxyHandler
+
+# Answers of fal's, or of somebody in its place.
+
+EVIL = ("set-cookie", "evil=1")
+LINE = f"{EVIL[0]}: {EVIL[1]}"
+# For each the protocols over which it can come, and how a POST may be answered. Over HTTP/1.1 a line break begins
+# another header of fal's, whoever put it there.
+H1, H2, OVER_BOTH = ("http/1.1",), ("h2",), ("http/1.1", "h2")
+ODD_HEADERS: dict[str, tuple[tuple[str, ...], list[tuple[str | bytes, str | bytes]], tuple[int, ...]]] = {
+    "CR LF in a value": (H2, [("x-a", f"b\r\n{LINE}")], (200, 500)),
+    "LF in a value": (H2, [("x-a", f"b\n{LINE}")], (200, 500)),
+    "CR in a value": (OVER_BOTH, [("x-a", f"b\r{LINE}")], (200, 500)),
+    "a second answer": (H2, [("x-a", f"b\r\n\r\nHTTP/1.1 200 OK\r\n{LINE}\r\n\r\n")], (200, 500)),
+    "NUL in a value": (OVER_BOTH, [("x-a", "b\0c")], (200, 500)),
+    "an escape in a value": (OVER_BOTH, [("x-a", "\x1b[0m")], (200, 500)),
+    "CR LF in a name": (H2, [(f"x-a\r\n{LINE}\r\nx-b", "c")], (200, 500)),
+    "CR in a name": (OVER_BOTH, [(f"x-a\r{LINE}\rx-b", "c")], (200, 500)),
+    "a space in a name": (OVER_BOTH, [("x a", "b")], (200, 500)),
+    "a colon in a name": (H2, [("x:a", "b")], (200, 500)),
+    "no name": (OVER_BOTH, [("", "b")], (200, 500)),
+    "upper case": (H2, [("X-A", "b")], (200, 500)),
+    "a pseudo-header of requests": (OVER_BOTH, [(":path", "/x")], (200, 500)),
+    "a second status": (OVER_BOTH, [(":status", "201")], (200, 500)),
+    "hop-by-hop": (H2, [("connection", "close"), ("transfer-encoding", "chunked")], (500,)),
+    "4,900 headers": (OVER_BOTH, [(f"x-{number}", "y") for number in range(4900)], (200,)),
+    "6,000 headers": (OVER_BOTH, [(f"x-{number}", "y") for number in range(6000)], (500,)),
+    "a header of 60 kB": (OVER_BOTH, [("x-a", "y" * 60_000)], (200,)),
+    "a head of 1 MB": (H1, [("x-a", "y" * 10_000)] * 100, (500,)),
+    "a header of 1 MB": (H1, [("x-a", "y" * 1_000_000)], (500,)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_HEADERS)
+@pytest.mark.gen_test
+async def test_odd_headers(setup: Setup, logs: Logs, protocol: str, name: str) -> None:
+    """None of fal's headers makes one of another, or another answer. What is too large is an error, and fal's alone."""
+    protocols, headers, statuses = ODD_HEADERS[name]
+    if protocol not in protocols:
+        return
+    go_on = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        if exchange.target == b"/held":
+            await go_on.wait()
+        await exchange.respond(200, b"{}", [*JSON, *headers] if exchange.target == b"/odd" else JSON)
+
+    upstream = await setup.upstream(answer, protocol)
+    port, backend = setup.proxy_and_backend(upstream)
+    held = asyncio.create_task(call(port, target="https://fal.run/held"))
+    while not upstream.exchanges:
+        await asyncio.sleep(0.001)
+    caller = await RawClient.open(port)
+    caller.reader._limit = 2_000_000  # type: ignore[attr-defined]
+    await caller.send(target="https://fal.run/odd")
+    odd = await caller.response()
+    assert odd.status in statuses
+    assert not [header for header in odd.headers if EVIL[0] in header[0] or header[0] in ("x-b", ":status", "x a")]
+    await caller.send()
+    assert ((await caller.response()).status, (await caller.response_is_over())) == (200, True)
+    go_on.set()
+    assert (await held).status == 200
+    assert backend().client.in_flight == 0
+    if odd.status == 500:
+        logs.expect("500 POST https://fal.run/odd: curl error .*; the job may have run")
+    await caller.close()
+
+
+# The key. (What the command logs, its arguments and its answers: service/test_service.py.)
+
+
+class Failing(FalProxyHandler):
+    """With a bug that shows once fal has answered."""
+
+    def _copy_head(self, head: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.gen_test
+async def test_the_key_is_on_no_error_page_and_in_no_repr(setup: Setup, logs: Logs) -> None:
+    """Whatever the application's settings say of tracebacks, and whoever prints what there is during a call."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        reached.set()
+        await go_on.wait()
+        await exchange.respond(200, b"{}", JSON)
+
+    upstream = await setup.upstream(answer)
+    rule = (ROUTE, Failing, {"config": setup.config(upstream)})
+    port = setup.serve(Application([rule], serve_traceback=True, debug=False))
+    calling = asyncio.create_task(call(port))
+    await reached.wait()
+    ours = [
+        thing for thing in gc.get_objects() if str(type(thing).__module__).startswith(("tornado_fal_proxy", __name__))
+    ]
+    assert {type(thing).__name__ for thing in ours} >= {
+        "ProxyConfig",
+        "Failing",
+        "UpstreamClient",
+        "Transfer",
+        "Target",
+    }
+    for thing in ours:
+        assert SECRET not in f"{thing!r} {thing}"
+    logs.expect("Uncaught exception|500 POST /api")
+    go_on.set()
+    broken = await calling
+    assert (broken.status, broken.message) == (500, "Internal Server Error")
+    assert [line for line in logs.lines if "ZeroDivisionError" in line]
+    assert not [line for line in logs.lines if SECRET in line]

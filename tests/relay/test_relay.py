@@ -1,0 +1,239 @@
+"""The way of a call: what fal gets and what the client gets. Over both protocols towards fal."""
+
+import asyncio
+import gzip
+import zlib
+
+import pytest
+
+from tests.support.logs import Logs
+from tests.support.proxy import KEY, Setup
+from tests.support.raw_client import RawClient, Response, call, request
+from tests.support.scripted_upstream import Exchange
+from tests.support.stub_handlers import EVENT_STREAM, JSON, responds
+from tornado_fal_proxy import FalProxyHandler
+from tornado_fal_proxy.policy import CLIENT_PROXY
+
+
+@pytest.mark.gen_test
+async def test_request(setup: Setup, protocol: str) -> None:
+    """Method, path, query and body go up byte for byte, with the headers of PROTOCOL section 4 and no other."""
+    upstream = await setup.upstream(responds(), protocol)
+    port = setup.proxy(upstream)
+    path = "/a//b/../c/%2F%e6/+;=,{}?x=&y=%20+z&&u=a?b/"
+    body = '{"prompt": "ü \U0001f30a"}'.encode()
+    relayed = {
+        "accept": "application/json, text/event-stream",
+        "content-type": "application/json; charset=utf-8",
+        "user-agent": "fal/1.10.1 (caller)",
+        "x-fal-request-timeout": "30",
+        "x-fal-queue-priority": "low",
+        "x-fal-empty": "",
+        "x-app-fal-disable-fallback": "true",
+    }
+    kept_back = [
+        "Authorization: Key of-the-caller",
+        "Cookie: a=b",
+        "Origin: https://evil.example",
+        "Referer: https://evil.example/",
+        "X-Forwarded-For: 1.2.3.4",
+        "X-Fal-Client-Proxy: somebody else",
+        "Connection: keep-alive, x-own",
+        "X-Own: 1",
+        "Accept-Language: de",
+        "Accept-Encoding: identity",
+        "If-None-Match: *",
+        "Pragma: no-cache",
+    ]
+    lines = [f"{name.title()}: {value}" for name, value in relayed.items() if name != "content-type"]
+    caller = await RawClient.open(port)
+    raw = request("POST", body, target=f"https://queue.fal.run:443{path}#fragment", headers=lines + kept_back)
+    caller.writer.write(raw.replace(b"application/json\r\n", b"application/json; charset=utf-8\r\n", 1))
+    assert (await caller.response()).status == 200
+    await caller.close()
+    [exchange] = upstream.exchanges
+    assert (exchange.protocol, exchange.method, exchange.target) == (protocol, "POST", path.encode())
+    assert exchange.authority == "queue.fal.run"
+    assert await exchange.body() == body
+    sent = {name.lower().decode(): value.decode() for name, value in exchange.headers}
+    own = {"authorization": f"Key {KEY}", "x-fal-client-proxy": CLIENT_PROXY, "content-length": str(len(body))}
+    framing = {"accept-encoding": "deflate, gzip, br"} | ({"host": "queue.fal.run"} if protocol != "h2" else {})
+    assert sent == relayed | own | framing
+    assert len(sent) == len(exchange.headers)
+
+
+@pytest.mark.gen_test
+async def test_request_without_optional_headers(setup: Setup, protocol: str) -> None:
+    """libcurl adds no accept, content-type, user-agent or expect of its own; a GET has no body."""
+    upstream = await setup.upstream(responds(), protocol)
+    port = setup.proxy(upstream)
+    await call(port, "GET")
+    big = b'"' + b"x" * 2_000_000 + b'"'
+    assert (await call(port, "POST", big)).status == 200
+    get, post = upstream.exchanges
+    names = {name.lower() for name, _ in get.headers} - {b"host"}
+    assert names == {b"authorization", b"x-fal-client-proxy", b"accept-encoding"}
+    assert await post.body() == big
+    assert post.header("expect") is None
+
+
+@pytest.mark.gen_test
+async def test_empty_post(setup: Setup, protocol: str) -> None:
+    """A POST without a body reaches fal as one with content-length: 0."""
+    upstream = await setup.upstream(responds(), protocol)
+    assert (await call(setup.proxy(upstream), "POST", b"")).status == 200
+    assert upstream.exchanges[0].header("content-length") == b"0"
+
+
+@pytest.mark.gen_test
+async def test_get_with_a_body(setup: Setup, protocol: str) -> None:
+    """A GET with a JSON body is relayed as that."""
+    upstream = await setup.upstream(responds(), protocol)
+    caller = await RawClient.open(setup.proxy(upstream))
+    head = request("GET", headers=["content-type: application/json", "content-length: 2"])
+    caller.writer.write(head + b"[]")
+    assert (await caller.response()).status == 200
+    assert upstream.exchanges[0].method == "GET"
+    assert await upstream.exchanges[0].body() == b"[]"
+    await caller.close()
+
+
+ANSWER_HEADERS = [
+    ("server", "fal"),
+    ("date", "Thu, 01 Jan 1970 00:00:00 GMT"),
+    ("content-type", "application/x-thing"),
+    ("x-fal-request-id", "abc"),
+    ("set-cookie", "a=1"),
+    ("set-cookie", "b=2"),
+    ("location", "https://evil.example/"),
+    ("etag", '"1"'),
+    ("x-empty", ""),
+    ("x-latin", "caf\u00e9"),
+    ("www-authenticate", "Key"),
+    ("access-control-allow-origin", "*"),
+]
+
+
+@pytest.mark.parametrize(
+    "status", [200, 201, 202, 204, 301, 302, 304, 307, 308, 400, 401, 404, 422, 429, 499, 500, 599]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_answer(setup: Setup, protocol: str, method: str, status: int) -> None:
+    """Status, headers (duplicates too) and body come back as fal sent them; only the id of the call is added, and no
+    redirect followed."""
+    body = b"" if status in (204, 304) else b'{"detail": "as it is"}'
+    upstream = await setup.upstream(responds(status, body, ANSWER_HEADERS), protocol)
+    answer = await call(setup.proxy(upstream), method, headers=['If-None-Match: "1"'])
+    assert (answer.status, answer.body) == (status, body)
+    own = [] if status in (204, 304) else [("content-length", str(len(body)))]
+    assert sorted(without_id(answer)) == sorted(ANSWER_HEADERS + own)
+    assert len(upstream.exchanges) == 1
+
+
+def without_id(answer: Response) -> list[tuple[str, str]]:
+    """The headers but for the one that the proxy adds."""
+    assert answer.header("x-request-id")
+    return [(name, value) for name, value in answer.headers if name != "x-request-id"]
+
+
+@pytest.mark.gen_test
+async def test_answer_without_headers(setup: Setup, protocol: str) -> None:
+    """Tornado's own Server, Date and Content-Type do not stand in for those that fal did not send."""
+    upstream = await setup.upstream(responds(200, b"x", []), protocol)
+    assert without_id(await call(setup.proxy(upstream))) == [("content-length", "1")]
+
+
+PLAIN = b'{"x":"' + b"y" * 200 + b'"}'
+CODINGS = {
+    "gzip": gzip.compress(PLAIN),
+    "deflate": zlib.compress(PLAIN),
+    "br": bytes.fromhex("1bcf00f88dd462cd19eed42278797b4ba7af24992d1038706104"),
+}
+
+
+@pytest.mark.parametrize("coding", list(CODINGS))
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_encoded_answer(setup: Setup, protocol: str, coding: str, method: str) -> None:
+    """An encoded answer arrives decoded, without content-encoding and with its true length."""
+    upstream = await setup.upstream(responds(200, CODINGS[coding], [*JSON, ("content-encoding", coding)]), protocol)
+    answer = await call(setup.proxy(upstream), method)
+    assert answer.body == PLAIN
+    assert answer.header("content-encoding") is None
+    assert answer.header("content-length") in (str(len(PLAIN)), None)
+
+
+@pytest.mark.parametrize("coding", ["zstd", "gzip, gzip", "GZIP, br"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.gen_test
+async def test_a_coding_nobody_asked_for_passes(setup: Setup, protocol: str, method: str, coding: str) -> None:
+    """With its name: the answer is paid for, and its caller may know what to do with it."""
+    upstream = await setup.upstream(responds(200, b"\0encoded\xff", [*JSON, ("content-encoding", coding)]), protocol)
+    answer = await call(setup.proxy(upstream), method)
+    assert answer.body == b"\0encoded\xff"
+    assert answer.header("content-encoding") == coding.lower()
+
+
+@pytest.mark.gen_test
+async def test_early_answer(setup: Setup, protocol: str) -> None:
+    """An answer that comes before the request's body was taken is relayed."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.respond(413, b'{"detail": "too large"}', JSON)
+
+    upstream = await setup.upstream(answer, protocol)
+    answer_ = await call(setup.proxy(upstream), "POST", b'"' + b"x" * 500_000 + b'"')
+    assert (answer_.status, answer_.body) == (413, b'{"detail": "too large"}')
+
+
+@pytest.mark.gen_test
+async def test_interim_answers_and_trailers(setup: Setup, protocol: str) -> None:
+    """1xx answers and trailers are not taken for the answer's head, nor passed on."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.informational(103, [("link", "</x>")])
+        await exchange.start(200, JSON)
+        await exchange.send(b"{}")
+        await exchange.end([("x-checksum", "1")])
+
+    upstream = await setup.upstream(answer, protocol)
+    answer_ = await call(setup.proxy(upstream))
+    assert (answer_.status, answer_.body) == (200, b"{}")
+    assert sorted(name for name, _ in without_id(answer_)) == ["content-length", "content-type"]
+
+
+@pytest.mark.gen_test
+async def test_http_1_0(setup: Setup, protocol: str) -> None:
+    """A caller that speaks HTTP/1.0 gets a stream that ends with the connection, keep-alive or not."""
+    upstream = await setup.upstream(responds(200, b"data: 1\n\n", EVENT_STREAM), protocol)
+
+    async def slow(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.start(200, EVENT_STREAM)
+        await exchange.send(b"data: 1\n\n")
+        await asyncio.sleep(0.02)
+        await exchange.end()
+
+    upstream.handler = slow
+    port = setup.proxy(upstream)
+    for headers in ([], ["Connection: keep-alive"]):
+        answer = await call(port, "POST", version="HTTP/1.0", headers=headers)
+        assert (answer.status, answer.body) == (200, b"data: 1\n\n")
+        assert answer.header("transfer-encoding") is None
+
+
+def test_handler_keeps_no_state_between_calls() -> None:
+    """What differs from call to call lives in the instance, of which Tornado makes one for each."""
+    assert not [name for name, value in vars(FalProxyHandler).items() if isinstance(value, list | dict | set)]
+
+
+def test_log_fixture_fails_on_the_unexpected(logs: Logs) -> None:
+    """The guard that every test relies on can fail."""
+    import logging
+
+    logging.getLogger("tornado_fal_proxy").warning("surprise")
+    with pytest.raises(AssertionError):
+        logs.check()
+    logs.expect("surprise")

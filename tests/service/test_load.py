@@ -1,0 +1,71 @@
+"""Restarts and killed workers under load lose no call.
+
+The tests run few rounds each. ``TORNADO_FAL_PROXY_ROUNDS=20 pytest -s tests/service/test_load.py`` runs more of them.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.support.load import ROUNDS, Load, respond
+from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient
+from tests.support.service_process import ServiceProcess, serving
+from tests.support.waiting import eventually
+
+
+@pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
+async def test_load_restarts(setup: Setup) -> None:
+    """With a socket that stays open no call fails however often the service is restarted, one after the other."""
+    upstream = await setup.upstream(respond)
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        port = listener.getsockname()[1]
+        running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)
+        async with Load(lambda _: RawClient.open(port)) as load:
+            for _ in range(ROUNDS):
+                await load.more(200)
+                await running.end()
+                running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)
+            await load.more(200)
+        assert load.failures == []
+        await running.end()
+        print(f"{load.done} calls, {ROUNDS} restarts")  # noqa: T201  (for who runs more rounds)
+
+
+@pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
+async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a worker is killed with -9 its calls fail and no other, and a new one serves within 2 s."""
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # the upstream still writes to the dead
+    upstream = await setup.upstream(respond)
+    running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", "--log-level=error")
+    times = []
+    lost = 0
+    async with Load(lambda _: RawClient.open(running.port)) as load:
+        for _ in range(ROUNDS):
+            await load.more(200)
+            before = set(running.workers())
+            victim = min(before)
+            os.kill(victim, signal.SIGSTOP)  # from here on it takes no connection
+            its_callers = serving(victim, running.port)
+            failed = len(load.failures)
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            await eventually(
+                lambda before=before: any(  # type: ignore[misc]
+                    serving(pid, running.port) for pid in running.workers() if pid not in before
+                )
+            )
+            times.append(time.monotonic() - killed)
+            await load.more(200)
+            failures = load.failures[failed:]
+            assert its_callers
+            assert [failure for failure in failures if failure.port not in its_callers] == []
+            lost += len(failures)
+    assert load.failures[:lost] == load.failures
+    assert max(times) < 2
+    await running.end()
+    print(f"{load.done} calls, {lost} lost to {ROUNDS} kills, slowest replacement {max(times):.2f} s")  # noqa: T201

@@ -1,0 +1,157 @@
+"""/metrics, /healthz and /readyz on the operator's port."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.metrics import Scrape, ended_lines, started, until
+from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient, call
+from tests.support.scripted_upstream import Exchange
+from tests.support.service_process import COMMAND, WITH_KEY, environment
+from tests.support.stub_handlers import as_asked
+from tests.support.tools import tool
+from tests.support.waiting import TIMEOUT_S, eventually
+
+
+def test_no_room_for_metrics() -> None:
+    """Where several workers cannot count together the start ends with a line, and not later with a signal."""
+    ended = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *COMMAND, "--port=0", "--admin-port=0", "--processes=2"],
+        env=environment(WITH_KEY),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "--admin-port: no room for metrics in the temporary directory" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.gen_test
+async def test_metrics(setup: Setup, processes: str) -> None:
+    """All workers' together, and each call once; Prometheus's own tool finds nothing to mend."""
+    upstream = await setup.upstream(as_asked)
+    running, admin = await started(setup, upstream, f"--processes={processes}", "--log-level=error")
+    for _ in range(20):
+        assert (await call(running.port)).status == 200
+    await call(running.port, "GET", target="https://fal.run/fal-ai/flux/stream")
+    await call(running.port, "DELETE")
+    await call(running.port, "GET", target="https://queue.fal.run/a/b/requests/1/resets")
+    waiting = await RawClient.open(running.port)
+    await waiting.send(target="https://fal.run/a/b/silent")
+    await eventually(lambda: len(upstream.exchanges) >= 24)
+    if processes == "1":
+        scrape = await Scrape.of(admin)
+        assert scrape.total("fal_proxy_in_flight") == 1
+        assert scrape.total("fal_proxy_upstream_connections") == upstream.open_connections
+        assert scrape.total("fal_proxy_caller_connections") == 1
+    waiting.leave()
+
+    scrape = await until(
+        admin,
+        lambda scrape: scrape.total("fal_proxy_calls_total") == 24 and not scrape.total("fal_proxy_in_flight"),
+    )
+    calls = "fal_proxy_calls_total"
+    assert scrape.total(calls, endpoint="run", outcome="ok", method="POST", why="") == 20
+    assert scrape.total(calls, endpoint="stream", outcome="ok", method="GET") == 1
+    assert scrape.total(calls, endpoint="none", outcome="refused", method="other", why="MethodNotAllowed") == 1
+    assert scrape.total(calls, endpoint="queue_result", outcome="upstream_error", why="ConnectionLost") == 1
+    assert scrape.total(calls, endpoint="run", outcome="caller_gone") == 1
+    assert scrape.total("fal_proxy_cancellations_total") == 1
+    assert scrape.total("fal_proxy_upstream_answers_total", protocol="2", status="2xx") == 21
+    assert scrape.total("fal_proxy_first_byte_seconds_count", endpoint="run") == 20
+    assert scrape.total("fal_proxy_call_seconds_count", endpoint="run") == 21
+    assert scrape.total("fal_proxy_body_bytes_total", direction="received") == 21 * 2
+    assert scrape.total("fal_proxy_workers") == scrape.total("fal_proxy_workers_wanted") == int(processes)
+    assert scrape.total("fal_proxy_max_in_flight") == 20_000 * int(processes)
+    assert scrape.total("fal_proxy_build_info") == 1
+    assert scrape.total("fal_proxy_worker_restarts_total") == 0
+
+    process = await asyncio.create_subprocess_exec(tool("promtool"), "check", "metrics", stdin=-1, stdout=-1, stderr=-1)
+    said = await process.communicate(scrape.body)
+    assert (process.returncode, *said) == (0, b"", b"")
+    await ended_lines(running)
+
+
+@pytest.mark.gen_test
+async def test_metrics_outlive_a_worker(setup: Setup) -> None:
+    """One that is killed is counted as a restart, and what it had counted stays."""
+    running, admin = await started(setup, await setup.upstream(as_asked), "--processes=2", "--log-level=error")
+    for _ in range(10):
+        assert (await call(running.port)).status == 200
+    await until(admin, lambda scrape: scrape.total("fal_proxy_calls_total") == 10)
+    before = running.workers()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: len(workers := running.workers()) == 2 and not set(workers) & set(before))
+
+    await until(admin, lambda scrape: scrape.total("fal_proxy_workers") == 2)
+    for _ in range(5):
+        assert (await call(running.port)).status == 200
+    scrape = await until(admin, lambda scrape: scrape.total("fal_proxy_calls_total", outcome="ok") == 15)
+    assert scrape.total("fal_proxy_worker_restarts_total") == 2
+    await running.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.gen_test
+async def test_no_metrics_are_left_behind(setup: Setup, tmp_path: Path, number: signal.Signals) -> None:
+    """However the service ends: where the parent is killed, its workers clear up."""
+    running, _ = await started(setup, await setup.upstream(as_asked), "--processes=2", TMPDIR=str(tmp_path))
+    assert list(tmp_path.iterdir())
+    running.process.send_signal(number)
+    await eventually(lambda: not list(tmp_path.iterdir()))
+    await running.process.communicate()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.gen_test
+async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
+    """/readyz is 503 while calls in flight are finished; /healthz is 200 all the time."""
+    release = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await release.wait()
+        await exchange.respond(200, b"[1]")
+
+    upstream = await setup.upstream(answer)
+    running, admin = await started(setup, upstream, f"--processes={processes}")
+
+    async def status(path: str) -> int:
+        return (await call(admin, "GET", target=None, path=path)).status
+
+    assert [await status(path) for path in ("/healthz", "/readyz", "/nowhere")] == [200, 200, 404]
+    caller = await RawClient.open(running.port)
+    await caller.send()
+    await eventually(lambda: upstream.exchanges)
+    running.process.send_signal(signal.SIGTERM)
+
+    async with asyncio.timeout(TIMEOUT_S):
+        while await status("/readyz") != 503:
+            await asyncio.sleep(0.02)
+    if processes == "1":
+        assert await status("/healthz") == 200
+        assert await status("/metrics") == 200
+    release.set()
+    assert (await caller.response()).status == 200
+    await caller.close()
+    await running.ended()
+
+
+@pytest.mark.gen_test
+async def test_the_admin_address_is_no_callers(setup: Setup) -> None:
+    """Nothing of it is on the public port, and no call passes there."""
+    running, admin = await started(setup, await setup.upstream(as_asked))
+    for path in ("/metrics", "/readyz"):
+        assert (await call(running.port, "GET", target=None, path=path)).status == 404
+    assert (await call(running.port, "GET", target=None, path="/healthz")).status == 200
+    assert (await call(admin)).status == 404
+    await running.end()

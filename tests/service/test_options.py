@@ -1,0 +1,182 @@
+"""Each option, its variable, and what the command says of them."""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.proxy import SECRET
+from tests.support.service_process import WITH_KEY, shell
+from tornado_fal_proxy import ConfigError, ProxyConfig
+from tornado_fal_proxy.callers import TrustedProxies
+from tornado_fal_proxy.options import _parser, parse_settings
+from tornado_fal_proxy.service import what_is_open
+
+# Each option that takes a value: two texts, and what the first one means.
+OPTIONS: dict[str, tuple[str, str, Any]] = {
+    "address": ("::1", "0.0.0.0", "::1"),
+    "port": ("0", "9000", 0),
+    "route": ("/a", "/b", "/a"),
+    "connect_timeout_s": ("1.5", "2", 1.5),
+    "idle_timeout_s": ("60", "61", 60.0),
+    "max_body_bytes": ("1024", "2", 1024),
+    "max_in_flight": ("5", "6", 5),
+    "hold_bytes": ("7", "8", 7),
+    "ca_certs": ("{ca}", "", "{ca}"),
+    "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
+    "allowed_endpoints": ("fal-ai/flux/**,a/b", "**", ("fal-ai/flux/**", "a/b")),
+    "max_token_expiration_s": ("60", "61", 60),
+    "allowed_hosts": ("fal.run", "*.fal.run", ("fal.run",)),
+    "allowed_webhooks": ("none", "https://a.example", ()),
+    "authorize": ("os.path:exists", "os.path:isfile", os.path.exists),
+    "resolve_key": ("os.path:join", "os.path:isfile", os.path.join),
+    "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
+    "processes": ("3", "2", 3),
+    "drain_timeout_s": ("0", "1.5", 0.0),
+    "log_level": ("WARNING", "debug", "warning"),
+    "log_format": ("JSON", "text", "json"),
+    "trusted_proxies": ("10.0.0.0/8, unix", "::1", TrustedProxies(("10.0.0.0/8", "unix"))),
+    "admin_port": ("0", "9000", 0),
+    "admin_address": ("::1", "0.0.0.0", "::1"),
+}
+SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
+NO_DEFAULT = (
+    *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
+    *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
+)
+
+
+def test_the_table_has_every_option() -> None:
+    """So that the two tests beside cover a new one."""
+    actions = {action.dest for action in _parser()._actions}
+    assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
+    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", *SWITCHES}
+    assert relayed < set(OPTIONS)
+
+
+def test_help_lists_every_option() -> None:
+    """In groups, with its unit or form and its default, and says how the key and the variables are given."""
+    ended = shell("", "--help", COLUMNS="200")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    text = ended.stdout.replace("\n" + 24 * " ", " ")  # what argparse put on a line of its own
+    assert [line for line in text.splitlines() if line.endswith(":")] == [
+        "options:",
+        "listening:",
+        "relaying:",
+        "access:",
+        "processes:",
+        "watching:",
+        "other:",
+    ]
+    for name in [*OPTIONS, *SWITCHES, "sandbox"]:
+        option = "--" + name.replace("_", "-")
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {option} ")]
+        if name in SWITCHES:
+            assert re.match(rf"  {option} .+ \(default: no\)\Z", line), line
+        elif name not in (*NO_DEFAULT, "sandbox"):
+            assert re.match(rf"  {option} [A-Z]+ .+ \(default: \S+\)\Z", line), line
+    assert "FAL_KEY" in text
+    assert "--max-in-flight is FAL_PROXY_MAX_IN_FLIGHT" in text
+    assert "--key" not in text
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, name: str) -> None:
+    """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same."""
+    text, other, value = (authority.ca_file if item == "{ca}" else item for item in OPTIONS[name])
+    option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
+
+    def parsed(argv: list[str], environ: dict[str, str]) -> Any:
+        settings = parse_settings(argv, WITH_KEY | environ)
+        assert settings.config is not None
+        return getattr(settings, name, None) if hasattr(settings, name) else getattr(settings.config, name)
+
+    default = parsed([], {})
+    assert parsed([option, text], {}) == value != default
+    assert parsed([f"{option}={text}"], {}) == value
+    assert parsed([], {variable: text}) == value
+    assert parsed([option, text], {variable: other}) == value
+    assert parsed([], {variable: ""}) == default
+
+
+@pytest.mark.parametrize(
+    ("text", "on"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("off", False), ("", False)]
+)
+def test_the_sandbox_is_a_switch(text: str, on: bool) -> None:
+    """An option without value, or a variable that says yes or no. It needs no key, and uses none."""
+    assert parse_settings(["--sandbox"], {}).sandbox
+    settings = parse_settings([], WITH_KEY | {"FAL_PROXY_SANDBOX": text})
+    assert settings.sandbox is on
+    assert (settings.config is None) is on
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_also_a_variable(name: str) -> None:
+    """--allow-uploads and FAL_PROXY_ALLOW_UPLOADS=yes are the same; "no" and an empty text leave it off."""
+    origins = {"FAL_PROXY_ALLOWED_ORIGINS": "https://a.example"}
+    option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
+    for argv, environ, on in (
+        ([], {}, False),
+        ([option], {}, True),
+        ([option], {variable: "no"}, True),
+        ([], {variable: "yes"}, True),
+        ([], {variable: "TRUE"}, True),
+        ([], {variable: "off"}, False),
+        ([], {variable: ""}, False),
+    ):
+        settings = parse_settings(argv, WITH_KEY | origins | environ)
+        assert getattr(settings.config, name) is on
+
+
+def test_with_resolve_key_no_key_is_needed() -> None:
+    """Each call has its own, and a key that is there all the same is checked."""
+    settings = parse_settings(["--resolve-key=os.path:join"], {})
+    assert settings.config is not None
+    assert settings.config.resolve_key is os.path.join
+    with pytest.raises(ConfigError, match="FAL_KEY: must be"):
+        parse_settings(["--resolve-key=os.path:join"], {"FAL_KEY": "a b"})
+
+
+# Options, and what the line at the start says then; the first two leave the key to strangers.
+OPEN = [
+    ([], "open: every model, anyone: see README.md, 'Secure it'"),
+    (
+        ["--allow-cancel", "--allowed-hosts=fal.run"],
+        "open: every model, only on fal.run, cancel, anyone: see README.md",
+    ),
+    (["--allowed-endpoints=fal-ai/flux/**,a/b"], "open: endpoints fal-ai/flux/**, a/b, anyone"),
+    (["--allowed-endpoints=a/b", "--allow-uploads"], "open: endpoints a/b, uploads, anyone"),
+    (["--authorize=os.path:exists"], "open: every model, whom authorize lets in"),
+    (
+        ["--authorize=os.path:exists", "--allowed-webhooks=none", "--allowed-origins=https://a.example"],
+        "open: every model, webhooks to nobody, whom authorize lets in, pages of https://a.example",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "line"), OPEN)
+def test_what_is_open(argv: list[str], line: str) -> None:
+    """In a line, which points to the README where nothing keeps strangers out."""
+    config = parse_settings(argv, WITH_KEY).config
+    assert config is not None
+    restricted, said = what_is_open(config)
+    assert said.startswith(line)
+    assert restricted is ("README" not in said) is ("README" not in line)
+    assert SECRET not in said
+
+
+def test_the_settings_show_no_key() -> None:
+    """To whoever prints them."""
+    assert SECRET not in repr(parse_settings([], WITH_KEY))
+
+
+def test_several_problems_are_a_tuple() -> None:
+    """For a program that asks: each of them by itself."""
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(["--port=x", "--route=x", "--log-level=x", "--max-in-flight=x"], {})
+    names = ["--port: ", "--route: ", "--log-level: ", "no key: ", "--max-in-flight: "]
+    assert len(caught.value.problems) == len(names)
+    assert all(map(str.startswith, caught.value.problems, names))

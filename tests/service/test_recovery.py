@@ -1,0 +1,105 @@
+"""What clients see of each fault of fal's side, that it is over soon, and that nothing of it stays in the service.
+
+``pytest tests/service/test_recovery.py -s`` prints what the table of docs/faults.md is made of.
+relay/test_faults.py has what single calls get; tests.support.recovery says how it is done here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.recovery.faults import FAULTS
+from tests.support.recovery.stand import Report, is_at_rest
+from tests.support.tools import ROOT, isolated, tool
+from tests.support.wire import DEVICE
+from tornado_fal_proxy.upstream import ADDRESS_LIFETIME_S, CONNECTION_LIFETIME_S
+
+# What the allocator keeps of the buffers of many connections made anew. It grows with the first ones and then stays.
+MOST_KB = 40_000
+
+CASES = [(name, protocol) for name, fault in FAULTS.items() for protocol in fault.protocols]
+
+Find = Callable[[str, str], Report]
+
+
+def start(prefix: list[str], protocol: str, names: list[str]) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, "-m", "tests.support.programs.recovery", protocol, *names]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def find() -> Find:
+    """The report on a fault, of all that run side by side when the first is asked for."""
+    reports: dict[tuple[str, str], Report] = {}
+    started: set[bool] = set()
+
+    def run_all(network: bool) -> None:
+        """Faults of one protocol one after the other where they can share a service."""
+        shared: dict[tuple[str, int, int], list[str]] = {}
+        for name, protocol in CASES:
+            fault = FAULTS[name]
+            if bool(fault.network) == network and is_possible(name):
+                shared.setdefault((protocol, fault.idle_s, fault.lifetime_s), []).append(name)
+        prefix = isolated() if network else []
+        running = [start(prefix, protocol, names) for (protocol, *_), names in shared.items()]
+        for process in running:
+            stdout, stderr = process.communicate()
+            for line in stdout.splitlines():
+                report = Report(**json.loads(line))
+                reports[report.fault, report.protocol] = report
+            assert process.returncode == 0, stderr
+
+    def find(name: str, protocol: str) -> Report:
+        network = bool(FAULTS[name].network)
+        if network not in started:
+            started.add(network)
+            run_all(network)
+        return reports[name, protocol]
+
+    return find
+
+
+def is_possible(name: str) -> bool:
+    """Whether this machine has what it takes."""
+    return FAULTS[name].network != "wire" or os.access(DEVICE, os.R_OK | os.W_OK)
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_recovery(find: Find, name: str, protocol: str) -> None:
+    """No POST runs twice or may be thought not to have run; calls succeed again soon; what was held then is held."""
+    fault = FAULTS[name]
+    if fault.network:
+        tool("ip"), tool("tc")
+    if not is_possible(name):
+        tool(DEVICE)
+    report = find(name, protocol)
+    print("\n" + row(report))  # noqa: T201  (for who makes the table)
+    assert report.error == ""
+    assert report.twice == [], "executed more than once"
+    assert report.deceived == [], "a caller may repeat what was executed"
+    seen = set(report.seen) - {"POST 200", "GET 200", "stream 200"}
+    assert seen <= fault.bad
+    assert seen & fault.felt or not fault.felt, "it was no fault"
+    assert report.recovered_s <= fault.within_s
+    assert is_at_rest(report.after, report.before), report
+    assert report.after["kb"] <= report.before["kb"] + MOST_KB
+
+
+def test_a_name_that_moves_is_followed_within_a_minute() -> None:
+    """The above runs with shorter times: these are the real ones."""
+    assert CONNECTION_LIFETIME_S + ADDRESS_LIFETIME_S < 60
+
+
+def row(report: Report) -> str:
+    """A row of the table."""
+    seen = ", ".join(f"{count} x {what}" for what, count in sorted(report.seen.items()))
+    rest = ", ".join(f"{what} {report.before.get(what)} -> {count}" for what, count in report.after.items())
+    how = f" ({report.how})" if report.how else ""
+    return (
+        f"| {report.fault}{how} | {report.protocol} | {seen} | {report.recovered_s:g} s "
+        f"| slowest {report.slowest_s:.1f} s | {rest} |"
+    )

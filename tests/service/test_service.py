@@ -1,0 +1,215 @@
+"""The command at work: what it serves, and how it ends."""
+
+import asyncio
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.logs import Logs
+from tests.support.proxy import KEY, ROUTE, SECRET, Setup
+from tests.support.raw_client import RawClient, Response, call
+from tests.support.scripted_upstream import Exchange
+from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment
+from tests.support.stub_handlers import silent
+from tests.support.tools import unused_port
+from tests.support.waiting import arrived
+from tornado_fal_proxy import ProxyConfig
+from tornado_fal_proxy.server import CLOSE_POLL_S
+from tornado_fal_proxy.service import make_application
+
+
+@pytest.mark.gen_test
+async def test_it_serves_its_route_and_its_health() -> None:
+    """Where the start line says, and nothing else; an option wins over its variable; it logs to stderr alone."""
+    running = await ServiceProcess.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", FAL_KEY=KEY)
+    assert running.line.endswith(f" listens on http://127.0.0.1:{running.port}/here\n")
+
+    health = await call(running.port, "GET", path="/healthz")
+    assert (health.status, health.body, health.header("cache-control")) == (200, b'{"status": "ok"}', "no-store")
+    caller = await RawClient.open(running.port)
+    await caller.send("HEAD", path="/healthz")
+    assert (await caller.head()).status == 200
+    await caller.close()
+
+    for path in ("/", "/there", "/here/", "/hereafter", ROUTE, "/healthz/", "/Healthz"):
+        for method in ("GET", "POST", "DELETE"):
+            answer = await call(running.port, method, path=path)
+            assert (answer.status, answer.message) == (404, "Not found.")
+    assert (await call(running.port, "GET", path="/here", target=None)).status == 400
+
+    stdout, stderr = await running.end()
+    assert stdout == ""
+    assert "WARNING tornado_fal_proxy: open: every model, anyone: see README.md" in stderr
+    assert "why=NotFound" in stderr
+
+
+RULES = """
+async def authorize(handler, target):
+    return handler.request.headers.get("x-token") == target.path
+
+def resolve_key(handler, target):
+    return "tenant:" + handler.request.headers["x-token"]
+"""
+
+
+@pytest.mark.gen_test
+async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
+    """Options alone restrict it; functions of the operator's are found in the working directory; no key is needed."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.respond(200, exchange.header("authorization") or b"", [("content-type", "application/json")])
+
+    upstream = await setup.upstream(answer)
+    (tmp_path / "my_rules.py").write_text(RULES)
+    config = setup.config(upstream)
+    running = await ServiceProcess.start(
+        *("--authorize=my_rules:authorize", "--resolve-key=my_rules:resolve_key", "--allow-cancel"),
+        cwd=tmp_path,
+        FAL_PROXY_ALLOWED_ENDPOINTS="fal-ai/flux/**",
+        FAL_PROXY_CA_CERTS=str(config.ca_certs),
+        FAL_PROXY_CONNECT_TO=str(config.connect_to),
+    )
+    token = "x-token: /fal-ai/flux/dev"
+    answer_ = await call(running.port, headers=[token])
+    assert (answer_.status, answer_.body) == (200, b"Key tenant:/fal-ai/flux/dev")
+    assert (await call(running.port, headers=["x-token: /other"])).status == 401
+    closed = await call(running.port, target="https://fal.run/fal-ai/other", headers=[token])
+    assert (closed.status, "allowed_endpoints" in closed.message) == (403, True)
+    assert (await call(running.port, "PUT", headers=[token])).header("allow") == "GET, POST"
+    _, stderr = await running.end()
+    assert "INFO tornado_fal_proxy: open: endpoints fal-ai/flux/**, cancel, whom authorize lets in" in stderr
+    assert "tenant:" not in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.gen_test
+async def test_a_signal_ends_it_and_every_call_is_answered(setup: Setup, protocol: str, number: signal.Signals) -> None:
+    """A held POST with 500, for it may have run; a held GET with 502, which they repeat; the exit code is 3.
+
+    So it is for calls that are not finished when --drain-timeout-s is over.
+    """
+    upstream = await setup.upstream(silent, protocol)
+    running = await ServiceProcess.in_front_of(setup, upstream, "--drain-timeout-s=0.3")
+    idle = await RawClient.open(running.port)
+    held = [asyncio.create_task(call(running.port, method)) for method in ("POST", "GET", "POST", "GET")]
+    await arrived(upstream, len(held))
+    running.process.send_signal(number)
+    _, stderr = await running.ended(3)
+    assert "4 calls are cut" in stderr
+    answers = [await task for task in held]
+    assert [answer.status for answer in answers] == [500, 502, 500, 502]
+    broken = "The connection to fal's server broke before the answer was complete."
+    perhaps = " The job may have run: check before sending it again."
+    assert [answer.message for answer in answers] == [broken + perhaps, broken] * 2
+    assert await idle.reader.read() == b""
+    await idle.close()
+
+
+@pytest.mark.gen_test
+async def test_an_answer_that_is_being_written_when_it_ends_leaves_whole(setup: Setup) -> None:
+    """A caller that has the head of a paid result and still reads gets the rest of it."""
+    result = b"x" * 8_000_000
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        await exchange.respond(200, result, [("content-type", "application/json")])
+
+    running = await ServiceProcess.in_front_of(setup, await setup.upstream(answer))
+    caller = await RawClient.open(running.port, receive_buffer=65_536)
+    await caller.send("POST")
+    head = await caller.head()
+    assert head.status == 200
+    running.process.send_signal(signal.SIGTERM)
+    # No new connection is accepted once it is ending.
+    while connects(running.port):
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(10 * CLOSE_POLL_S)  # a caller that takes its time, within CLOSE_GRACE_S
+    assert await caller.reader.readexactly(len(result)) == result
+    await caller.close()
+    await running.ended()
+
+
+@pytest.mark.gen_test
+async def test_a_call_that_comes_while_it_ends_is_sent_to_another(setup: Setup, logs: Logs) -> None:
+    """503 on a connection that is still open: nothing reached fal, so the caller may repeat it."""
+    application = make_application(ProxyConfig(key=KEY), ROUTE)
+    port = setup.serve(application)
+    application.closing = True
+    for path in (ROUTE, "/healthz", "/"):
+        answer = await call(port, path=path)
+        assert (answer.status, answer.message) == (503, "The proxy is closing; try again.")
+        assert answer.header("connection") == "close"
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.gen_test
+async def test_without_a_stdout_it_serves_all_the_same(redirection: str) -> None:
+    """Only the start line is lost."""
+    port = unused_port()
+    argv = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, f"--port={port}"]
+    process = await asyncio.create_subprocess_exec(*argv, env=environment(WITH_KEY), stderr=subprocess.PIPE)
+    while not connects(port):
+        await asyncio.sleep(0.01)
+    assert (await call(port, "GET", path="/healthz")).status == 200
+    process.send_signal(signal.SIGTERM)
+    _, stderr = await process.communicate()
+    assert b"Traceback" not in stderr
+    assert process.returncode == 0
+
+
+# The key.
+
+
+@pytest.mark.gen_test
+async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str) -> None:
+    """Not to any log at its most talkative, the list of processes, or a caller, however the call ends."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.body()
+        if exchange.target == b"/lost":
+            exchange.abort_connection()
+        elif exchange.target == b"/odd":
+            await exchange.respond(200, b"not gzip", [("content-encoding", "gzip")])
+        else:
+            await exchange.respond(200, b"{}", [("content-type", "application/json")])
+
+    upstream = await setup.upstream(answer, protocol)
+    running = await ServiceProcess.in_front_of(setup, upstream, "--log-level=debug")
+    calls: list[tuple[str, dict[str, Any], int]] = [
+        ("POST", {}, 200),
+        ("GET", {}, 200),
+        ("POST", {"target": "https://fal.run/lost"}, 500),
+        ("GET", {"target": "https://fal.run/lost"}, 502),
+        ("POST", {"target": "https://fal.run/odd"}, 500),
+        ("POST", {"target": "https://untrusted.example.fal.run/"}, 502),
+        ("POST", {"target": "https://evil.com/"}, 412),
+        ("POST", {"target": None}, 400),
+        ("PUT", {}, 405),
+        ("POST", {"headers": ["content-type: text/plain"]}, 415),
+        ("POST", {"path": "/elsewhere"}, 404),
+    ]
+    answers: list[Response] = [await call(running.port, method, **more) for method, more, _ in calls]
+    assert [answer.status for answer in answers] == [status for *_, status in calls]
+    assert {exchange.header("authorization") for exchange in upstream.exchanges} == {f"Key {KEY}".encode()}
+
+    command_line = Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
+    stdout, stderr = await running.end()
+    assert b"tornado_fal_proxy" in command_line
+    assert "ConnectionLost" in stderr
+    for text in (repr(command_line), running.line, stdout, stderr, repr(answers)):
+        assert SECRET not in text
+        assert "Key " not in text
+
+
+@pytest.mark.gen_test
+async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
+    """A call of fal's client to it succeeds, and it ends as the service does."""
+    running = await ServiceProcess.start("--sandbox")
+    answer = await call(running.port, body=b'{"prompt": "a lighthouse"}')
+    assert answer.status == 200
+    stdout, _ = await running.end()
+    assert f"http://127.0.0.1:{running.port}/" in stdout

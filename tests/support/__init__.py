@@ -1,0 +1,1 @@
+"""Libraries for the tests, for fuzzing and for soaks. No test is here, and no fixture."""

@@ -1,0 +1,28 @@
+"""The operator's rules, made and asked."""
+
+from typing import Any
+
+from tornado_fal_proxy.access import AccessRules, access_rules
+from tornado_fal_proxy.errors import ProxyError
+from tornado_fal_proxy.policy import decide
+
+__all__ = ["JOB", "QUEUE", "RUN", "refusal", "rules"]
+
+RUN, QUEUE = "https://fal.run", "https://queue.fal.run"
+JOB = "764cabcf-b745-4b3e-ae38-1200304cf45b"
+
+
+def rules(**fields: Any) -> AccessRules:
+    made = access_rules(**fields)
+    assert made is not None
+    return made
+
+
+def refusal(access: AccessRules, method: str, url: str) -> type[ProxyError] | None:
+    """What a call with that head is refused with."""
+    headers = [("x-fal-target-url", url), ("content-type", "application/json")]
+    try:
+        decide(method, headers, max_body_bytes=100, access=access)
+    except ProxyError as exc:
+        return type(exc)
+    return None

@@ -1,0 +1,38 @@
+"""All that was logged during a test."""
+
+import logging
+import re
+
+from tests.support.proxy import KEY
+
+__all__ = ["Logs"]
+
+
+class Logs(logging.Handler):
+    """All that was logged during a test. Lines of level WARNING and above must be expected, and none holds the key."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        self._expected: list[re.Pattern[str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    @property
+    def lines(self) -> list[str]:
+        return [self.format(record) for record in self.records]
+
+    def expect(self, pattern: str) -> None:
+        """Lines that match are part of the test, and at least one must have come when it ends."""
+        self._expected.append(re.compile(pattern))
+
+    def check(self) -> None:
+        lines = self.lines
+        assert not [line for line in lines if KEY.partition(":")[2] in line]
+        missing = [wanted.pattern for wanted in self._expected if not any(map(wanted.search, lines))]
+        assert not missing, f"not logged: {missing} in {lines}"
+        loud = [self.format(record) for record in self.records if record.levelno >= logging.WARNING]
+        unexpected = [line for line in loud if not any(wanted.search(line) for wanted in self._expected)]
+        assert not unexpected

@@ -1,0 +1,38 @@
+"""``recovery PROTOCOL FAULT...``: run these faults one after the other, and print a line of JSON for each.
+
+Faults that need a network run in one of their own: :mod:`tests.support.recovery` has the strategy.
+"""
+
+import asyncio
+import json
+import sys
+import traceback
+from collections import Counter
+from dataclasses import asdict
+
+from tests.support.recovery.faults import FAULTS
+from tests.support.recovery.load import REAL_TIME
+from tests.support.recovery.stand import Report, Stand
+
+# For all faults of a protocol; far more than they take.
+MOST_S = 1800 if REAL_TIME else 180
+
+
+async def main(protocol: str, names: list[str]) -> None:
+    waiting = list(names)
+    while waiting:
+        async with Stand.set_up(protocol, FAULTS[names[0]]) as stand:
+            while waiting:
+                name = waiting.pop(0)
+                try:
+                    report = await stand.suffer(name, FAULTS[name])
+                except Exception:  # noqa: BLE001  (the test says it; the other faults have a stand of their own)
+                    report = Report(name, protocol, error=traceback.format_exc())
+                    report.seen = dict(Counter(call.seen for call in stand.load.calls))
+                print(json.dumps(asdict(report)), flush=True)  # noqa: T201
+                if report.error:
+                    break
+
+
+if __name__ == "__main__":
+    asyncio.run(asyncio.wait_for(main(sys.argv[1], sys.argv[2:]), MOST_S))

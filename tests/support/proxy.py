@@ -1,0 +1,74 @@
+"""The proxy under test, in an application in the loop of the test, and its key."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application
+
+from tests.support.certificates import Authority
+from tests.support.scripted_upstream import Handler, Upstream
+from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams
+from tornado_fal_proxy.handler import _Backend, _backends
+
+__all__ = ["KEY", "ROUTE", "SECRET", "Setup"]
+
+KEY = "key-id-of-a-test:secret-of-a-test"
+SECRET = KEY.partition(":")[2]
+ROUTE = "/api/fal/proxy"
+
+
+class Setup:
+    """The proxy in front of a scripted upstream, both in the loop of the test."""
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
+        self._closers: list[Callable[[], Awaitable[object]]] = []
+
+    async def upstream(self, handler: Handler, protocol: str = "h2", **options: Any) -> Upstream:
+        """A started upstream that speaks only ``protocol``."""
+        context = options.pop("ssl_context", None) or self._authority.context()
+        upstream = Upstream(handler, ssl_context=context, protocols=[protocol], **options)
+        await upstream.start()
+        self._closers.append(upstream.close)
+        return upstream
+
+    def config(self, upstream: Upstream | str, **fields: Any) -> ProxyConfig:
+        """A configuration that directs every target at ``upstream``, or at that address."""
+        fields = {"key": KEY, "ca_certs": self._authority.ca_file} | fields
+        return ProxyConfig(connect_to=upstream if isinstance(upstream, str) else upstream.address, **fields)
+
+    def serve(self, application: Application, **options: Any) -> int:
+        """Serve ``application`` on a free port, and return that."""
+        listener, port = bind_unused_port()
+        server = HTTPServer(application, **options)
+        server.add_sockets([listener])
+
+        async def close() -> None:
+            server.stop()
+            close_upstreams(application)
+            await server.close_all_connections()
+
+        self._closers.append(close)
+        return port
+
+    def proxy(self, upstream: Upstream | str, **fields: Any) -> int:
+        """The proxy in front of ``upstream`` in an application of its own, on the port returned."""
+        rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
+        return self.serve(Application([rule], log_function=lambda handler: None))
+
+    def proxy_and_backend(self, upstream: Upstream | str, **fields: Any) -> tuple[int, Callable[[], _Backend]]:
+        """As ``proxy``, and a function that returns what the handlers share, as soon as there was a call."""
+        rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
+        application = Application([rule], log_function=lambda handler: None)
+
+        def backend() -> _Backend:
+            [backend] = _backends[application].values()
+            return backend
+
+        return self.serve(application), backend
+
+    async def close(self) -> None:
+        for close in reversed(self._closers):
+            await close()

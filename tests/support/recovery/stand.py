@@ -1,0 +1,281 @@
+"""The service, and in front of it one server, or two and a network of their own, which go through faults."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.certificates import Authority
+from tests.support.namespaces import lift_loopback
+from tests.support.raw_client import call
+from tests.support.recovery.load import KINDS, REAL_TIME, Call, Load, is_right, recovery
+from tests.support.service_process import ServiceProcess
+from tests.support.tools import ROOT
+from tests.support.waiting import TIMEOUT_S
+from tests.support.wire import DEVICE, FAR, NEAR, Wire
+
+if TYPE_CHECKING:
+    from tests.support.recovery.faults import Fault
+
+__all__ = ["REST_S", "Report", "Stand", "is_at_rest"]
+
+# The times of the package that are shortened, as its sitecustomize.py sets them in the service's process.
+HASTE = """
+import tornado_fal_proxy.upstream as upstream
+upstream.CONNECTION_LIFETIME_S, upstream.ADDRESS_LIFETIME_S = %d, 1
+"""
+# How long it may take until all is as it was: pooled connections that are too many are closed when they are old.
+REST_S = 75 if REAL_TIME else 30
+
+
+@dataclass
+class Report:
+    """What came of a fault. ``before`` and ``after`` are what the service held when there was nothing to do."""
+
+    fault: str
+    protocol: str
+    seen: dict[str, int] = field(default_factory=dict)
+    recovered_s: float = 0.0
+    slowest_s: float = 0.0
+    twice: list[int] = field(default_factory=list)  # POSTs that reached the upstream more than once
+    deceived: list[str] = field(default_factory=list)  # POSTs that did and whose caller is told to repeat them
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+    how: str = ""
+    error: str = ""
+
+
+class Server:
+    """A process in fal's place. It keeps its port when it is started again."""
+
+    def __init__(self, stand: "Stand", host: str, port: int = 0) -> None:
+        self.host = host
+        self.port = port
+        self._stand = stand
+
+    async def start(self) -> None:
+        stand = self._stand
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.support.programs.faulty_upstream"),
+            *(stand.certificate, self.host, str(self.port), stand.protocol, stand.executed),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.port = int(await self._says())
+
+    async def do(self, mode: str) -> None:
+        """What it does from now on: one of faulty.MODES."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(mode.encode() + b"\n")
+        assert await self._says() == mode
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End it. Its exit code says whether anything was wrong with it, or with the HTTP that it was spoken to."""
+        self.signal(number)
+        assert await self._process.wait() == (0 if number == signal.SIGTERM else -number)
+
+    def signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def _says(self) -> str:
+        assert self._process.stdout is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            return (await self._process.stdout.readline()).decode().strip()
+
+
+class Stand:
+    """The service, and in front of it one server, or two and a network of their own."""
+
+    service: ServiceProcess
+    server: Server
+    other: Server
+    wire: Wire | None = None
+    load: Load
+    rest: dict[str, int]
+
+    def __init__(self, protocol: str, directory: Path) -> None:
+        self.protocol = protocol
+        self.certificate = directory / "certificate.pem"
+        self.executed = directory / "executed"
+        self._authority = Authority(directory)
+        self._authority.write_certificate(self.certificate)
+        self._hosts = directory / "hosts"
+        self._sitecustomize = directory / "sitecustomize.py"
+        self._directory = directory
+        self.wanted = ""  # the server that ought to answer
+        self.recovery_began: float | None = None
+        self.how = ""
+
+    @classmethod
+    @asynccontextmanager
+    async def set_up(cls, protocol: str, fault: "Fault") -> AsyncIterator["Stand"]:
+        with tempfile.TemporaryDirectory() as directory:
+            stand = cls(protocol, Path(directory))
+            network = bool(fault.network)
+            if network:
+                await stand._set_up_network()
+            else:
+                stand.server = Server(stand, "127.0.0.1")
+            await stand.server.start()
+            stand.wanted = stand.server.host
+            stand._sitecustomize.write_text("" if REAL_TIME else HASTE % fault.lifetime_s)
+            await stand._start_service(
+                *(() if network else (f"--connect-to=127.0.0.1:{stand.server.port}",)),
+                f"--idle-timeout-s={fault.idle_s}",
+                f"--connect-timeout-s={fault.connect_s}",
+            )
+            try:
+                await stand._warm_up()
+                yield stand
+            finally:
+                await stand._tear_down(network)
+
+    async def _set_up_network(self) -> None:
+        lift_loopback()
+        near = "127.0.0.1"
+        if os.access(DEVICE, os.R_OK | os.W_OK):
+            near, self.wire = NEAR, Wire(443)
+        self.server, self.other = Server(self, near, 443), Server(self, "127.0.0.2", 443)
+        await self.other.start()
+        self.name(FAR if self.wire else near)
+        subprocess.run(["mount", "--bind", self._hosts, "/etc/hosts"], check=True)
+
+    def name(self, address: str) -> None:
+        """fal.run is at that address from now on."""
+        self._hosts.write_text(f"127.0.0.1 localhost\n{address} fal.run\n")
+
+    def home(self) -> None:
+        """Where it was in the beginning."""
+        self.name(FAR if self.wire else self.server.host)
+
+    async def _start_service(self, *argv: str) -> None:
+        self.service = await ServiceProcess.start(
+            *argv,
+            f"--ca-certs={self._authority.ca_file}",
+            "--authorize=tests.support.programs.inside:authorize",
+            FAL_KEY="key",
+            PYTHONPATH=f"{self._directory}:{ROOT}",
+        )
+        self._log: list[bytes] = []
+        self._reading = asyncio.create_task(self._read_log())
+
+    async def _read_log(self) -> None:
+        assert self.service.process.stderr is not None
+        async for line in self.service.process.stderr:
+            self._log.append(line)
+
+    async def _warm_up(self) -> None:
+        self.load = Load(self.service.port)
+        await self.load.each_kind(0, self.wanted, TIMEOUT_S)
+        await self.load.more(60)
+        await self.load.stop()
+        assert all(is_right(call, self.wanted) for call in self.load.calls), self.load.calls
+        async with asyncio.timeout(REST_S):
+            while (rest := await self.holds())["connections"] > 1:
+                await asyncio.sleep(0.1)
+        self.rest = rest
+
+    async def _tear_down(self, network: bool) -> None:
+        self.load.cancel()
+        self.service.process.terminate()
+        await self.service.process.wait()
+        await self._reading
+        for server in (self.server, self.other) if network else (self.server,):
+            server.signal(signal.SIGCONT)
+            await server.end()
+        if network:
+            subprocess.run(["umount", "/etc/hosts"], check=True)
+        if self.wire is not None:
+            self.wire.close()
+        log = b"".join(self._log).decode()
+        assert "Traceback" not in log, log
+
+    async def serves(self) -> str | None:
+        """The server that answers now."""
+        return (await call(self.service.port, target="https://fal.run/short?id=0")).header("x-served-by")
+
+    async def holds(self) -> dict[str, int]:
+        """What the service holds, just after a call, with which libcurl closes what is too old."""
+        port, pid = self.service.port, self.service.pid
+        assert (await call(port, "GET", target="https://fal.run/short?id=0")).status == 200
+        inside = json.loads((await call(port, "GET", target="https://fal.run/inside")).message)
+        links = list(files(pid))
+        status = Path(f"/proc/{pid}/status").read_text()
+        return {
+            **inside,
+            "files": len(links),
+            "connections": len(connections(pid, self.server.port, links)),
+            "kb": int(status.partition("VmRSS:")[2].split()[0]),
+        }
+
+    async def suffer(self, name: str, fault: "Fault") -> Report:
+        """Go through that fault."""
+        report = Report(name, self.protocol, before=self.rest)
+        self.recovery_began, self.how = None, ""
+        load = self.load = Load(self.service.port)
+        await load.each_kind(0, self.wanted, TIMEOUT_S)
+        await fault.happens(self)
+        since = self.recovery_began or time.monotonic()
+        await load.each_kind(since, self.wanted, fault.within_s + TIMEOUT_S)
+        # Whatever was on its way then has ended when each caller has made another call.
+        await load.more(3 * sum(KINDS.values()))
+        await load.stop()
+        report.recovered_s = recovery(load.calls, since, self.wanted)
+        report.seen = dict(Counter(call.seen for call in load.calls))
+        report.slowest_s = max(call.ended - call.began for call in load.calls)
+        report.how = self.how
+        if fault.is_undone is not None:
+            await fault.is_undone(self)
+        self._judge(report, load.calls)
+        report.after = await self._come_to_rest()
+        return report
+
+    def _judge(self, report: Report, calls: list[Call]) -> None:
+        lines = [line.split() for line in self.executed.read_text().splitlines()]
+        executed = Counter(int(number) for method, number in lines if method == "POST")
+        posts = [call for call in calls if not call.kind.endswith("GET")]
+        report.twice = [call.number for call in posts if executed[call.number] > 1]
+        # An event stream that broke off after its head is not repeated by fal's clients.
+        final = ("200", "413", "500")
+        report.deceived = [
+            f"{call.kind} {call.number}: {call.what}"
+            for call in posts
+            if executed[call.number] and call.what not in final and (call.kind, call.what) != ("stream", "cut")
+        ]
+
+    async def _come_to_rest(self) -> dict[str, int]:
+        give_up = time.monotonic() + REST_S
+        while not is_at_rest(after := await self.holds(), self.rest) and time.monotonic() < give_up:
+            await asyncio.sleep(0.1)
+        return after
+
+
+def is_at_rest(now: dict[str, int], before: dict[str, int]) -> bool:
+    """Whether nothing is held that was not, but for what memory is kept for the next calls."""
+    return all(now[what] <= before[what] for what in ("tasks", "calls", "transfers", "waiting", "files", "connections"))
+
+
+def files(pid: int) -> Iterator[str]:
+    """What that process has open."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield os.readlink(link)
+
+
+def connections(pid: int, port: int, links: list[str]) -> list[str]:
+    """Connections to that port among the files of a process."""
+    remote = f":{port:04X}"
+    lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return [fields[9] for fields in lines if fields[2].endswith(remote) and f"socket:[{fields[9]}]" in links]

@@ -1,0 +1,187 @@
+"""The command as a process, for tests of what it does there."""
+
+import asyncio
+import atexit
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.support.proxy import KEY, Setup
+from tests.support.tools import ROOT
+from tests.support.waiting import TIMEOUT_S
+from tornado_fal_proxy import __version__
+
+__all__ = [
+    "ACTIVATE",
+    "COMMAND",
+    "WITH_KEY",
+    "Ended",
+    "ServiceProcess",
+    "alive",
+    "connects",
+    "environment",
+    "serving",
+    "shell",
+]
+
+COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
+WITH_KEY = {"FAL_KEY": KEY}
+Ended = subprocess.CompletedProcess[str]
+# Does what systemd does for a socket unit: runs a command with that descriptor as its third.
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def environment(given: dict[str, str]) -> dict[str, str]:
+    """Return an environment from scratch: nothing of the tester's own decides a test, and this checkout runs."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)} | given
+
+
+def shell(redirection: str, *argv: str, **environ: str) -> Ended:
+    """The command, to its end, under a shell that redirects its output."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *argv],
+        env=environment(environ),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+class ServiceProcess:
+    """The command, started and listening on a free port, and all it says."""
+
+    process: asyncio.subprocess.Process
+    line: str
+    port: int
+
+    @classmethod
+    async def start(
+        cls, *argv: str, listener: socket.socket | None = None, cwd: Path | None = None, **environ: str
+    ) -> "ServiceProcess":
+        """Start it, in the directory ``cwd``; with ``listener`` as systemd would, with that socket open."""
+        running = cls()
+        command = [*COMMAND, *([] if listener else ["--port=0"]), *argv]
+        more: dict[str, Any] = {}
+        if listener is not None:
+            command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *command]
+            more = {"pass_fds": [listener.fileno()]}
+        running.process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=cwd,
+            env=environment(environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a group that a test can signal
+            **more,
+        )
+        atexit.register(running.kill)
+        assert running.process.stdout is not None
+        running.line = (await running.process.stdout.readline()).decode()
+        match = re.fullmatch(
+            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*\n", running.line
+        )
+        if match is None:
+            raise AssertionError((await running.process.communicate())[1].decode())
+        running.port = int(match[1])
+        return running
+
+    @classmethod
+    async def in_front_of(
+        cls, setup: Setup, upstream: Any, *argv: str, listener: socket.socket | None = None, **environ: str
+    ) -> "ServiceProcess":
+        """With that upstream in fal's place."""
+        config = setup.config(upstream)
+        assert config.ca_certs is not None
+        assert config.connect_to is not None
+        return await cls.start(
+            *argv,
+            listener=listener,
+            cwd=None,
+            FAL_KEY=KEY,
+            FAL_PROXY_CA_CERTS=config.ca_certs,
+            FAL_PROXY_CONNECT_TO=config.connect_to,
+            **environ,
+        )
+
+    async def admin_port(self) -> int:
+        """The port for the operator's tools: its second line names it."""
+        assert self.process.stdout is not None
+        line = (await self.process.stdout.readline()).decode()
+        (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", line.strip())
+        return int(port)
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
+        """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self, code: int = 0) -> tuple[str, str]:
+        async with asyncio.timeout(TIMEOUT_S):
+            stdout, stderr = await self.process.communicate()
+        assert "Traceback" not in stderr.decode(), stderr.decode()[-6000:]
+        assert self.process.returncode == code, stderr.decode()
+        return stdout.decode(), stderr.decode()
+
+    def kill(self) -> None:
+        """What a failed test left behind ends with the tests."""
+        with suppress(OSError):
+            if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
+                os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """The processes that it has forked and that live."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [pid for pid in map(int, children) if alive(pid)]
+
+    async def log_line(self, pattern: str) -> str:
+        """The next line on stderr that matches."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            while line := (await self.process.stderr.readline()).decode():
+                if re.search(pattern, line):
+                    return line
+        raise AssertionError(f"it ended without logging {pattern!r}")
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def alive(pid: int) -> bool:
+    """Whether that process exists and has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def serving(pid: int, port: int) -> set[int]:
+    """The callers (their own ports) of the service on ``port`` whose connections that process has."""
+    files = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            files.add(os.readlink(link))
+    ports = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        local, remote = (int(address.partition(":")[2], 16) for address in fields[1:3])
+        if local == port and remote and f"socket:[{fields[9]}]" in files:
+            ports.add(remote)
+    return ports

@@ -1,0 +1,407 @@
+"""ProxyConfig: what it refuses and how it says so, where its values come from, and who may see the key."""
+
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.proxy import KEY
+from tornado_fal_proxy import ConfigError, ProxyConfig
+from tornado_fal_proxy.config import ENV_PREFIX, key_from, key_from_file, relay_options
+from tornado_fal_proxy.errors import KeyMissing
+
+NAN, INFINITY = float("nan"), float("inf")
+
+SECONDS_GOOD = [0.001, 0.5, 1, 10.0, 86_400]
+SECONDS_BAD = [0, -1, -0.0, 0.0004, 86_401, 1e300, NAN, INFINITY, -INFINITY, True, "10", "", None, b"1", 1j, [1]]
+COUNT_GOOD = [1, 2, 2**31 - 1]
+COUNT_BAD = [0, -1, 2**31, 10**30, 1.0, 1.5, NAN, True, False, "1", "", None, [1]]
+
+SWITCH_BAD = [None, "yes", "", 0, 1, [True]]
+LIST_BAD = ["", "fal-ai/flux", b"fal-ai/flux", 1, True, {"fal-ai/flux"}, (1,), [None], ((),), ("",), ["a b"]]
+FUNCTION_BAD = ["", "os:getcwd", 1, True, ("os", "getcwd")]
+
+
+def allow(handler: object, target: object) -> bool:
+    return True
+
+
+# A field, the values that it may have, and those that it may not.
+FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
+    "key": (
+        [None, "a", KEY, "!#~"],
+        ["", " ", "a b", " a", "a ", "a\n", "a\r\nx: y", "a\0", "a\x7f", "cl\xe9", "\u212aey", b"a", 1, ["a"], True],
+    ),
+    "connect_timeout_s": (SECONDS_GOOD, SECONDS_BAD),
+    "idle_timeout_s": (SECONDS_GOOD, SECONDS_BAD),
+    "max_body_bytes": (COUNT_GOOD, COUNT_BAD),
+    "max_in_flight": (COUNT_GOOD, COUNT_BAD),
+    "hold_bytes": (COUNT_GOOD, COUNT_BAD),
+    "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
+    "connect_to": (
+        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
+        [
+            *(
+                "",
+                "localhost",
+                ":443",
+                "localhost:",
+                "localhost:0",
+                "localhost:65536",
+                "localhost:-1",
+                "localhost:http",
+            ),
+            *("::1:443", "[::1]", "[::1]:", "a b:1", "a:1\n", "a:1,b:2", "a/b:1", "http://a:1", "user@a:1", "a:\u0661"),
+            *(b"a:1", 1, True),
+        ],
+    ),
+    "allowed_endpoints": (
+        [None, ("fal-ai/flux/**",), ("a/b", "*/c")],
+        [*LIST_BAD, (), ("a/b", "fal-ai"), ("a/{b}",)],
+    ),
+    "allow_uploads": ([True, False], SWITCH_BAD),
+    "max_token_expiration_s": ([1, 300, 86_400], [0, -1, 86_401, 1.0, "1", None, True, NAN, [1]]),
+    "allowed_hosts": ([None, ("fal.run",), ("*.fal.run", "rest.fal.ai")], [*LIST_BAD, (), ("evil.com",), ("*",)]),
+    "allow_cancel": ([True, False], SWITCH_BAD),
+    "allowed_webhooks": (
+        [None, (), ("https://hooks.example",), ("https://a.example:8443",)],
+        [
+            *LIST_BAD,
+            ("http://a.example",),
+            ("https://*.a.example",),
+            ("https://a.example/",),
+            ("https://a.example:443",),
+        ],
+    ),
+    "authorize": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "resolve_key": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "allowed_origins": (
+        [None, ("https://a.example", "http://localhost:3000", "http://[::1]:3000"), ("https://*.a.example",)],
+        [*LIST_BAD, (), ("*",), ("null",), ("https://a.example/",), ("https://*.com",), ("http://*.a.example",)],
+    ),
+    "allow_credentials": ([False], SWITCH_BAD),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_takes_what_can_work(name: str) -> None:
+    """And holds it unchanged."""
+    for value in FIELDS[name][0]:
+        config = ProxyConfig(**{name: value})
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_refuses_what_cannot(name: str) -> None:
+    """With one problem, that begins with the field's name, and shows the value unless it is the key."""
+    for value in FIELDS[name][1]:
+        with pytest.raises(ConfigError) as caught:
+            ProxyConfig(**{name: value})
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{name}: ")
+        if name == "key":
+            assert problem == "key: must be printable ASCII without spaces, as shown on fal's page of keys"
+        else:
+            item = value[-1] if isinstance(value, tuple | list) and value else value
+            assert repr(value) in problem or repr(item) in problem or repr((item,)) in problem
+
+
+def test_a_list_may_be_any_sequence_of_texts() -> None:
+    """It becomes a tuple, so that equal configurations are one key, and nobody can change it later."""
+    patterns = ["fal-ai/flux/**"]
+    config = ProxyConfig(allowed_endpoints=patterns, allowed_webhooks=[], allowed_origins=["https://a.example"])
+    patterns.append("**")
+    assert config.allowed_endpoints == ("fal-ai/flux/**",)
+    assert config.allowed_webhooks == ()
+    same = ProxyConfig(
+        allowed_endpoints=("fal-ai/flux/**",), allowed_webhooks=(), allowed_origins=("https://a.example",)
+    )
+    assert {config: 1}[same] == 1
+
+
+@pytest.mark.parametrize("origins", [None, ("https://*.a.example",), ("https://a.example", "https://*.b.example")])
+def test_credentials_need_exact_origins(origins: tuple[str, ...] | None) -> None:
+    """Or a page of a forgotten sub-domain could call as its visitor."""
+    with pytest.raises(ConfigError, match=r"\Aallow_credentials: "):
+        ProxyConfig(allow_credentials=True, allowed_origins=origins)
+    assert ProxyConfig(allow_credentials=True, allowed_origins=("https://a.example",)).cors is not None
+
+
+def test_without_rules_nothing_is_compiled() -> None:
+    """What a call costs then is to look at two attributes that are None."""
+    assert (ProxyConfig().access, ProxyConfig().cors) == (None, None)
+
+
+def test_the_table_covers_all_fields() -> None:
+    """A new field needs its good and bad values here."""
+    assert list(FIELDS) == [field.name for field in dataclasses.fields(ProxyConfig)]
+
+
+def test_all_problems_are_named_at_once() -> None:
+    """In the order of the fields; the error's text is all of them."""
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig(**{name: bad[0] for name, (_, bad) in FIELDS.items()})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == list(FIELDS)
+    assert str(caught.value) == "; ".join(caught.value.problems)
+
+
+def test_a_misspelled_field_is_refused() -> None:
+    """As Python does, and positional values too."""
+    with pytest.raises(TypeError, match="max_inflight"):
+        ProxyConfig(max_inflight=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        ProxyConfig("key")  # type: ignore[call-arg]
+
+
+def test_a_configuration_is_one_frozen_value() -> None:
+    """Equal values are one key of a dictionary, a changed one is made anew and checked again."""
+    config = ProxyConfig(key=KEY, max_in_flight=7)
+    assert {config: 1}[ProxyConfig(key=KEY, max_in_flight=7)] == 1
+    assert config != ProxyConfig(key="another", max_in_flight=7)
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.key = "another"  # type: ignore[misc]
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, max_in_flight=0)
+
+
+def test_no_text_of_a_configuration_shows_the_key() -> None:
+    """Neither its repr nor an error's, where the key is good and where it is not."""
+    assert KEY not in f"{ProxyConfig(key=KEY)!r} {ProxyConfig(key=KEY)!s}"
+    for key in (KEY, f"{KEY} \n"):
+        with pytest.raises(ConfigError) as caught:
+            ProxyConfig(key=key, max_in_flight=0)
+        assert KEY not in f"{caught.value!r} {caught.value!s}"
+
+
+# Files of certificates.
+
+
+def test_ca_certs_is_a_readable_file_of_certificates(authority: Authority) -> None:
+    """Given as text or as a path."""
+    assert ProxyConfig(ca_certs=authority.ca_file).ca_certs == authority.ca_file
+    ProxyConfig(ca_certs=Path(authority.ca_file))  # type: ignore[arg-type]
+
+
+# What stands in the file (None: it is a directory), and how the problem goes on after the file's name.
+BAD_FILES = [
+    (None, "cannot read", "Is a directory"),
+    (b"", "", "holds no PEM certificates"),
+    (b"hello\n", "", "holds no PEM certificates"),
+    (b"\x00\xff" * 100, "", "holds no PEM certificates"),
+    (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "", "holds no PEM certificates"),
+]
+
+
+@pytest.mark.parametrize(("content", "before", "after"), BAD_FILES)
+def test_another_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, before: str, after: str) -> None:
+    """So that the operator sees which file, and what is wrong with it."""
+    path = tmp_path / "ca.pem"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig(ca_certs=str(path))
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"ca_certs: {before}".rstrip() + f" {str(path)!r}")
+    assert problem.endswith(after)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, authority: Authority) -> None:
+    """With the system's reason."""
+    path = tmp_path / "ca.pem"
+    path.write_bytes(Path(authority.ca_file).read_bytes())
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        path = tmp_path / "loop.pem"  # root may read everything, but not this
+        path.symlink_to(path)
+    with pytest.raises(ConfigError, match=r"cannot read .*: (Permission denied|Too many levels of symbolic links)"):
+        ProxyConfig(ca_certs=str(path))
+
+
+def test_the_check_of_certificates_depends_on_them_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, authority: Authority
+) -> None:
+    """Not on a variable for debugging TLS that names a file which cannot be written."""
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none" / "keys.log"))
+    ProxyConfig(ca_certs=authority.ca_file)
+
+
+# The key.
+
+# The environment, and the key that fal's tools find in it.
+ENVIRONMENTS: list[tuple[dict[str, str], str | None]] = [
+    ({}, None),
+    ({"FAL_KEY": "a:b"}, "a:b"),
+    ({"FAL_KEY": ""}, None),
+    ({"FAL_KEY": " \n"}, None),
+    ({"FAL_KEY": " a:b\r\n"}, "a:b"),
+    ({"FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}, "a:b"),
+    ({"FAL_KEY_ID": " a\n", "FAL_KEY_SECRET": "\tb "}, "a:b"),
+    ({"FAL_KEY_ID": "a"}, None),
+    ({"FAL_KEY_SECRET": "b"}, None),
+    ({"FAL_KEY_ID": "a", "FAL_KEY_SECRET": " "}, None),
+    ({"FAL_KEY_ID": "", "FAL_KEY_SECRET": "b"}, None),
+    ({"FAL_KEY": "c:d", "FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}, "c:d"),
+    ({"FAL_KEY": " ", "FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}, "a:b"),
+    ({"FAL_PROXY_KEY": "a:b", "fal_key": "a:b", "FAL_KEYS": "a:b"}, None),
+]
+
+
+@pytest.mark.parametrize(("environ", "key"), ENVIRONMENTS)
+def test_the_key_is_found_as_fals_tools_find_it(environ: dict[str, str], key: str | None) -> None:
+    """FAL_KEY, then FAL_KEY_ID and FAL_KEY_SECRET together; white space around them is a shell's accident."""
+    assert key_from(environ) == key
+    assert ProxyConfig.from_env(environ).key == key
+
+
+KEY_FILES: list[tuple[bytes, str | None]] = [
+    (b"a:b", "a:b"),
+    (b" a:b\r\n", "a:b"),
+    (b"", None),
+    (b"\n", None),
+    (b"a b", None),
+    (b"a:b\nc:d\n", None),
+    (b"a:\xff", None),
+    (b"\0" * 20_000, None),
+]
+
+
+@pytest.mark.parametrize(("content", "key"), KEY_FILES)
+def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Path) -> None:
+    """That FAL_KEY_FILE names, where no other variable has a key; a problem shows nothing of what it holds."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    environ = {"FAL_KEY_FILE": str(file)}
+    if key is None:
+        with pytest.raises(ConfigError) as caught:
+            key_from_file(environ)
+        assert caught.value.problems == (f"FAL_KEY_FILE: {str(file)!r} holds no key",)
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    else:
+        assert (key_from_file(environ), ProxyConfig.from_env(environ).key) == (key, key)
+    assert ProxyConfig.from_env(environ | {"FAL_KEY": "c:d"}).key == "c:d"
+    assert key_from_file({"FAL_KEY_FILE": ""}) is None
+
+
+def test_a_key_in_the_environment_is_read_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an application may set it after the handler was mounted, and may change it."""
+    config = ProxyConfig()
+    with pytest.raises(KeyMissing) as caught:
+        config.authorization()
+    assert caught.value.status == 500
+    assert "FAL_KEY" in caught.value.detail
+    for key in ("a:b", "c:d"):
+        monkeypatch.setenv("FAL_KEY", key)
+        assert config.authorization() == f"authorization: Key {key}".encode()
+
+
+def test_a_configured_key_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the environment's is not one at all."""
+    monkeypatch.setenv("FAL_KEY", "not a key")
+    assert ProxyConfig(key=KEY).authorization() == f"authorization: Key {KEY}".encode()
+
+
+@pytest.mark.parametrize("key", ["a\r\nx-injected: yes", "a b", "cl\xe9", "a\x7fb", "\u212a"])
+def test_a_key_that_would_break_the_header_line_is_never_sent(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Such a call is answered 500; what the log gets does not hold it."""
+    monkeypatch.setenv("FAL_KEY", key)
+    with pytest.raises(KeyMissing) as caught:
+        ProxyConfig().authorization()
+    assert key not in f"{caught.value.detail} {caught.value.message}"
+    with pytest.raises(ConfigError, match=r"\Akey: "):
+        ProxyConfig.from_env(os.environ)
+
+
+# Texts.
+
+
+def test_each_field_but_the_key_is_an_option() -> None:
+    """With a help text, and a unit or form as its metavar."""
+    options = relay_options()
+    assert [option.name for option in options] == [name for name in FIELDS if name != "key"]
+    for option in options:
+        assert option.metadata["help"]
+        assert option.metadata["metavar"].isupper() or option.default is False
+
+
+def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
+    """Named after it, and turned into its type. Other variables mean nothing."""
+    texts = {
+        "connect_timeout_s": ("1.5", 1.5),
+        "idle_timeout_s": ("60", 60.0),
+        "max_body_bytes": ("1024", 1024),
+        "max_in_flight": (" 5 ", 5),
+        "hold_bytes": ("2048", 2048),
+        "ca_certs": (authority.ca_file, authority.ca_file),
+        "connect_to": ("localhost:1", "localhost:1"),
+        "allowed_endpoints": ("fal-ai/flux/**, */b", ("fal-ai/flux/**", "*/b")),
+        "allow_uploads": ("yes", True),
+        "max_token_expiration_s": ("60", 60),
+        "allowed_hosts": ("*.fal.run,fal.run", ("*.fal.run", "fal.run")),
+        "allow_cancel": ("ON", True),
+        "allowed_webhooks": (" None ", ()),
+        "authorize": (f"{__name__}:allow", allow),
+        "resolve_key": ("os.path:join", os.path.join),
+        "allowed_origins": ("https://a.example", ("https://a.example",)),
+        "allow_credentials": ("1", True),
+    }
+    assert list(texts) == [option.name for option in relay_options()]
+    environ = {ENV_PREFIX + name.upper(): text for name, (text, _) in texts.items()}
+    config = ProxyConfig.from_env({**environ, "FAL_KEY": KEY, "FAL_PROXY_KEY": "another", "FAL_PROXY_NONE": "1"})
+    assert dataclasses.asdict(config) == {"key": KEY, **{name: value for name, (_, value) in texts.items()}}
+    for name, (_, value) in texts.items():
+        assert type(getattr(config, name)) is type(value)
+
+
+# Texts that name no function, and why.
+IMPORTS = [
+    ("allow", "must be package.module:function"),
+    (":allow", "must be package.module:function"),
+    ("os:", "must be package.module:function"),
+    ("no.such.module:f", "cannot import 'no.such.module:f': ModuleNotFoundError"),
+    (".relative:f", "cannot import '.relative:f': TypeError"),
+    ("os:nothing", "cannot import 'os:nothing': AttributeError"),
+    ("broken_module:f", "cannot import 'broken_module:f': ZeroDivisionError"),
+    ("os:sep", "must be a function, not '/'"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), IMPORTS)
+def test_a_function_that_cannot_be_found_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    """Beside all others, whatever its module does when it is imported."""
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig.from_texts({"authorize": text, "resolve_key": text, "max_in_flight": "0"}, key=None)
+    problems = sorted(caught.value.problems)
+    assert [problem.partition(":")[0] for problem in problems] == ["authorize", "max_in_flight", "resolve_key"]
+    assert problems[0].startswith(f"authorize: {why}")
+    assert problems[2].startswith(f"resolve_key: {why}")
+
+
+def test_an_empty_text_is_the_default() -> None:
+    """FAL_PROXY_X= is how a deployment unsets X."""
+    names = [option.name for option in relay_options()]
+    assert ProxyConfig.from_texts(dict.fromkeys(names, ""), key=None) == ProxyConfig()
+    assert ProxyConfig.from_texts(dict.fromkeys(names), key=None) == ProxyConfig()
+    assert ProxyConfig.from_texts({}, key=None) == ProxyConfig()
+    assert ProxyConfig.from_env({ENV_PREFIX + name.upper(): "" for name in names}) == ProxyConfig()
+
+
+@pytest.mark.parametrize(
+    "text", ["ten", "10s", "1,5", "1 0", "nan", "inf", "-1", "0", " ", "1e999", "9" * 5000, "0x10"]
+)
+def test_a_text_that_is_no_such_number_is_a_problem_of_its_field(text: str) -> None:
+    """All of them at once, and none is an exception of another kind."""
+    names = [option.name for option in relay_options() if type(option.default) in (int, float)]
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig.from_texts(dict.fromkeys(names, text), key=None)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == names

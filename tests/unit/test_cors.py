@@ -1,0 +1,170 @@
+"""CORS rules: which origins may read responses, and which headers they are told."""
+
+from typing import Any
+
+import pytest
+
+from tornado_fal_proxy import ConfigError
+from tornado_fal_proxy.cors import CorsRules, cors_rules, vary
+
+APP = "https://app.example.com"
+OTHER = "https://evil.example"
+EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
+
+
+def rules(*origins: str, **more: Any) -> CorsRules:
+    made = cors_rules(origins, **more)
+    assert made is not None
+    return made
+
+
+# What is allowed, an origin, and whether that is among it.
+ORIGINS: list[tuple[tuple[str, ...], str | None, bool]] = [
+    ((APP,), APP, True),
+    ((APP,), None, False),
+    ((APP,), "", False),
+    ((APP,), "null", False),
+    ((APP,), "*", False),
+    ((APP,), OTHER, False),
+    ((APP,), "http://app.example.com", False),
+    ((APP,), "HTTPS://APP.EXAMPLE.COM", False),
+    ((APP,), f"{APP}/", False),
+    ((APP,), f"{APP}:443", False),
+    ((APP,), f"{APP}:8443", False),
+    ((APP,), f"{APP}.evil.example", False),
+    ((APP,), f"{APP} ", False),
+    ((APP,), f"{APP}, {OTHER}", False),
+    ((APP,), "https://x.app.example.com", False),
+    ((APP, "http://localhost:3000"), "http://localhost:3000", True),
+    (("http://localhost:3000",), "http://localhost:3001", False),
+    (("http://localhost:3000",), "http://localhost", False),
+    (("http://[::1]:3000",), "http://[::1]:3000", True),
+    (("https://xn--bcher-kva.example",), "https://xn--bcher-kva.example", True),
+    (("https://*.example.com",), APP, True),
+    (("https://*.example.com",), "https://a.b.example.com", True),
+    (("https://*.example.com",), "https://example.com", False),
+    (("https://*.example.com",), "https://evilexample.com", False),
+    (("https://*.example.com",), "https://a.example.com.evil.example", False),
+    (("https://*.example.com",), "https://evil.example?.example.com", False),
+    (("https://*.example.com",), "https://evil.example/.example.com", False),
+    (("https://*.example.com",), "https://evil.example#.example.com", False),
+    (("https://*.example.com",), "https://a@b.example.com", False),
+    (("https://*.example.com",), "https://*.example.com", False),
+    (("https://*.example.com",), "https://.example.com", False),
+    (("https://*.example.com",), "https://a..example.com", False),
+    (("https://*.example.com",), "http://app.example.com", False),
+    (("https://*.example.com",), "https://app.example.com:8443", False),
+    (("https://*.example.com",), "https://app.example.com:443", False),
+    (("https://*.example.com",), "https://A.example.com", False),
+    (("https://*.example.com",), "https://a.example.com\n", False),
+    (("https://*.example.com",), "null", False),
+    (("https://*.example.com:8443",), "https://app.example.com:8443", True),
+    (("https://*.example.com:8443",), APP, False),
+    (("https://*.example.com", "https://b.example"), "https://b.example", True),
+]
+
+
+@pytest.mark.parametrize(("allowed", "origin", "passes"), ORIGINS)
+def test_origins(allowed: tuple[str, ...], origin: str | None, passes: bool) -> None:
+    """An exact origin is that text; a wildcard is any sub-domain, of that scheme and port. null is nobody."""
+    assert rules(*allowed).allows(origin) is passes
+    told = dict(rules(*allowed).answer_headers(origin))
+    assert told == ({"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED} if passes else {})
+
+
+BAD_ORIGINS = [
+    *(
+        "",
+        "*",
+        "null",
+        "app.example.com",
+        "//app.example.com",
+        "https://",
+        "ftp://a.example",
+        "file://",
+        "https://A.example",
+    ),
+    *("HTTPS://a.example", f"{APP}/", f"{APP}/x", f"{APP}?", f"{APP}#", f"{APP}:", f"{APP}:443", "http://a.example:80"),
+    *(
+        f"{APP}:0",
+        f"{APP}:08",
+        f"{APP}:65536",
+        f"{APP}:99999999",
+        "https://u@a.example",
+        " https://a.example",
+        f"{APP}\n",
+    ),
+    *(
+        "https://*",
+        "https://*.com",
+        "https://*.localhost",
+        "https://a.*.example",
+        "https://a*.example.com",
+        "https://**.a.com",
+    ),
+    *(
+        "http://*.example.com",
+        "https://*example.com",
+        "https://ä.example",
+        "https://a..example",
+        "https://a.example.",
+        "https://%61.example",
+    ),
+]
+
+
+@pytest.mark.parametrize("origin", BAD_ORIGINS)
+def test_bad_origin(origin: str) -> None:
+    """What no browser sends, or what would be too many, is named; so is every other one of the list."""
+    with pytest.raises(ConfigError) as caught:
+        cors_rules((APP, origin, "x"))
+    named, other = caught.value.problems
+    assert named.startswith(f"allowed_origins: {origin!r} m")
+    assert other.startswith("allowed_origins: 'x' must be an origin")
+
+
+def test_off() -> None:
+    """Without origins there are no rules."""
+    assert cors_rules(None) is None
+
+
+REQUESTED: list[tuple[str | None, str | None]] = [
+    (None, None),
+    ("", None),
+    ("content-type", "content-type"),
+    (
+        "authorization,content-type,x-fal-target-url,x-app-fal-a",
+        "authorization,content-type,x-fal-target-url,x-app-fal-a",
+    ),
+    (" accept , x-token\t", "accept , x-token"),
+    ("a b", None),
+    ("a,,b", None),
+    ("a:b", None),
+    ("a\r\nx: y", None),
+    ("ä", None),
+    ("a," * 3000 + "a", None),
+]
+
+
+@pytest.mark.parametrize(("requested", "allowed"), REQUESTED)
+def test_requested_headers(requested: str | None, allowed: str | None) -> None:
+    """All names that a page of an allowed origin asks for are allowed, and what is no list of names is not echoed."""
+    assert dict(rules(APP).preflight_headers(requested)).get("Access-Control-Allow-Headers") == allowed
+
+
+VARY: list[tuple[list[str], tuple[str, ...], list[str]]] = [
+    ([], ("Origin",), ["Origin"]),
+    (["Accept-Encoding"], ("Origin",), ["Accept-Encoding", "Origin"]),
+    (["accept, origin"], ("Origin",), ["accept, origin"]),
+    (["a", "b , ORIGIN"], ("Origin",), ["a", "b , ORIGIN"]),
+    (["*"], ("Origin",), ["*"]),
+    ([""], ("Origin",), ["Origin"]),
+    (["original"], ("Origin",), ["original", "Origin"]),
+    (["Origin"], ("Origin", "X"), ["Origin", "X"]),
+]
+
+
+@pytest.mark.parametrize(("lines", "names", "merged"), VARY)
+def test_vary(lines: list[str], names: tuple[str, ...], merged: list[str]) -> None:
+    """What the target varies by is never lost, and nothing is named twice."""
+    assert vary(lines, *names) == merged

@@ -1,0 +1,95 @@
+"""Encoded answers: decoded in any pieces, no more at a time than is taken, and told when they are broken."""
+
+import gzip
+import subprocess
+import sys
+import zlib
+
+import brotli
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tornado_fal_proxy.decoding import Undecodable, decoder_for
+
+
+def raw_deflate(data: bytes) -> bytes:
+    stream = zlib.compressobj(wbits=-15)
+    return stream.compress(data) + stream.flush()
+
+
+# A content-encoding, and what encodes so.
+ENCODERS = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "gzip in members": lambda data: gzip.compress(data[:7]) + gzip.compress(b"") + gzip.compress(data[7:]),
+    "deflate": zlib.compress,
+    "deflate without zlib's header": raw_deflate,
+    "br": brotli.compress,
+}
+
+
+def decode(coding: str, pieces: list[bytes], most: int) -> tuple[bytes, int]:
+    """All of the body, and the size of its largest piece."""
+    decoder = decoder_for(coding)
+    assert decoder is not None
+    decoded, largest = b"", 0
+    for piece in pieces:
+        part = decoder.decode(piece, most)
+        decoded, largest = decoded + part, max(largest, len(part))
+        while decoder.has_more:
+            part = decoder.decode(b"", most)
+            decoded, largest = decoded + part, max(largest, len(part))
+    decoder.end()
+    return decoded, largest
+
+
+@settings(deadline=None)  # 200,000 bytes in pieces of one take their time
+@given(st.data())
+def test_whatever_the_pieces_are(data: st.DataObject) -> None:
+    """A body that comes in any pieces, and is taken in any, is what was encoded."""
+    name = data.draw(st.sampled_from(sorted(ENCODERS)))
+    plain = data.draw(st.one_of(st.binary(max_size=300), st.integers(0, 200_000).map(bytes)))
+    encoded = ENCODERS[name](plain)
+    size = data.draw(st.integers(1, len(encoded) + 1))
+    pieces = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+    decoded, _ = decode(name.split()[0], pieces, data.draw(st.integers(1, 70_000)))
+    assert decoded == plain
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_no_piece_is_larger_than_was_asked_for(name: str) -> None:
+    """By more than brotli's largest step."""
+    plain = bytes(5_000_000)
+    decoded, largest = decode(name.split()[0], [ENCODERS[name](plain)], 10_000)
+    assert decoded == plain
+    assert largest <= 10_000 + 65_536
+
+
+def test_many_members_cost_no_depth() -> None:
+    """Nor is anything lost between them."""
+    assert decode("gzip", [gzip.compress(b"a") * 3000], 100_000)[0] == b"a" * 3000
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "members" not in name])
+def test_what_ends_too_early_is_told(name: str) -> None:
+    """A body that breaks off is not taken for a shorter one; one that never began is empty."""
+    encoded = ENCODERS[name](b"some text" * 100)
+    with pytest.raises(Undecodable):
+        decode(name.split()[0], [encoded[:-5]], 10_000)
+    assert decode(name.split()[0], [], 10_000) == (b"", 0)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
+def test_what_is_not_in_its_coding_is_told(coding: str) -> None:
+    with pytest.raises(Undecodable):
+        decode(coding, [b"this is not encoded"], 10_000)
+
+
+def test_without_the_package_brotli_is_not_asked_for() -> None:
+    """Nor decoded; neither is it with one that knows no bound."""
+    for brotli_is in ("None", "type(sys)('brotli')"):
+        script = f"import sys; sys.modules['brotli'] = {brotli_is}; import tornado_fal_proxy.decoding as d; "
+        script += "print(d.ACCEPT_ENCODING.decode(), d.decoder_for('br'))"
+        said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+        assert said == "accept-encoding: deflate, gzip None\n"

@@ -1,0 +1,28 @@
+"""A character that is cut by the end of a chunk waits for its rest."""
+
+import pytest
+
+import tornado_fal_proxy.handler
+
+SPLITS: list[tuple[bytes, bytes]] = [
+    (b"", b""),
+    (b"abc", b""),
+    ("ü".encode(), b""),
+    ("日".encode(), b""),
+    ("🌊".encode(), b""),
+    (b"a", "ü".encode()[:1]),
+    (b"", "日".encode()[:1]),
+    (b"a", "日".encode()[:2]),
+    (b"a", "🌊".encode()[:1]),
+    (b"a", "🌊".encode()[:2]),
+    (b"", "🌊".encode()[:3]),
+    (b"\xff", b""),
+    (b"\x80\x80\x80\x80", b""),
+    (b"a\x80", b""),
+]
+
+
+@pytest.mark.parametrize(("whole", "rest"), SPLITS)
+def test_split_utf8(whole: bytes, rest: bytes) -> None:
+    """What is held back is exactly a character's beginning at the end."""
+    assert tornado_fal_proxy.handler.split_utf8(whole + rest) == (whole, rest)

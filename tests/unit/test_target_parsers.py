@@ -1,0 +1,32 @@
+"""Whatever parse_target accepts, urllib.parse and Ada (Node.js's WHATWG parser, as `ada-url`) read the same way."""
+
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from fuzz import properties
+from tests.support.strategies import TAILS, examples, mutated_urls
+from tornado_fal_proxy.errors import TargetRefused
+from tornado_fal_proxy.policy import Target, parse_target
+
+
+def accepted(url: str) -> Target | None:
+    try:
+        return parse_target(url)
+    except TargetRefused:
+        return None
+
+
+@examples(2000)
+@given(url=mutated_urls() | st.text() | TAILS.map("https://".__add__))
+def test_other_parsers_read_the_same_host_and_path(url: str) -> None:
+    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address."""
+    event("accepted" if properties.target(url) else "refused")
+
+
+@examples(1000)
+@given(url=mutated_urls())
+def test_what_is_accepted_is_rebuilt_into_itself(url: str) -> None:
+    """The rebuilt URL is accepted again, as the same target: there is one spelling, and taking it apart finds it."""
+    target = accepted(url)
+    if target is not None:
+        assert accepted(target.url) == target

@@ -1,0 +1,87 @@
+"""Fields of a call's record: the class of its endpoint, the client's address, and how a log line is written."""
+
+import json
+import logging
+import select
+
+import pytest
+
+from tornado_fal_proxy import Target
+from tornado_fal_proxy.callers import UNIX, TrustedProxies
+from tornado_fal_proxy.logs import LINES_AT_ONCE, Fields, JsonFormatter, Lines, PlainFormatter
+from tornado_fal_proxy.policy import ResponseHead, parse_target
+from tornado_fal_proxy.telemetry import Call, endpoint_class
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "kind"),
+    [
+        ("POST", "https://fal.run/fal-ai/flux/dev", "run"),
+        ("POST", "https://fal.run/fal-ai/flux/dev/stream", "stream"),
+        ("POST", "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=x", "queue_submit"),
+        ("GET", "https://queue.fal.run/fal-ai/flux/requests/1/status?logs=1", "queue_status"),
+        ("GET", "https://queue.fal.run/fal-ai/flux/requests/1/status/stream", "queue_stream"),
+        ("GET", "https://queue.fal.run/fal-ai/flux/requests/1", "queue_result"),
+        ("PUT", "https://queue.fal.run/fal-ai/flux/requests/1/cancel", "queue_cancel"),
+        ("POST", "https://rest.fal.ai/tokens/", "token"),
+        ("POST", "https://rest.alpha.fal.ai/storage/upload/initiate", "storage"),
+        ("GET", "https://rest.fal.ai/anything", "other"),
+        ("GET", "https://v3.fal.ai/x", "other"),
+    ],
+)
+def test_endpoint_class(method: str, url: str, kind: str) -> None:
+    """Each kind of call that fal's clients make has a name, and there are no others."""
+    assert endpoint_class(parse_target(url)) == kind
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "caller"),
+    [
+        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),  # a stranger may say what it likes
+        ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),  # what the caller itself sent stands before
+        ("127.0.0.1", ["1.1.1.1", "198.51.100.1 , 10.1.2.3"], "198.51.100.1"),
+        ("127.0.0.1", ["10.0.0.1, 10.0.0.2"], "10.0.0.1"),  # trusted ones only: the first of them
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", [""], "127.0.0.1"),
+        ("127.0.0.1", ["evil\x1b[31m"], "127.0.0.1"),
+        ("127.0.0.1", ["198.51.100.1, unknown"], "127.0.0.1"),
+        ("127.0.0.1", ["unix"], "127.0.0.1"),
+        ("127.0.0.1", ["fe80::1%" + "x" * 60_000], "fe80::1"),  # a zone is any text
+        ("127.0.0.1", ["1" * 60_000], "127.0.0.1"),
+        ("::ffff:127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", ["2001:db8::1"], "2001:db8::1"),
+        (UNIX, ["198.51.100.1"], "198.51.100.1"),
+        ("127.0.0.1", [", ".join(["198.51.100.1", *["10.0.0.1"] * 40])], "10.0.0.1"),
+    ],
+)
+def test_callers_behind_proxies(peer: str, forwarded: list[str], caller: str) -> None:
+    """The address that the last proxy that is not the operator's own had before it."""
+    assert TrustedProxies(("127.0.0.1", "10.0.0.0/8", "unix")).caller(peer, forwarded) == caller
+    assert TrustedProxies().caller(peer, forwarded) == peer
+
+
+def test_fields_are_plain() -> None:
+    """As text, and as JSON."""
+    fields = Fields(caller="a\x7f\x85\n b", why=None, status=200)
+    assert str(fields) == r'caller="a\u007f\u0085\n b" why=- status=200'
+    record = logging.LogRecord("x", logging.INFO, "", 0, Lines([(0.25, fields), (1.5, fields)]), (), None)
+    lines = JsonFormatter().format(record).split("\n")
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert [json.loads(line)["caller"] for line in lines] == [fields["caller"]] * 2
+    assert [json.loads(line)["time"][-15:] for line in lines] == ["00:00.250+00:00", "00:01.500+00:00"]
+    text = PlainFormatter("%(asctime)s %(message)s").format(record).split("\n")
+    assert [line[-len(str(fields)) - 7 :] for line in text] == [f"00,250 {fields}", f"01,500 {fields}"]
+
+
+def test_lines_fit_into_one_write() -> None:
+    """Such as JSON makes of the longest that there may be: processes that share a pipe would mix longer ones."""
+    longest = Call("OPTIONS", "i" * 128)
+    longest.target = Target(f"{'h' * 63}.fal.run", "/" + "p" * 1000)
+    longest.head = ResponseHead(200, "1.1", [("x-fal-request-id", "f" * 128)], None, event_stream=False, coding="")
+    longest.status, longest.sent_bytes = 200, 10**12
+    longest.first_byte_s = longest.seconds = 86_399.123456
+    longest.outcome, longest.why, longest.detail = "upstream_error", "UnsupportedMediaType", "d" * 1000
+    lines = Lines([(1e9, Fields(longest.fields("ffff:" * 7 + "ffff")))] * LINES_AT_ONCE)
+    record = logging.LogRecord("tornado_fal_proxy.access", logging.INFO, "", 0, lines, (), None)
+    assert len(JsonFormatter().format(record)) < select.PIPE_BUF

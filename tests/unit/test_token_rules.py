@@ -1,0 +1,150 @@
+"""The operator's rules for tokens: the body that asks for one, allowed beside refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.access_rules import RUN, refusal, rules
+from tornado_fal_proxy.access import AccessRules
+from tornado_fal_proxy.errors import (
+    TokenNotAllowed,
+)
+from tornado_fal_proxy.policy import parse_target
+
+TOKEN_URLS = ("https://rest.fal.ai/tokens/", "https://rest.alpha.fal.ai/tokens/")
+TOKEN_PATTERNS = (
+    "fal-ai/whole/**",
+    "fal-ai/app",
+    "fal-ai/flux/dev",
+    "*/any-owner",
+    "workflows/me/flow/**",
+    "fal-ai/Mixed",
+)
+TOKENS_GIVEN = [
+    b'{"allowed_apps":["whole"],"token_expiration":120}',
+    b' { "token_expiration" : 300 , "allowed_apps" : [ "app" , "any-owner" , "flow" ] } \r\n',
+    b'{"allowed_apps":["Mixed"],"token_expiration":1}',
+]
+TOKENS_REFUSED = [
+    # Apps that are not allowed as such: of fal-ai/flux only a part is.
+    *(
+        json.dumps({"allowed_apps": apps, "token_expiration": 120}).encode()
+        for apps in (
+            *(
+                ["flux"],
+                ["other"],
+                ["whole", "other"],
+                ["fal-ai"],
+                ["me"],
+                ["dev"],
+                ["mixed"],
+                ["workflows"],
+                ["WHOLE"],
+            ),
+            *(
+                [],
+                [""],
+                ["*"],
+                ["**"],
+                ["fal-ai/whole"],
+                ["whole/**"],
+                [" whole"],
+                ["whole\n"],
+                ["whole\0"],
+                [None],
+                [1],
+            ),
+            *([["whole"]], "whole", {"whole": 1}, None, True, ["wh\u00f6le"], ["w\u212ahole"]),
+        )
+    ),
+    # Its life.
+    *(
+        b'{"allowed_apps":["whole"],"token_expiration":%s}' % text
+        for text in (
+            *(
+                b"301",
+                b"0",
+                b"-1",
+                b"120.0",
+                b"1e2",
+                b"1E400",
+                b"NaN",
+                b"Infinity",
+                b"-Infinity",
+                b"true",
+                b"null",
+                b'"120"',
+            ),
+            *(b"9" * 30, b"9" * 3900, b"0120", b"+120", b"0x78", b"[120]", b"-0", b""),
+        )
+    ),
+    # What two parsers could read differently, or what is no such request.
+    b'{"allowed_apps":["whole"],"token_expiration":120,"token_expiration":9999}',
+    b'{"allowed_apps":["other"],"allowed_apps":["whole"],"token_expiration":120}',
+    b'{"allowed_apps":["whole"],"\\u0061llowed_apps":["other"],"token_expiration":120}',
+    b'{"allowed_apps":["wh\\u006fle"],"token_expiration":120}',
+    b'{"allowed_apps":["\\ud800"],"token_expiration":120}',
+    b'{"allowed_apps":["whole"],"token_expiration":120,"x":1}',
+    b'{"allowed_apps":["whole"],"token_expiration":120,"Allowed_Apps":["other"]}',
+    b'{"allowed_apps":["whole"],"token_expiration":120,}',
+    b'{"allowed_apps":["whole",],"token_expiration":120}',
+    b'{"allowed_apps":["whole"],"token_expiration":120}{}',
+    b'{"allowed_apps":["whole"],"token_expiration":120}\0',
+    b'{"allowed_apps":["whole"]/**/,"token_expiration":120}',
+    b'\xef\xbb\xbf{"allowed_apps":["whole"],"token_expiration":120}',
+    b'{"allowed_apps":["whole\xff"],"token_expiration":120}',
+    b'{"allowed_apps":["wh\xc3\xb6le"],"token_expiration":120}',
+    '{"allowed_apps":["whole"],"token_expiration":120}'.encode("utf-16"),
+    b"{'allowed_apps':['whole'],'token_expiration':120}",
+    b'{"allowed_apps":["whole"]}',
+    b'{"token_expiration":120}',
+    b'[{"allowed_apps":["whole"],"token_expiration":120}]',
+    b"{}",
+    b"null",
+    b"1",
+    b'"x"',
+    b"",
+    b"[" * 4000,
+    b'{"a":' * 800,
+    b'{"allowed_apps":["whole"],"token_expiration":120}' + b" " * 4096,
+]
+
+
+def token_rules(**more: Any) -> AccessRules:
+    return rules(allowed_endpoints=TOKEN_PATTERNS, **more)
+
+
+@pytest.mark.parametrize("url", TOKEN_URLS)
+def test_a_token_is_judged_by_its_body(url: str) -> None:
+    """The head passes; where endpoints are restricted the body must be seen, and else it need not be."""
+    access = token_rules()
+    assert refusal(access, "POST", url) is None
+    assert access.judges_body(parse_target(url))
+    assert not access.judges_body(parse_target(f"{RUN}/fal-ai/app"))
+    assert not rules(allowed_hosts=("rest.fal.ai",)).judges_body(parse_target(url))
+
+
+@pytest.mark.parametrize("body", TOKENS_GIVEN)
+def test_token_given(body: bytes) -> None:
+    """For applications that are allowed as a whole, within their time."""
+    token_rules().check_body(body)
+
+
+@pytest.mark.parametrize("body", TOKENS_REFUSED)
+def test_token_refused(body: bytes) -> None:
+    """For all else, and the refusal shows nothing of the body."""
+    with pytest.raises(TokenNotAllowed) as caught:
+        token_rules().check_body(body)
+    assert caught.value.status == 403
+    for word in ("whole", "other", "fal-ai"):
+        assert word not in f"{caught.value.message} {caught.value.detail}"
+
+
+def test_the_life_of_a_token_can_be_set() -> None:
+    """max_token_expiration_s, 300 by default, is the longest."""
+    for longest in (1, 60, 86_400):
+        access = token_rules(max_token_expiration_s=longest)
+        access.check_body(b'{"allowed_apps":["app"],"token_expiration":%d}' % longest)
+        with pytest.raises(TokenNotAllowed):
+            access.check_body(b'{"allowed_apps":["app"],"token_expiration":%d}' % (longest + 1))
