@@ -18,35 +18,22 @@ import ada_url
 import pycurl
 from tornado.httputil import HTTPHeaders
 
-from tornado_fal_proxy.access import (
-    INITIATE,
-    INITIATE_MULTIPART,
-    REQUESTS,
-    REST_HOSTS,
-    TOKENS,
-    AccessRules,
-    access_rules,
-)
-from tornado_fal_proxy.cors import cors_rules
 from tornado_fal_proxy.errors import (
     AccessRefused,
     HeadersTooLarge,
-    MalformedAnswer,
+    MalformedResponse,
     MethodNotAllowed,
     ProxyError,
     TargetRefused,
 )
-from tornado_fal_proxy.handler import split_utf8
-from tornado_fal_proxy.policy import (
-    Pairs,
-    ResponseHead,
-    Target,
-    decide,
-    parse_response_head,
-    parse_target,
-    request_headers,
-)
-from tornado_fal_proxy.transfer import Owner, Transfer
+from tornado_fal_proxy.relay.response import split_utf8
+from tornado_fal_proxy.rules.access import AccessRules, access_rules
+from tornado_fal_proxy.rules.cors import cors_rules
+from tornado_fal_proxy.rules.endpoints import INITIATE, INITIATE_MULTIPART, REQUESTS, REST_HOSTS, TOKENS_PATH
+from tornado_fal_proxy.rules.headers import Pairs, ResponseHead, parse_response_head, request_headers
+from tornado_fal_proxy.rules.policy import decide
+from tornado_fal_proxy.rules.target import Target, parse_target
+from tornado_fal_proxy.upstream.transfer import Transfer, TransferDelegate
 
 __all__ = [
     "CORS",
@@ -200,7 +187,7 @@ def _is_allowed(
     if found.host in REST_HOSTS:
         upload = path in (INITIATE, INITIATE_MULTIPART)
         return method == "POST" and (
-            (upload and rules.uploads) or (path == TOKENS and found.query is None) or (path + "/" == TOKENS)
+            (upload and rules.uploads) or (path == TOKENS_PATH and found.query is None) or (path + "/" == TOKENS_PATH)
         )
     if folded:
         path, patterns = path.lower(), [pattern.lower() for pattern in patterns]
@@ -285,7 +272,7 @@ def response(lines: Sequence[bytes]) -> ResponseHead | None:
     """The caller's headers are names and values that Tornado takes, without line breaks, framing or hop-by-hop ones."""
     try:
         head = parse_response_head(lines)
-    except MalformedAnswer as exc:
+    except MalformedResponse as exc:
         assert len(exc.detail) < 500
         return None
     assert 100 <= head.status <= 999
@@ -355,7 +342,7 @@ def origin(text: str) -> bool:
     """Whether pages of ``text`` may call. The headers have no control character, whatever was asked for."""
     assert CORS is not None
     allowed = CORS.allows(text)
-    headers = CORS.answer_headers(text)
+    headers = CORS.response_headers(text)
     assert bool(headers) == allowed
     for _, value in headers + CORS.preflight_headers(text):
         assert not CONTROLS.search(value)
@@ -392,7 +379,9 @@ def chunks(pieces: Sequence[tuple[bytes, bool]]) -> list[bytes]:
 
     Each piece comes with whether all that is there is read before the next one comes.
     """
-    transfer = Transfer(cast(Owner, _NoOwner()), cast(pycurl.Curl, object()), None, host="fal.run", repeatable=True)
+    transfer = Transfer(
+        cast(TransferDelegate, _NoOwner()), cast(pycurl.Curl, object()), None, host="fal.run", repeatable=True
+    )
     transfer.high_water = sum(len(piece) for piece, _ in pieces) + 1
     written, undecoded = [], b""
     for number, (piece, read) in enumerate(pieces, 1):

@@ -22,8 +22,8 @@ from tornado.iostream import BaseIOStream
 
 from tornado_fal_proxy.handler import FalProxyHandler
 from tornado_fal_proxy.service import main
-from tornado_fal_proxy.transfer import Transfer
-from tornado_fal_proxy.upstream import UpstreamClient
+from tornado_fal_proxy.upstream.client import UpstreamClient
+from tornado_fal_proxy.upstream.transfer import Transfer
 
 KINDS = {
     "transfers": Transfer,

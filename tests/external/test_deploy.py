@@ -16,8 +16,13 @@ from tests.support.deploy_files import (
     SOCKET,
     UNIT,
 )
-from tornado_fal_proxy.config import DEFAULT_HOLD_BYTES, DEFAULT_IDLE_TIMEOUT_S, DEFAULT_MAX_BODY_BYTES, DEFAULT_ROUTE
-from tornado_fal_proxy.options import DEFAULT_ADDRESS, DEFAULT_PORT
+from tornado_fal_proxy.config import (
+    DEFAULT_IDLE_TIMEOUT_S,
+    DEFAULT_MAX_BODY_BYTES,
+    DEFAULT_RESPONSE_BUFFER_BYTES,
+    DEFAULT_ROUTE,
+)
+from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT
 
 
 def test_all_files_are_known() -> None:
@@ -45,7 +50,7 @@ def test_nginx_agrees() -> None:
     assert values(r"server ([\d.:]+)") == [f"{DEFAULT_ADDRESS}:{DEFAULT_PORT}"]
     assert f"location = {DEFAULT_ROUTE} {{" in text
     assert values(r"client_max_body_size (\d+)m") == [str(DEFAULT_MAX_BODY_BYTES // 2**20)]
-    assert values(r"proxy_max_temp_file_size (\d+)m") == [str(DEFAULT_HOLD_BYTES // 2**20)]
+    assert values(r"proxy_max_temp_file_size (\d+)m") == [str(DEFAULT_RESPONSE_BUFFER_BYTES // 2**20)]
     for name in ("proxy_read_timeout", "send_timeout"):
         (seconds,) = values(rf"{name} (\d+)s")
         assert int(seconds) > DEFAULT_IDLE_TIMEOUT_S

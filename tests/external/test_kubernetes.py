@@ -18,7 +18,7 @@ from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.tools import tool
 from tests.support.waiting import eventually
-from tornado_fal_proxy.options import DEFAULT_DRAIN_TIMEOUT_S, parse_settings
+from tornado_fal_proxy.service.options import DEFAULT_DRAIN_TIMEOUT_S, parse_settings
 
 # A release that is still served by clouds, and the newest whose schemas are there.
 KUBERNETES_VERSIONS = ("1.29", "1.34")

@@ -25,7 +25,7 @@ from tests.support.service_process import ServiceProcess
 from tests.support.tools import tool
 from tests.support.waiting import eventually
 from tornado_fal_proxy import errors
-from tornado_fal_proxy.service import CLOSING, FULL, NOT_FOUND
+from tornado_fal_proxy.service.application import CLOSING, FULL, NOT_FOUND
 
 PROMETHEUS = DEPLOY / "prometheus"
 CONFIG, ALERTS, ALERTS_TEST = (PROMETHEUS / f"{name}.yaml" for name in ("prometheus", "alerts", "alerts_test"))
@@ -99,7 +99,10 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
     await eventually(lambda: upstream.exchanges[-1].target.endswith(b"silent"))
     caller.leave()
     async with asyncio.timeout(10):
-        while b'outcome="caller_gone"' not in (text := await call(admin, "GET", target=None, path="/metrics")).body:
+        while (
+            b'outcome="client_disconnected"'
+            not in (text := await call(admin, "GET", target=None, path="/metrics")).body
+        ):
             await asyncio.sleep(0.02)
     await running.end()
     return [
@@ -159,7 +162,7 @@ async def test_what_is_asked_for_is_told(setup: Setup, tmp_path: Path) -> None:
         labels.setdefault(series.name, {"job", "instance"}).update(series.labels)
         for label, value in series.labels.items():
             values.setdefault(label, set()).add(value)
-    assert values["outcome"] == {"ok", "refused", "failed", "upstream_error", "caller_gone"}
+    assert values["outcome"] == {"ok", "refused", "failed", "upstream_error", "client_disconnected"}
     # What no call here comes to.
     values["why"] |= {*errors.__all__, *(str(answer["why"]) for answer in (CLOSING, FULL, NOT_FOUND))}
     values["protocol"].add("1.1")

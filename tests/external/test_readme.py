@@ -22,9 +22,10 @@ from tests.support.scripted_upstream import Exchange
 from tests.support.tools import ROOT, tool, unused_port
 from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_upstreams, errors, handler
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
-from tornado_fal_proxy.options import parse_settings
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service import access_logger, main
+from tornado_fal_proxy.service import main
+from tornado_fal_proxy.service.command import access_logger
+from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.telemetry import Call
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -194,7 +195,7 @@ def test_statuses() -> None:
         (kind.status, kind.message)
         for kind in kinds
         if issubclass(kind, errors.ProxyError)
-        and kind not in (errors.ProxyError, errors.AccessRefused, errors.UpstreamError, errors.CallerGone)
+        and kind not in (errors.ProxyError, errors.AccessRefused, errors.UpstreamError, errors.ClientDisconnected)
     }
     rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
     assert set(rows) == own

@@ -16,10 +16,11 @@ from tests.support.raw_client import call
 from tests.support.service_process import COMMAND
 from tests.support.tools import tool
 from tests.support.waiting import eventually
-from tornado_fal_proxy.callers import UNIX
-from tornado_fal_proxy.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
-from tornado_fal_proxy.server import LISTEN_BACKLOG, reserve
-from tornado_fal_proxy.service import EXIT_CUT, EXIT_USAGE, OWN_FILES, STREAMS_PER_CONNECTION
+from tornado_fal_proxy.rules.trusted_proxies import UNIX
+from tornado_fal_proxy.service.command import EXIT_ABORTED, EXIT_USAGE
+from tornado_fal_proxy.service.limits import OWN_FILES, STREAMS_PER_CONNECTION, reserved_files
+from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
+from tornado_fal_proxy.service.server import LISTEN_BACKLOG
 
 # As "systemd-analyze security" counts, in tenths: below 2.0.
 MOST_EXPOSURE = 19
@@ -49,7 +50,7 @@ def test_units_agree() -> None:
     assert listens["Socket.Backlog"] == [str(LISTEN_BACKLOG)]
     assert service["Unit.Requires"] == [SOCKET.name]
     assert service["Service.Type"] == ["notify"]
-    assert service["Service.SuccessExitStatus"] == [str(EXIT_CUT)]
+    assert service["Service.SuccessExitStatus"] == [str(EXIT_ABORTED)]
     assert service["Service.RestartPreventExitStatus"] == [str(EXIT_USAGE)]
     assert float(service["Service.TimeoutStopSec"][0]) > LONGEST_END_S
     program, *argv = shlex.split(service["Service.ExecStart"][0])
@@ -61,7 +62,7 @@ def test_units_agree() -> None:
     assert config is not None
     files = int(service["Service.LimitNOFILE"][0])
     calls = config.max_in_flight
-    assert files > OWN_FILES + reserve(files) + calls + calls // STREAMS_PER_CONNECTION
+    assert files > OWN_FILES + reserved_files(files) + calls + calls // STREAMS_PER_CONNECTION
 
 
 def test_units_are_right(tmp_path: Path) -> None:

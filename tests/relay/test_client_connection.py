@@ -21,10 +21,10 @@ from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange, Upstream
 from tornado_fal_proxy import close_upstreams, connection, server
-from tornado_fal_proxy.connection import CallerConnection, CallerStream, Request
-from tornado_fal_proxy.server import Server
-from tornado_fal_proxy.service import make_application
-from tornado_fal_proxy.upstream import UpstreamClient
+from tornado_fal_proxy.service.application import make_application
+from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, Request
+from tornado_fal_proxy.service.server import Server
+from tornado_fal_proxy.upstream.client import UpstreamClient
 
 # Heads, each with what is unusual about it.
 HEADS = {
@@ -59,7 +59,7 @@ def read(kind: type[HTTP1Connection], data: bytes) -> tuple[str, list[tuple[str,
     with one, other:
         parser = kind(IOStream(one), False)
         if isinstance(parser, Request):
-            parser.caller = CallerConnection(parser.stream)
+            parser.caller = ClientConnection(parser.stream)
         try:
             start_line, headers = parser._parse_headers(data)
         except HTTPInputError:
@@ -283,7 +283,7 @@ async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
     """Where that is found out by writing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer = socket.create_connection(listener.getsockname())
-        stream: IOStream | None = CallerStream(listener.accept()[0])
+        stream: IOStream | None = ClientStream(listener.accept()[0])
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
     assert stream is not None

@@ -21,10 +21,11 @@ from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tornado_fal_proxy import FalProxyHandler
-from tornado_fal_proxy.policy import parse_target
-from tornado_fal_proxy.server import Server
-from tornado_fal_proxy.upstream import UpstreamClient
-from tornado_fal_proxy.workers import Alone, Board
+from tornado_fal_proxy.rules.target import parse_target
+from tornado_fal_proxy.service.scoreboard import Scoreboard
+from tornado_fal_proxy.service.server import Server
+from tornado_fal_proxy.service.worker import SingleProcess
+from tornado_fal_proxy.upstream.client import UpstreamClient
 
 # Of the client: what is called, or overridden, with its parameters.
 METHODS = {
@@ -133,7 +134,7 @@ async def test_requests_of_a_connection(setup: Setup) -> None:
 
     listener, port = bind_unused_port()
     server = Watching(Application([("/", Answering)], log_function=lambda handler: None))
-    server.listen_on([listener], Alone(0, Board(1), *[lambda: None] * 3), set())
+    server.listen_on([listener], SingleProcess(0, Scoreboard(1), *[lambda: None] * 3), set())
     caller = await RawClient.open(port)
     await caller.send("GET", path="/")
     assert (await caller.response()).header("connection") is None
@@ -167,7 +168,7 @@ async def test_fetch_still_works(setup: Setup, protocol: str) -> None:
         fetched = await client.fetch(url, ca_certs=config.ca_certs, validate_cert=False)
         assert fetched.body == b"/fetched"
         await transfer.read_head()
-        assert await transfer.hold()
+        assert await transfer.buffer_whole()
         assert transfer.take() == b"/own"
     finally:
         client.close()

@@ -120,17 +120,17 @@ FAULTS = {
     "stream refused": Fault(refuses_stream, "ConnectionLost", protocols=("h2",)),
     "goaway": Fault(says_goaway, "ConnectionLost", protocols=("h2",)),
     "stall": Fault(stalls, "UpstreamTimeout", get=504),
-    "garbage": Fault(says(b"\x00\x01\x02\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
-    "HTTP/0.9": Fault(says(b"<html>"), "MalformedAnswer", protocols=("http/1.1",)),
-    "two digits of status": Fault(says(b"HTTP/1.1 20 OK\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
-    "unknown version": Fault(says(b"HTTP/9.9 200 OK\r\n\r\n"), "MalformedAnswer", protocols=("http/1.1",)),
-    "head breaks off": Fault(says(b"HTTP/1.1 200 OK\r\ncontent-le"), "MalformedAnswer", protocols=("http/1.1",)),
+    "garbage": Fault(says(b"\x00\x01\x02\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "HTTP/0.9": Fault(says(b"<html>"), "MalformedResponse", protocols=("http/1.1",)),
+    "two digits of status": Fault(says(b"HTTP/1.1 20 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "unknown version": Fault(says(b"HTTP/9.9 200 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "head breaks off": Fault(says(b"HTTP/1.1 200 OK\r\ncontent-le"), "MalformedResponse", protocols=("http/1.1",)),
     "only an interim answer": Fault(says(b"HTTP/1.1 103 Hint\r\n\r\n"), "ConnectionLost", protocols=("http/1.1",)),
     "endless headers": Fault(has_endless_headers, "", protocols=("http/1.1",)),
     "result breaks off": Fault(breaks_off_the_result, "ConnectionLost", get=None),
     "close in the result": Fault(closes_in_the_result, "ConnectionLost", get=None),
     "stall in the result": Fault(stalls_in_the_result, "UpstreamTimeout", get=None),
-    "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedAnswer"),
+    "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedResponse"),
     "chunks break off": Fault(breaks_off_the_chunks, "", get=None, protocols=("http/1.1",)),
 }
 
@@ -150,7 +150,7 @@ async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name:
         assert (await call(port, method)).status == 200
     upstream.handler = fault.handler
     upstream.exchanges.clear()
-    logs.expect(rf"{method} https://fal.run/fal-ai/flux/dev: .* \({fault.error or 'MalformedAnswer|ConnectionLost'}")
+    logs.expect(rf"{method} https://fal.run/fal-ai/flux/dev: .* \({fault.error or 'MalformedResponse|ConnectionLost'}")
     if method == "GET" and fault.get is None:
         caller = await RawClient.open(port)
         await caller.send("GET")

@@ -8,8 +8,9 @@ from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON
-from tornado_fal_proxy.transfer import HIGH_WATER_BYTES, WINDOW_BYTES, Transfer
-from tornado_fal_proxy.upstream import RATE_IS_WINDOW
+from tornado_fal_proxy.upstream.body import HIGH_WATER_BYTES, WINDOW_BYTES
+from tornado_fal_proxy.upstream.handles import RATE_IS_WINDOW
+from tornado_fal_proxy.upstream.transfer import Transfer
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -58,7 +59,7 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("method", "headers", "hold_bytes"),
+    ("method", "headers", "response_buffer_bytes"),
     [
         ("GET", EVENT_STREAM, 1),
         ("GET", JSON, 1),
@@ -69,7 +70,7 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
 )
 @pytest.mark.gen_test(timeout=30)
 async def test_window_is_no_limit(
-    setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]], hold_bytes: int
+    setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]], response_buffer_bytes: int
 ) -> None:
     """libcurl's limit of the rate, which serves as a window, would let 20 MB take more than a minute."""
     piece = b"data: " + b"x" * 199_992 + b"\n\n"
@@ -82,7 +83,7 @@ async def test_window_is_no_limit(
         await exchange.end()
 
     upstream = await setup.upstream(answer, protocol)
-    result = await call(setup.proxy(upstream, hold_bytes=hold_bytes), method)
+    result = await call(setup.proxy(upstream, response_buffer_bytes=response_buffer_bytes), method)
     assert result.body == piece * 100
 
 

@@ -12,7 +12,7 @@ from tests.support.raw_client import RawClient, Response, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON, responds
 from tornado_fal_proxy import FalProxyHandler
-from tornado_fal_proxy.policy import CLIENT_PROXY
+from tornado_fal_proxy.rules.headers import CLIENT_PROXY
 
 
 @pytest.mark.gen_test

@@ -10,7 +10,7 @@ from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import JSON
 from tests.support.waiting import first_exchange
-from tornado_fal_proxy.transfer import Transfer
+from tornado_fal_proxy.upstream.transfer import Transfer
 
 EVENTS = [("content-type", "text/event-stream; charset=utf-8")]
 
@@ -192,7 +192,7 @@ async def test_plain_answer_of_a_post_is_held(setup: Setup, protocol: str) -> No
 @pytest.mark.parametrize("size", [99_999, 100_000, 3_000_000])
 @pytest.mark.gen_test
 async def test_answer_around_hold_bytes(setup: Setup, protocol: str, size: int) -> None:
-    """A POST's result that outgrows hold_bytes is streamed and arrives whole."""
+    """A POST's result that outgrows response_buffer_bytes is streamed and arrives whole."""
     body = bytes(range(256)) * (size // 256) + b"." * (size % 256)
 
     async def answer(exchange: Exchange) -> None:
@@ -202,7 +202,7 @@ async def test_answer_around_hold_bytes(setup: Setup, protocol: str, size: int) 
         await exchange.end()
 
     upstream = await setup.upstream(answer, protocol)
-    result = await call(setup.proxy(upstream, hold_bytes=100_000))
+    result = await call(setup.proxy(upstream, response_buffer_bytes=100_000))
     assert result.body == body
 
 

@@ -18,8 +18,9 @@ from tests.support.proxy import KEY
 from tests.support.scripted_upstream import Exchange, Upstream
 from tests.support.strategies import examples, mutated_urls
 from tornado_fal_proxy import ProxyConfig
-from tornado_fal_proxy.policy import Target, request_headers
-from tornado_fal_proxy.upstream import UpstreamClient
+from tornado_fal_proxy.rules.headers import request_headers
+from tornado_fal_proxy.rules.target import Target
+from tornado_fal_proxy.upstream.client import UpstreamClient
 
 
 class Wire:

@@ -86,11 +86,13 @@ CASES = {
     "a bug of the application's": Case(
         "failed", "Misconfigured", 500, headers=("x-user: bug",), logged="500 POST: authorize raised ValueError"
     ),
-    "left before the body": Case("caller_gone", "CallerGone", 499, leaves="before"),
-    "left while it waited": Case("caller_gone", "CallerGone", 499, path="a/b/silent", leaves="waiting"),
-    "left with half of a result": Case("caller_gone", "CallerGone", 499, path="a/b/large", leaves="reading"),
+    "left before the body": Case("client_disconnected", "ClientDisconnected", 499, leaves="before"),
+    "left while it waited": Case("client_disconnected", "ClientDisconnected", 499, path="a/b/silent", leaves="waiting"),
+    "left with half of a result": Case(
+        "client_disconnected", "ClientDisconnected", 499, path="a/b/large", leaves="reading"
+    ),
     "left while it read": Case(
-        "caller_gone", "CallerGone", 499, "GET", "a/b/endless", sent=len(EVENT), leaves="reading"
+        "client_disconnected", "ClientDisconnected", 499, "GET", "a/b/endless", sent=len(EVENT), leaves="reading"
     ),
 }
 

@@ -16,7 +16,7 @@ from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
 from tests.support.stub_handlers import EVENT, as_asked
 from tests.support.waiting import eventually
-from tornado_fal_proxy.logs import LINES_AT_ONCE, AccessLog
+from tornado_fal_proxy.service.access_log import LINES_AT_ONCE, AccessLog
 from tornado_fal_proxy.telemetry import Call
 
 

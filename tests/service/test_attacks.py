@@ -36,7 +36,7 @@ def peak_kb(pid: int) -> int:
 @pytest.mark.gen_test
 async def test_bombs(setup: Setup, method: str, coding: str) -> None:
     """An answer that is small until it is decoded takes a bounded amount of memory while its caller does not read."""
-    # hold_bytes, and as much again; what is in br may also ask for a window of 16 MB (RFC 7932 section 9.1).
+    # response_buffer_bytes, and as much again; what is in br may also ask for a window of 16 MB (RFC 7932 section 9.1).
     callers, most_kb = 2, 16_000 + (16 * 1024 if coding == "br" else 0)
 
     async def answer(exchange: Exchange) -> None:

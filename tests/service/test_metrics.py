@@ -51,7 +51,7 @@ async def test_metrics(setup: Setup, processes: str) -> None:
         scrape = await Scrape.of(admin)
         assert scrape.total("fal_proxy_in_flight") == 1
         assert scrape.total("fal_proxy_upstream_connections") == upstream.open_connections
-        assert scrape.total("fal_proxy_caller_connections") == 1
+        assert scrape.total("fal_proxy_client_connections") == 1
     waiting.leave()
 
     scrape = await until(
@@ -63,13 +63,13 @@ async def test_metrics(setup: Setup, processes: str) -> None:
     assert scrape.total(calls, endpoint="stream", outcome="ok", method="GET") == 1
     assert scrape.total(calls, endpoint="none", outcome="refused", method="other", why="MethodNotAllowed") == 1
     assert scrape.total(calls, endpoint="queue_result", outcome="upstream_error", why="ConnectionLost") == 1
-    assert scrape.total(calls, endpoint="run", outcome="caller_gone") == 1
+    assert scrape.total(calls, endpoint="run", outcome="client_disconnected") == 1
     assert scrape.total("fal_proxy_cancellations_total") == 1
-    assert scrape.total("fal_proxy_upstream_answers_total", protocol="2", status="2xx") == 21
+    assert scrape.total("fal_proxy_upstream_responses_total", protocol="2", status="2xx") == 21
     assert scrape.total("fal_proxy_first_byte_seconds_count", endpoint="run") == 20
     assert scrape.total("fal_proxy_call_seconds_count", endpoint="run") == 21
     assert scrape.total("fal_proxy_body_bytes_total", direction="received") == 21 * 2
-    assert scrape.total("fal_proxy_workers") == scrape.total("fal_proxy_workers_wanted") == int(processes)
+    assert scrape.total("fal_proxy_workers") == scrape.total("fal_proxy_workers_expected") == int(processes)
     assert scrape.total("fal_proxy_max_in_flight") == 20_000 * int(processes)
     assert scrape.total("fal_proxy_build_info") == 1
     assert scrape.total("fal_proxy_worker_restarts_total") == 0

@@ -11,9 +11,9 @@ from tests.support.certificates import Authority
 from tests.support.proxy import SECRET
 from tests.support.service_process import WITH_KEY, shell
 from tornado_fal_proxy import ConfigError, ProxyConfig
-from tornado_fal_proxy.callers import TrustedProxies
-from tornado_fal_proxy.options import _parser, parse_settings
-from tornado_fal_proxy.service import what_is_open
+from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
+from tornado_fal_proxy.service.application import describe_access
+from tornado_fal_proxy.service.options import _parser, parse_settings
 
 # Each option that takes a value: two texts, and what the first one means.
 OPTIONS: dict[str, tuple[str, str, Any]] = {
@@ -24,7 +24,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "idle_timeout_s": ("60", "61", 60.0),
     "max_body_bytes": ("1024", "2", 1024),
     "max_in_flight": ("5", "6", 5),
-    "hold_bytes": ("7", "8", 7),
+    "response_buffer_bytes": ("7", "8", 7),
     "ca_certs": ("{ca}", "", "{ca}"),
     "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
     "allowed_endpoints": ("fal-ai/flux/**,a/b", "**", ("fal-ai/flux/**", "a/b")),
@@ -162,7 +162,7 @@ def test_what_is_open(argv: list[str], line: str) -> None:
     """In a line, which points to the README where nothing keeps strangers out."""
     config = parse_settings(argv, WITH_KEY).config
     assert config is not None
-    restricted, said = what_is_open(config)
+    restricted, said = describe_access(config)
     assert said.startswith(line)
     assert restricted is ("README" not in said) is ("README" not in line)
     assert SECRET not in said

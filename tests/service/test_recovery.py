@@ -16,7 +16,7 @@ from tests.support.recovery.faults import FAULTS
 from tests.support.recovery.stand import Report, is_at_rest
 from tests.support.tools import ROOT, isolated, tool
 from tests.support.wire import DEVICE
-from tornado_fal_proxy.upstream import ADDRESS_LIFETIME_S, CONNECTION_LIFETIME_S
+from tornado_fal_proxy.upstream.handles import ADDRESS_LIFETIME_S, CONNECTION_LIFETIME_S
 
 # What the allocator keeps of the buffers of many connections made anew. It grows with the first ones and then stays.
 MOST_KB = 40_000

@@ -17,8 +17,8 @@ from tests.support.stub_handlers import silent
 from tests.support.tools import unused_port
 from tests.support.waiting import arrived
 from tornado_fal_proxy import ProxyConfig
-from tornado_fal_proxy.server import CLOSE_POLL_S
-from tornado_fal_proxy.service import make_application
+from tornado_fal_proxy.service.application import make_application
+from tornado_fal_proxy.service.server import CLOSE_POLL_S
 
 
 @pytest.mark.gen_test
@@ -102,7 +102,7 @@ async def test_a_signal_ends_it_and_every_call_is_answered(setup: Setup, protoco
     assert "4 calls are cut" in stderr
     answers = [await task for task in held]
     assert [answer.status for answer in answers] == [500, 502, 500, 502]
-    broken = "The connection to fal's server broke before the answer was complete."
+    broken = "The connection to fal's server broke before the response was complete."
     perhaps = " The job may have run: check before sending it again."
     assert [answer.message for answer in answers] == [broken + perhaps, broken] * 2
     assert await idle.reader.read() == b""

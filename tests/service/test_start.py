@@ -68,7 +68,7 @@ FAILS = [
     start(says=r"--idle-timeout-s: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
     start("--max-body-bytes=32M", says=r"--max-body-bytes: must be a whole number.*'32M'", environ=WITH_KEY),
     start("--max-in-flight=0", says=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
-    start("--hold-bytes=1.5", says=r"--hold-bytes: must be .*'1.5'", environ=WITH_KEY),
+    start("--response-buffer-bytes=1.5", says=r"--response-buffer-bytes: must be .*'1.5'", environ=WITH_KEY),
     start("--ca-certs={dir}/none.pem", says=r"--ca-certs: cannot read .*none.pem': No such file", environ=WITH_KEY),
     start("--ca-certs={dir}", says=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
     start(says=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}),
@@ -120,8 +120,14 @@ FAILS = [
     start(
         "--port=x",
         "--connect-to=\n\n",
-        says=("--port: must be", "no key: set FAL_KEY", "--hold-bytes: must be", "--connect-to: must be", "; .*; .*; "),
-        environ={"FAL_PROXY_HOLD_BYTES": "many\nlines"},
+        says=(
+            "--port: must be",
+            "no key: set FAL_KEY",
+            "--response-buffer-bytes: must be",
+            "--connect-to: must be",
+            "; .*; .*; ",
+        ),
+        environ={"FAL_PROXY_RESPONSE_BUFFER_BYTES": "many\nlines"},
     ),
     # The address. (No name here is one that a resolver would have to be asked for.)
     start(

@@ -17,7 +17,7 @@ from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, ali
 from tests.support.stub_handlers import Gate
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
-from tornado_fal_proxy.workers import GIVE_UP_AFTER
+from tornado_fal_proxy.service.supervisor import GIVE_UP_AFTER
 
 
 @pytest.mark.gen_test

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from tornado_fal_proxy.access import AccessRules, access_rules
 from tornado_fal_proxy.errors import ProxyError
-from tornado_fal_proxy.policy import decide
+from tornado_fal_proxy.rules.access import AccessRules, access_rules
+from tornado_fal_proxy.rules.policy import decide
 
 __all__ = ["JOB", "QUEUE", "RUN", "refusal", "rules"]
 

@@ -10,7 +10,7 @@ from tornado.web import Application
 from tests.support.certificates import Authority
 from tests.support.scripted_upstream import Handler, Upstream
 from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams
-from tornado_fal_proxy.handler import _Backend, _backends
+from tornado_fal_proxy.relay.backend import Backend, _backends
 
 __all__ = ["KEY", "ROUTE", "SECRET", "Setup"]
 
@@ -58,12 +58,12 @@ class Setup:
         rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
         return self.serve(Application([rule], log_function=lambda handler: None))
 
-    def proxy_and_backend(self, upstream: Upstream | str, **fields: Any) -> tuple[int, Callable[[], _Backend]]:
+    def proxy_and_backend(self, upstream: Upstream | str, **fields: Any) -> tuple[int, Callable[[], Backend]]:
         """As ``proxy``, and a function that returns what the handlers share, as soon as there was a call."""
         rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
         application = Application([rule], log_function=lambda handler: None)
 
-        def backend() -> _Backend:
+        def backend() -> Backend:
             [backend] = _backends[application].values()
             return backend
 

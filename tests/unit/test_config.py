@@ -11,7 +11,8 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.proxy import KEY
 from tornado_fal_proxy import ConfigError, ProxyConfig
-from tornado_fal_proxy.config import ENV_PREFIX, key_from, key_from_file, relay_options
+from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy.credentials import key_from_env, key_from_file
 from tornado_fal_proxy.errors import KeyMissing
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -40,7 +41,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "idle_timeout_s": (SECONDS_GOOD, SECONDS_BAD),
     "max_body_bytes": (COUNT_GOOD, COUNT_BAD),
     "max_in_flight": (COUNT_GOOD, COUNT_BAD),
-    "hold_bytes": (COUNT_GOOD, COUNT_BAD),
+    "response_buffer_bytes": (COUNT_GOOD, COUNT_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
         [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
@@ -256,7 +257,7 @@ ENVIRONMENTS: list[tuple[dict[str, str], str | None]] = [
 @pytest.mark.parametrize(("environ", "key"), ENVIRONMENTS)
 def test_the_key_is_found_as_fals_tools_find_it(environ: dict[str, str], key: str | None) -> None:
     """FAL_KEY, then FAL_KEY_ID and FAL_KEY_SECRET together; white space around them is a shell's accident."""
-    assert key_from(environ) == key
+    assert key_from_env(environ) == key
     assert ProxyConfig.from_env(environ).key == key
 
 
@@ -337,7 +338,7 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
         "idle_timeout_s": ("60", 60.0),
         "max_body_bytes": ("1024", 1024),
         "max_in_flight": (" 5 ", 5),
-        "hold_bytes": ("2048", 2048),
+        "response_buffer_bytes": ("2048", 2048),
         "ca_certs": (authority.ca_file, authority.ca_file),
         "connect_to": ("localhost:1", "localhost:1"),
         "allowed_endpoints": ("fal-ai/flux/**, */b", ("fal-ai/flux/**", "*/b")),

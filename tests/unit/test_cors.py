@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tornado_fal_proxy import ConfigError
-from tornado_fal_proxy.cors import CorsRules, cors_rules, vary
+from tornado_fal_proxy.rules.cors import CorsRules, cors_rules, vary
 
 APP = "https://app.example.com"
 OTHER = "https://evil.example"
@@ -68,7 +68,7 @@ ORIGINS: list[tuple[tuple[str, ...], str | None, bool]] = [
 def test_origins(allowed: tuple[str, ...], origin: str | None, passes: bool) -> None:
     """An exact origin is that text; a wildcard is any sub-domain, of that scheme and port. null is nobody."""
     assert rules(*allowed).allows(origin) is passes
-    told = dict(rules(*allowed).answer_headers(origin))
+    told = dict(rules(*allowed).response_headers(origin))
     assert told == ({"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED} if passes else {})
 
 

@@ -12,7 +12,8 @@ from tornado_fal_proxy.errors import (
     TargetRefused,
     UnsupportedMediaType,
 )
-from tornado_fal_proxy.policy import Target, decide
+from tornado_fal_proxy.rules.policy import decide
+from tornado_fal_proxy.rules.target import Target
 
 # The order of refusals: a fault, what it does to a call that may pass, and what it alone is answered.
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tornado_fal_proxy.decoding import Undecodable, decoder_for
+from tornado_fal_proxy.upstream.decoding import Undecodable, decoder_for
 
 
 def raw_deflate(data: bytes) -> bytes:

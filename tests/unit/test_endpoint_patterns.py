@@ -5,12 +5,13 @@ import time
 import pytest
 
 from tests.support.access_rules import rules
-from tornado_fal_proxy.access import Pattern, access_rules
 from tornado_fal_proxy.errors import (
     ConfigError,
     EndpointNotAllowed,
 )
-from tornado_fal_proxy.policy import Target
+from tornado_fal_proxy.rules.access import access_rules
+from tornado_fal_proxy.rules.patterns import Pattern
+from tornado_fal_proxy.rules.target import Target
 
 # Patterns. What each matches of ENDPOINTS is what picomatch 4 with {dot: true}, which fal's own proxy uses, matches.
 

@@ -9,7 +9,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.access_rules import JOB, QUEUE, RUN, refusal, rules
-from tornado_fal_proxy.access import access_rules, plain_segments
 from tornado_fal_proxy.errors import (
     AccessRefused,
     ConfigError,
@@ -21,7 +20,9 @@ from tornado_fal_proxy.errors import (
     UploadNotAllowed,
     WebhookNotAllowed,
 )
-from tornado_fal_proxy.policy import Target, decide, parse_target
+from tornado_fal_proxy.rules.access import access_rules
+from tornado_fal_proxy.rules.policy import decide
+from tornado_fal_proxy.rules.target import Target, canonical_segments, parse_target
 
 # Endpoints. Each URL with the method; all are allowed, or refused, by these patterns.
 
@@ -419,6 +420,6 @@ def test_a_refusal_names_the_rule_and_not_what_it_says() -> None:
 
 def test_plain_segments() -> None:
     """What is plain comes apart, and the rest not at all."""
-    assert plain_segments("/fal-ai/flux_1.1/Dev") == ["fal-ai", "flux_1.1", "Dev"]
+    assert canonical_segments("/fal-ai/flux_1.1/Dev") == ["fal-ai", "flux_1.1", "Dev"]
     for path in ("", "/", "a", "//", "/a/", "/a//b", "/.", "/..", "/a/..b", "/a./b", "/a%20b", "/ä"):
-        assert plain_segments(path) is None
+        assert canonical_segments(path) is None

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tornado_fal_proxy.hosts import FAMILIAR, IDLE_CONNECTION_S, KNOWN_HOSTS, LOOK_UPS, SUSPICION_S, Hosts
+from tornado_fal_proxy.rules.endpoints import WELL_KNOWN_HOSTS
+from tornado_fal_proxy.upstream.hosts import IDLE_CONNECTION_S, MAX_HOSTS, MAX_LOOKUPS, SUSPICION_S, Hosts
 
 STRANGER, OTHER = "a.fal.run", "b.fal.run"
 
@@ -20,7 +21,7 @@ def strangers(count: int) -> list[Call]:
     return [Call(f"stranger-{number}.fal.run") for number in range(count)]
 
 
-@pytest.mark.parametrize("host", [*sorted(FAMILIAR), STRANGER])
+@pytest.mark.parametrize("host", [*sorted(WELL_KNOWN_HOSTS), STRANGER])
 def test_one_leads_and_the_others_follow_when_it_has_its_connection(host: str) -> None:
     """Of the first calls to a host one goes; when it is connected the others go, and later ones wait for nobody."""
     hosts: Hosts[Call] = Hosts()
@@ -50,14 +51,14 @@ def test_a_slow_lead_holds_up_nobody_but_strangers() -> None:
 
 
 def test_strangers_wait_for_strangers_only() -> None:
-    """No more strangers than LOOK_UPS go at once, whoever else calls goes, and each that is done lets the next go."""
+    """No more strangers than MAX_LOOKUPS go at once, whoever else calls goes, and each that is done lets the next go."""
     hosts: Hosts[Call] = Hosts()
-    calls = strangers(LOOK_UPS + 3)
-    assert [hosts.arrive(call, 0) for call in calls] == [True] * LOOK_UPS + [False] * 3
-    assert all(hosts.arrive(Call(host), 0) for host in FAMILIAR)
-    assert hosts.reached(calls[0]) == [calls[LOOK_UPS]]
-    assert hosts.leave(calls[1], 0, hangs=False) == [calls[LOOK_UPS + 1]]
-    assert hosts.leave(calls[LOOK_UPS + 2], 0, hangs=False) == []  # its caller left while it waited
+    calls = strangers(MAX_LOOKUPS + 3)
+    assert [hosts.arrive(call, 0) for call in calls] == [True] * MAX_LOOKUPS + [False] * 3
+    assert all(hosts.arrive(Call(host), 0) for host in WELL_KNOWN_HOSTS)
+    assert hosts.reached(calls[0]) == [calls[MAX_LOOKUPS]]
+    assert hosts.leave(calls[1], 0, hangs=False) == [calls[MAX_LOOKUPS + 1]]
+    assert hosts.leave(calls[MAX_LOOKUPS + 2], 0, hangs=False) == []  # its caller left while it waited
     assert hosts.waiting == 0
     for call in calls:
         hosts.leave(call, 0, hangs=False)
@@ -67,11 +68,11 @@ def test_strangers_wait_for_strangers_only() -> None:
 def test_a_look_up_that_may_hang_keeps_its_place() -> None:
     """A call that gives up lets no other look-up begin before its own has had its time."""
     hosts: Hosts[Call] = Hosts()
-    calls = strangers(LOOK_UPS + 1)
+    calls = strangers(MAX_LOOKUPS + 1)
     for call in calls:
         hosts.arrive(call, 0)
     assert hosts.leave(calls[0], 10, hangs=True) == []
-    assert hosts.look_up_ended() == [calls[LOOK_UPS]]
+    assert hosts.look_up_ended() == [calls[MAX_LOOKUPS]]
 
 
 def test_those_that_wait_for_a_stranger_fail_with_it() -> None:
@@ -109,7 +110,7 @@ def test_a_host_once_reached_is_no_stranger() -> None:
     lead = Call(STRANGER)
     hosts.arrive(lead, 0)
     hosts.reached(lead)
-    for call in strangers(LOOK_UPS + 1):
+    for call in strangers(MAX_LOOKUPS + 1):
         hosts.arrive(call, 0)
     assert hosts.arrive(Call(STRANGER), 0)
 
@@ -135,14 +136,14 @@ def test_suspicion_and_the_protocol_pass_with_time() -> None:
 def test_no_more_hosts_are_remembered_than_there_may_be() -> None:
     """Neither hosts that exist nor those that do not make it grow, and fal's own are never forgotten."""
     hosts: Hosts[Call] = Hosts()
-    for host in [*FAMILIAR, *(f"real-{number}.fal.run" for number in range(KNOWN_HOSTS + 100))]:
+    for host in [*WELL_KNOWN_HOSTS, *(f"real-{number}.fal.run" for number in range(MAX_HOSTS + 100))]:
         call = Call(host)
         assert hosts.arrive(call, 0)
         hosts.learn(host, True)
         hosts.reached(call)
-    assert len(hosts._hosts) <= KNOWN_HOSTS
-    assert all(hosts.speaks_http2(host) for host in FAMILIAR)
-    for call in strangers(3 * KNOWN_HOSTS):
+    assert len(hosts._hosts) <= MAX_HOSTS
+    assert all(hosts.speaks_http2(host) for host in WELL_KNOWN_HOSTS)
+    for call in strangers(3 * MAX_HOSTS):
         hosts.arrive(call, 0)
         hosts.leave(call, 0, hangs=False)
-    assert len(hosts._hosts) <= KNOWN_HOSTS
+    assert len(hosts._hosts) <= MAX_HOSTS

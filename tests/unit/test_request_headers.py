@@ -8,7 +8,7 @@ from tornado_fal_proxy import __version__
 from tornado_fal_proxy.errors import (
     HeadersTooLarge,
 )
-from tornado_fal_proxy.policy import request_headers
+from tornado_fal_proxy.rules.headers import request_headers
 
 # What goes upstream. The authorization is a constant here, for the rules never look into it.
 

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from tornado_fal_proxy.errors import (
-    MalformedAnswer,
+    MalformedResponse,
 )
-from tornado_fal_proxy.policy import parse_response_head
+from tornado_fal_proxy.rules.headers import parse_response_head
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -68,7 +68,7 @@ def test_a_status_line_says_status_and_protocol(line: bytes, status: int, protoc
 @pytest.mark.parametrize("line", BAD_STATUS_LINES)
 def test_anything_else_is_a_malformed_answer(line: bytes) -> None:
     """502 to the caller, and at most 80 bytes of the line to the log."""
-    with pytest.raises(MalformedAnswer) as caught:
+    with pytest.raises(MalformedResponse) as caught:
         parse_response_head([line, b"content-type: application/json\r\n"])
     assert caught.value.status == 502
     assert repr(line[:80]) in caught.value.detail
@@ -77,7 +77,7 @@ def test_anything_else_is_a_malformed_answer(line: bytes) -> None:
 def test_no_head_at_all_is_a_malformed_answer() -> None:
     """And a very long line does not fill the log."""
     for lines in ([], [b"x" * 100_000]):
-        with pytest.raises(MalformedAnswer) as caught:
+        with pytest.raises(MalformedResponse) as caught:
             parse_response_head(lines)
         assert len(caught.value.detail) < 200
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tornado_fal_proxy.server import fair_share
+from tornado_fal_proxy.service.server import fair_share
 
 SHARES = [
     # mine, fewest of the others, how many may be taken

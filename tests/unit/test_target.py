@@ -5,7 +5,7 @@ import pytest
 from tornado_fal_proxy.errors import (
     TargetRefused,
 )
-from tornado_fal_proxy.policy import Target, parse_target
+from tornado_fal_proxy.rules.target import Target, parse_target
 
 LABEL_63 = "a" * 63
 HOST_253 = ".".join([LABEL_63] * 3 + ["a" * (253 - 3 * 64 - len(".fal.run")), "fal.run"])

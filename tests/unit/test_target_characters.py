@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tornado_fal_proxy.errors import TargetRefused
-from tornado_fal_proxy.policy import parse_target
+from tornado_fal_proxy.rules.target import parse_target
 
 
 def test_every_character_of_ascii_has_one_place() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fuzz import properties
 from tests.support.strategies import TAILS, examples, mutated_urls
 from tornado_fal_proxy.errors import TargetRefused
-from tornado_fal_proxy.policy import Target, parse_target
+from tornado_fal_proxy.rules.target import Target, parse_target
 
 
 def accepted(url: str) -> Target | None:

@@ -7,10 +7,13 @@ import select
 import pytest
 
 from tornado_fal_proxy import Target
-from tornado_fal_proxy.callers import UNIX, TrustedProxies
-from tornado_fal_proxy.logs import LINES_AT_ONCE, Fields, JsonFormatter, Lines, PlainFormatter
-from tornado_fal_proxy.policy import ResponseHead, parse_target
-from tornado_fal_proxy.telemetry import Call, endpoint_class
+from tornado_fal_proxy.logs import Fields, JsonFormatter, Lines, PlainFormatter
+from tornado_fal_proxy.rules.endpoints import kind_of
+from tornado_fal_proxy.rules.headers import ResponseHead
+from tornado_fal_proxy.rules.target import parse_target
+from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
+from tornado_fal_proxy.service.access_log import LINES_AT_ONCE
+from tornado_fal_proxy.telemetry import Call
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ from tornado_fal_proxy.telemetry import Call, endpoint_class
 )
 def test_endpoint_class(method: str, url: str, kind: str) -> None:
     """Each kind of call that fal's clients make has a name, and there are no others."""
-    assert endpoint_class(parse_target(url)) == kind
+    assert kind_of(parse_target(url)) == kind
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from tests.support.access_rules import RUN, refusal, rules
-from tornado_fal_proxy.access import AccessRules
 from tornado_fal_proxy.errors import (
     TokenNotAllowed,
 )
-from tornado_fal_proxy.policy import parse_target
+from tornado_fal_proxy.rules.access import AccessRules
+from tornado_fal_proxy.rules.target import parse_target
 
 TOKEN_URLS = ("https://rest.fal.ai/tokens/", "https://rest.alpha.fal.ai/tokens/")
 TOKEN_PATTERNS = (
@@ -120,9 +120,9 @@ def test_a_token_is_judged_by_its_body(url: str) -> None:
     """The head passes; where endpoints are restricted the body must be seen, and else it need not be."""
     access = token_rules()
     assert refusal(access, "POST", url) is None
-    assert access.judges_body(parse_target(url))
-    assert not access.judges_body(parse_target(f"{RUN}/fal-ai/app"))
-    assert not rules(allowed_hosts=("rest.fal.ai",)).judges_body(parse_target(url))
+    assert access.needs_body(parse_target(url))
+    assert not access.needs_body(parse_target(f"{RUN}/fal-ai/app"))
+    assert not rules(allowed_hosts=("rest.fal.ai",)).needs_body(parse_target(url))
 
 
 @pytest.mark.parametrize("body", TOKENS_GIVEN)

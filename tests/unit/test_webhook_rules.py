@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tests.support.access_rules import QUEUE, RUN, refusal, rules
 from tests.support.strategies import examples
-from tornado_fal_proxy.access import access_rules
 from tornado_fal_proxy.errors import (
     ConfigError,
     WebhookNotAllowed,
 )
-from tornado_fal_proxy.policy import Target
+from tornado_fal_proxy.rules.access import access_rules
+from tornado_fal_proxy.rules.target import Target
 
 HOOKS = ("https://hooks.example", "https://b.example:8443")
 WEBHOOKS_ALLOWED = [

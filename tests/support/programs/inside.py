@@ -5,8 +5,8 @@ import json
 
 from tornado.web import HTTPError, RequestHandler
 
-from tornado_fal_proxy.handler import _backends
-from tornado_fal_proxy.policy import Target
+from tornado_fal_proxy.relay.backend import _backends
+from tornado_fal_proxy.rules.target import Target
 
 
 def authorize(handler: RequestHandler, target: Target) -> bool:
