@@ -21,7 +21,7 @@ from tests.support.nginx import (
     deployed,
     message,
     nginx,
-    tls_caller,
+    tls_client,
     two_workers,
 )
 from tests.support.proxy import ROUTE, Setup
@@ -121,7 +121,7 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
                 await asyncio.sleep(0.01)
 
     async with nginx((NAME,), deployed(port)) as front:
-        slow = await tls_caller(front, "127.0.0.1", receive_buffer=16_384)
+        slow = await tls_client(front, "127.0.0.1", receive_buffer=16_384)
         await slow.send("GET", target=f"{RUN}/stream")
         await slow.head()
         await asyncio.sleep(0.2)
@@ -130,7 +130,7 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
         slow.leave()
         await place_is_free()
 
-        slow = await tls_caller(front, "127.0.0.1", receive_buffer=16_384)
+        slow = await tls_client(front, "127.0.0.1", receive_buffer=16_384)
         await slow.send("GET", target=f"{RUN}/result")
         assert (await slow.head()).header("content-length") == str(size)
         await place_is_free()

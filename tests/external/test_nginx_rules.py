@@ -13,7 +13,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, RequestHandler
 
 from tests.support.load import ROUNDS, Load, respond
-from tests.support.nginx import DEPLOYED, NAME, RUN, calling, deployed, message, nginx, tls_caller
+from tests.support.nginx import DEPLOYED, NAME, RUN, calling, deployed, message, nginx, tls_client
 from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ACTIVATE, COMMAND, ServiceProcess, environment
@@ -102,7 +102,7 @@ async def test_who_calls_is_logged(setup: Setup) -> None:
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     running = await ServiceProcess.in_front_of(setup, upstream, "--trusted-proxies=127.0.0.1")
     async with nginx((NAME,), deployed(running.port)) as front:
-        caller = await tls_caller(front, "127.0.0.9")
+        caller = await tls_client(front, "127.0.0.9")
         await caller.send(headers=["x-forwarded-for: 203.0.113.9"])
         answer = await caller.response()
         await caller.close()
@@ -147,7 +147,7 @@ async def test_limits(setup: Setup) -> None:
 
     upstream = await setup.upstream(held)
     async with nginx((NAME,), deployed(setup.proxy(upstream))) as front:
-        one, other = [[await tls_caller(front, f"127.0.0.{n}") for _ in range(int(at_once) + 1)] for n in (2, 3)]
+        one, other = [[await tls_client(front, f"127.0.0.{n}") for _ in range(int(at_once) + 1)] for n in (2, 3)]
         for caller in one:
             await caller.send()
         done, waiting = await asyncio.wait(
@@ -227,7 +227,7 @@ async def test_restart_under_load(setup: Setup) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)
         async with nginx((NAME,), deployed(listener.getsockname()[1])) as front:
-            async with Load(lambda number: tls_caller(front, f"127.0.1.{number % 250 + 1}")) as load:
+            async with Load(lambda number: tls_client(front, f"127.0.1.{number % 250 + 1}")) as load:
                 for _ in range(ROUNDS):
                     await load.more(200)
                     await running.end()

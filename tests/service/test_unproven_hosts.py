@@ -33,7 +33,7 @@ async def test_unproven_hosts() -> None:
     assert seen["during_ms"]["max"] < seen["before_ms"]["max"] + MOST_DELAY_MS
     assert seen["cold_ms"]["max"] < MOST_DELAY_MS, "look-up, handshake and answer, on hosts that fal's clients call"
     assert seen["after_ms"]["median"] < seen["before_ms"]["median"] + 10
-    assert seen["stranger"] == 200, "a host that exists is served, though nobody called it before"
+    assert seen["unproven"] == 200, "a host that exists is served, though nobody called it before"
     assert seen["afterwards"]["files"] <= seen["at_rest"]["files"] + 4
     assert seen["afterwards"]["threads"] <= seen["at_rest"]["threads"] + 20, "libcurl's pool"
     assert seen["afterwards"]["kb"] < seen["at_rest"]["kb"] + 40_000

@@ -243,7 +243,7 @@ def calling(front: Nginx, version: str) -> Iterator[CurlClient]:
         yield caller
 
 
-async def tls_caller(front: Nginx, address: str, receive_buffer: int | None = None) -> RawClient:
+async def tls_client(front: Nginx, address: str, receive_buffer: int | None = None) -> RawClient:
     """A caller over HTTP/1.1 whose own address is that one."""
     host, port = front.address.split(":")
     connected = socket.socket()

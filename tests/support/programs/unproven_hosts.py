@@ -136,7 +136,7 @@ async def measure() -> dict[str, Any]:
             "asked": server.asked,
             "at_rest": at_rest,
             "afterwards": usage(running.pid),
-            "stranger": stranger.status,
+            "unproven": stranger.status,
         }
         running.process.terminate()
         await running.process.wait()
