@@ -52,6 +52,8 @@ DEFAULT_MAX_IN_FLIGHT = 20_000
 # Limits what is buffered of a POST's result: JSON with URLs has a few kilobytes, with images in base64 a few megabytes.
 DEFAULT_RESPONSE_BUFFER_BYTES = 8 * 1024 * 1024
 
+# Limits the limit of all buffered bytes: less would refuse calls whose bodies are ordinary.
+MIN_BUFFERED_BYTES = 1024 * 1024
 # Limit a time-out: libcurl counts in milliseconds and takes 0 of them for its own default; a day is the longest.
 MIN_S, MAX_S = 0.001, 86_400
 # The texts of a switch, and of a list that is set but empty.
@@ -139,6 +141,12 @@ class ProxyConfig:
         "a POST's plain result up to this size is buffered, and relayed only when it is whole",
         "BYTES",
     )
+    max_buffered_bytes: int | None = option(
+        None,
+        "all bytes that a process buffers; beyond it calls are answered 503; without it a quarter of its memory",
+        "BYTES",
+        partial(_number, kind=int),
+    )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(
         None, "open every connection to this address instead of fal's (names and TLS checks stay fal's)", "HOST:PORT"
@@ -193,6 +201,9 @@ class ProxyConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_NUMBER:
                 problems.append(f"{name}: must be a whole number from 1 to {MAX_NUMBER}, not {value!r}")
+        value = self.max_buffered_bytes
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < MIN_BUFFERED_BYTES):
+            problems.append(f"max_buffered_bytes: must be a whole number from {MIN_BUFFERED_BYTES} on, not {value!r}")
         if self.ca_certs is not None:
             problems.extend(_unreadable("ca_certs", self.ca_certs))
         if self.connect_to is not None:

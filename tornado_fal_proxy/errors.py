@@ -25,6 +25,7 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     ├── HeadersTooLarge       431   the headers that would go to fal
     ├── Misconfigured         500   the operator gave the handler wrong arguments
     ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the client may repeat the call
+    ├── BuffersFull           503   max_buffered_bytes is reached; likewise
     └── UpstreamError         502, or 500 where a repetition could be billed twice
         ├── NameNotFound
         ├── ConnectFailed
@@ -44,6 +45,7 @@ __all__ = [
     "AccessRefused",
     "BodyTooLarge",
     "BodyTooSlow",
+    "BuffersFull",
     "ClientDisconnected",
     "ConfigError",
     "ConnectFailed",
@@ -188,6 +190,12 @@ class Misconfigured(ProxyError):
 class TooManyCalls(ProxyError):
     status = 503
     message = "The proxy is serving as many calls as it may; try again."
+    headers = (("Retry-After", "1"),)
+
+
+class BuffersFull(ProxyError):
+    status = 503
+    message = "The proxy is buffering as many bytes as it may; try again."
     headers = (("Retry-After", "1"),)
 
 

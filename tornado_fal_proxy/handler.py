@@ -31,6 +31,7 @@ from tornado_fal_proxy.errors import (
     AccessRefused,
     BodyTooLarge,
     BodyTooSlow,
+    BuffersFull,
     ClientDisconnected,
     KeyMissing,
     Misconfigured,
@@ -46,6 +47,7 @@ from tornado_fal_proxy.rules.headers import request_headers
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.upstream.body import HIGH_WATER_BYTES
+from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.transfer import Transfer
 
 __all__ = ["FalProxyHandler"]
@@ -88,14 +90,29 @@ class FalProxyHandler(RelayResponse):
         self._transfer: Transfer | None = None
         self._body: list[bytes] = []
         self._body_size = 0
+        self._counted = 0  # bytes of the body that the budget counts
         self._begin_response(config, None if self._misconfigured else config.cors)
 
     # The request's head.
 
     def _execute(self, transforms: list[Any], *args: bytes, **kwargs: bytes) -> Any:
         """Serve the request as Tornado's does, but take the first step at once, and not in the loop's next turn."""
-        call = super()._execute(transforms, *args, **kwargs)
-        return _EagerTask(call, loop=asyncio.get_running_loop())
+        served = self._serve(super()._execute(transforms, *args, **kwargs))
+        return _EagerTask(served, loop=asyncio.get_running_loop())
+
+    async def _serve(self, execution: Any) -> None:
+        """Serve the request, and release what the call holds at its end.
+
+        Not in ``on_finish``, which belongs to the application. Tornado does not call it for a client that left while
+        its body was read, so it is called here: once for each request.
+        """
+        try:
+            await execution
+        finally:
+            self._end_call()
+            self._release()
+            if not self._finished and self._linger is None:
+                self.on_finish()
 
     async def prepare(self) -> None:
         """Decide whether the call may pass, before its body is read, and answer a refused call."""
@@ -109,6 +126,8 @@ class FalProxyHandler(RelayResponse):
             if self._cors is not None and self._is_preflight():
                 self._answer_preflight(self._cors)
                 return
+            if self._connection.stream.closed():
+                raise ClientDisconnected
             target = decide(
                 self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes, access=config.access
             )
@@ -124,18 +143,21 @@ class FalProxyHandler(RelayResponse):
             else:
                 authorization = config.authorization()
             self._lines, self._pairs = request_headers(self._pairs, authorization), []
-            # Nothing is awaited from here on, so a slot that is acquired is always released.
-            backend.slots.acquire()
-            self._backend = backend
-            self._target = target
-            headers = self.request.headers
-            if "Content-Length" in headers or "Transfer-Encoding" in headers:
-                backend.expect_body(self)
+            self._admit(backend, target)
         except ClientDisconnected:
             self._responded = True
             self._end_disconnected()
         except ProxyError as exc:
             self._refuse(exc)
+
+    def _admit(self, backend: Backend, target: Target) -> None:
+        """Acquire what the call needs. :meth:`_serve` releases it. Raise BuffersFull or TooManyCalls."""
+        _check_budget(backend.client.budget)
+        backend.slots.acquire()
+        self._backend, self._budget, self._target = backend, backend.client.budget, target
+        headers = self.request.headers
+        if "Content-Length" in headers or "Transfer-Encoding" in headers:
+            backend.expect_body(self)
 
     async def authorize(self, target: Target) -> Any:
         """Tell whether the client may make this call, which the rules allow: a false result is answered 401.
@@ -189,11 +211,22 @@ class FalProxyHandler(RelayResponse):
         if self._responded:
             return  # the rest of a refused request
         self._body_size = self.call.received_bytes = self._body_size + len(chunk)
+        budget = self._budget
         if self._body_size > self._config.max_body_bytes:
             self._body.clear()
             self._refuse(BodyTooLarge())
+        elif budget is None:
+            return  # prepare() has not admitted the call
         else:
+            try:
+                _check_budget(budget)
+            except BuffersFull as exc:
+                self._body.clear()
+                self._refuse(exc)
+                return
             self._body.append(chunk)
+            self._counted += len(chunk)
+            budget.add(len(chunk))
 
     def received_so_far(self) -> int | None:
         """Return how many bytes of the body have come; None when all of it has."""
@@ -235,14 +268,14 @@ class FalProxyHandler(RelayResponse):
         if self._responded:
             return
         if self._target is None or self._backend is None:
-            raise RuntimeError("FalProxyHandler.prepare() did not run: a subclass must await super().prepare()")
+            self._refuse(Misconfigured("prepare() did not run: a subclass's own must await super().prepare()"))
+            return
         self._backend.body_arrived(self)
         stream = self._connection.stream
         if stream.closed():
             self._end_disconnected()
             return
         call = self.call
-        post = self.request.method == "POST"
         body = b"".join(self._body)
         self._body.clear()
         try:
@@ -251,21 +284,21 @@ class FalProxyHandler(RelayResponse):
                 self._target,
                 self._lines,
                 body,
-                high_water=self._config.response_buffer_bytes if post else HIGH_WATER_BYTES,
             )
+            del body  # libcurl keeps the only copy
             self._lines = []
             call.relayed = True
             self._backend.watch(stream)
             head = await transfer.read_head()
-            buffered = (post and not head.event_stream) or not head.has_body
+            buffered = (not transfer.repeatable and not head.event_stream) or not head.has_body
             whole = (buffered or transfer.complete) and await transfer.buffer_whole()
             self._copy_head(head)
             call.head = head
             call.mark_first_byte()
-            if whole:
-                await self._write_whole(head, transfer.take())
+            if whole and transfer.size <= HIGH_WATER_BYTES:
+                await self._write_whole(head, b"".join(transfer.take()))
             else:
-                await self._write_stream(head, transfer)
+                await self._write_stream(head, transfer, transfer.size if whole else head.length)
             self._end_call()
         except (ClientDisconnected, StreamClosedError) as exc:
             exc.__traceback__ = None  # it holds the frames that hold the future that holds it
@@ -284,11 +317,11 @@ class FalProxyHandler(RelayResponse):
 
     # Ends.
 
-    def on_connection_close(self) -> None:
-        """Cancel the call at fal: the client has left."""
+    def _on_disconnect(self) -> None:
+        """Cancel the call at fal."""
         prepared = self._prepared_future is not None and self._prepared_future.done()
         waits_for_body = prepared and not self.request._body_future.done()
-        super().on_connection_close()
+        super()._on_disconnect()
         self._body.clear()
         if waits_for_body:
             # Nothing of this handler will run except Tornado's wait, which raises what the future holds, in a frame
@@ -298,22 +331,18 @@ class FalProxyHandler(RelayResponse):
             self._break_cycles()
         if self._transfer is not None:
             self._transfer.cancel()
-        self._end_disconnected()
-        self.on_finish()
-
-    def on_finish(self) -> None:
-        """Release what the call holds."""
-        if not self.call.relayed:
-            self._end_call()  # a response of a subclass's own
-        self._release()
         if self._linger is not None:
             self._linger.cancel()
+            self._linger = None
 
     def _release(self) -> None:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.body_arrived(self)
             backend.slots.release()
+        if self._budget is not None:
+            self._budget.remove(self._counted)
+            self._counted = 0
 
     def _log_upstream_error(self, error: UpstreamError) -> None:
         assert self._target is not None
@@ -329,6 +358,12 @@ class FalProxyHandler(RelayResponse):
             "; the response was aborted" if self._streaming else "",
             extra=self._extra,
         )
+
+
+def _check_budget(budget: BufferBudget) -> None:
+    """Raise BuffersFull where the budget is exhausted."""
+    if budget.exhausted:
+        raise BuffersFull(f"{budget.used} bytes buffered, of max_buffered_bytes={budget.limit}")
 
 
 async def _result(value: Any) -> Any:

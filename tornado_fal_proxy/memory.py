@@ -16,11 +16,14 @@ call, or sets MALLOC_MMAP_THRESHOLD_=131072 in the environment, or accepts 12 kB
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["are_mapped", "collect_rarely", "map_large_blocks"]
+__all__ = ["are_mapped", "available_bytes", "collect_rarely", "give_back", "map_large_blocks"]
 
 MAPPED_FROM_BYTES = 128 * 1024
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -51,3 +54,38 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
+
+
+def available_bytes() -> int:
+    """Return how much memory this process may have: that of the machine, or less where its control group says so."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """Yield the limits of the control groups that this process is in, outer ones too (cgroups(7), version 2 and 1)."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text("ascii", "replace").splitlines()
+    except OSError:  # not Linux
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+                yield int((folder / name).read_text("ascii"))
+            if folder == root:
+                break
+
+
+def give_back() -> None:
+    """Give free pages of the C library's heap back to the system. Do nothing where this is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

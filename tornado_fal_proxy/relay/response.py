@@ -15,12 +15,13 @@ request: :class:`~tornado_fal_proxy.handler.FalProxyHandler` does.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import socket
 import struct
 import traceback
+import weakref
+from collections.abc import Container
 from http.client import responses
 from typing import Any
 
@@ -32,7 +33,9 @@ from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import ClientDisconnected, MethodNotAllowed, ProxyError, UpstreamError
 from tornado_fal_proxy.rules.cors import CORS_PREFIX, CorsRules, vary
 from tornado_fal_proxy.rules.headers import ResponseHead
+from tornado_fal_proxy.rules.target import TARGET_HEADER
 from tornado_fal_proxy.telemetry import REQUEST_ID, Call
+from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.transfer import Transfer
 
 __all__ = ["RelayResponse", "describe_exception", "split_utf8"]
@@ -42,6 +45,10 @@ logger = logging.getLogger("tornado_fal_proxy")
 # Limits how long the rest of a refused request's body is read and thrown away. Closing at once would reset the
 # connection of a client that is still sending, and the client would never receive the response.
 LINGER_S = 5.0
+# Keep a response from being a page in the operator's origin, should a browser ever show one: its type is not guessed,
+# and it runs nothing.
+_TYPE_OPTIONS, _NO_SNIFF = "X-Content-Type-Options", "nosniff"
+_SECURITY_POLICY, _SANDBOXED = "Content-Security-Policy", "sandbox"
 
 
 class RelayResponse(RequestHandler):
@@ -49,19 +56,36 @@ class RelayResponse(RequestHandler):
 
     _config: ProxyConfig
     _cors: CorsRules | None
+    _budget: BufferBudget | None
     #: The facts of this call so far, for logs; see :meth:`on_call_end`.
     call: Call
 
     def _begin_response(self, config: ProxyConfig, cors: CorsRules | None) -> None:
         self._config, self._cors = config, cors
+        self._budget = None
         self._responded = False  # the proxy's own response, or none, is all that follows
         self._streaming = False
         self._ended = False
         self._linger: asyncio.TimerHandle | None = None
         self.call = Call(self.request.method or "", self.request.headers.get(REQUEST_ID))
-        if cors is not None:
-            self._add_cors_headers(cors)  # for responses that are the subclass's own
-        self._headers[REQUEST_ID] = self.call.request_id
+        self._add_own_headers()  # for responses that are the subclass's own
+        self._watch_disconnect()
+
+    def _watch_disconnect(self) -> None:
+        """Call :meth:`_on_disconnect` when the client leaves, whatever a subclass makes of ``on_connection_close``.
+
+        Tornado calls that method of the instance while it reads the body, and the callback later. A weak reference,
+        because a strong one would make each handler a cycle.
+        """
+        reference = weakref.ref(self)
+
+        def on_connection_close() -> None:
+            handler = reference()
+            if handler is not None:
+                handler._on_disconnect()
+
+        self.on_connection_close = on_connection_close  # type: ignore[method-assign]
+        self._connection.set_close_callback(on_connection_close)
 
     # Fal's response.
 
@@ -83,9 +107,7 @@ class RelayResponse(RequestHandler):
             else:
                 names.add(name)
                 headers[name] = value
-        headers[REQUEST_ID] = self.call.request_id
-        if self._cors is not None:
-            self._add_cors_headers(self._cors)
+        self._add_own_headers(names)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
         self.call.sent_bytes = len(body)
@@ -93,9 +115,9 @@ class RelayResponse(RequestHandler):
             # finish() alone would remove headers that describe the representation, such as a 304's content-type.
             self.flush(include_footers=True)
         if not body or self._transforms or self._headers_written or hasattr(self, "_new_cookie"):
-            await self._delivered(self.finish(body or None))
+            await self._delivered(self.finish(body or None), len(body))
         else:
-            await self._delivered(self._finish_with(body))
+            await self._delivered(self._finish_with(body), len(body))
 
     def _finish_with(self, body: bytes) -> asyncio.Future[None]:
         """Finish as Tornado's ``finish(body)`` does, for a response that nothing may change or add to any more."""
@@ -112,9 +134,10 @@ class RelayResponse(RequestHandler):
         self._break_cycles()
         return written
 
-    async def _write_stream(self, head: ResponseHead, transfer: Transfer) -> None:
-        if head.length is not None:
-            self.set_header("Content-Length", head.length)
+    async def _write_stream(self, head: ResponseHead, transfer: Transfer, length: int | None) -> None:
+        """Write the body piece by piece. ``length`` is its size in bytes where that is known."""
+        if length is not None:
+            self.set_header("Content-Length", length)
         if head.event_stream:
             self._headers["X-Accel-Buffering"] = "no"  # nginx buffers by default, and removes this header again
         self._streaming = True
@@ -130,28 +153,41 @@ class RelayResponse(RequestHandler):
             if chunk:
                 self.call.sent_bytes += len(chunk)
                 self.write(chunk)
-                await self._delivered(self.flush())
+                await self._delivered(self.flush(), len(chunk))
         if undecoded:
             self.call.sent_bytes += len(undecoded)
             self.write(undecoded)
         self._streaming = False
         await self._delivered(self.finish())
-        if self.request.version == "HTTP/1.0" and head.length is None:
+        if self.request.version == "HTTP/1.0" and length is None:
             # Only closing ends such a response, and Tornado keeps the connection if the client asked for keep-alive.
             self._connection.close()
 
-    async def _delivered(self, written: asyncio.Future[None]) -> None:
-        """Wait while the client's end is full. Raise ClientDisconnected after ``idle_timeout_s`` of that."""
-        if self._connection.stream.writing():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(written, self._config.idle_timeout_s)
-                stream = self._connection.stream
-                if stream.closed() and stream._total_write_done_index < stream._total_write_index:
-                    raise ClientDisconnected  # Tornado reports this write as done too
-                return
-            # Not where the time-out is caught: that would hold this frame, which holds what is raised.
+    async def _delivered(self, written: asyncio.Future[None], size: int = 0) -> None:
+        """Wait while the client's end is full. Raise ClientDisconnected after ``idle_timeout_s`` without a byte.
+
+        The ``size`` bytes that were written count as buffered until they have left.
+        """
+        stream = self._connection.stream
+        if not stream.writing():
+            return
+        if self._budget is not None:
+            self._budget.add(size)
+        try:
+            while True:
+                sent = stream._total_write_done_index
+                await asyncio.wait((written,), timeout=self._config.idle_timeout_s)
+                if written.done() or stream._total_write_done_index == sent:
+                    break
+        finally:
+            if self._budget is not None:
+                self._budget.remove(size)
+        if not written.done():
             self._abort(ClientDisconnected("the client stopped reading"))
             raise ClientDisconnected
+        written.result()
+        if stream.closed() and stream._total_write_done_index < stream._total_write_index:
+            raise ClientDisconnected  # Tornado reports this write as done too
 
     # Responses of the proxy's own.
 
@@ -179,10 +215,8 @@ class RelayResponse(RequestHandler):
         self.set_status(status)
         for name, value in headers:
             self.set_header(name, value)
-        if self._cors is not None:
-            self._add_cors_headers(self._cors)
+        self._add_own_headers()
         self.set_header("Content-Type", "application/json")
-        self._headers[REQUEST_ID] = self.call.request_id
         body = json.dumps({"message": message}).encode()
         self.call.sent_bytes = len(body)
         self.call.mark_first_byte()
@@ -219,7 +253,23 @@ class RelayResponse(RequestHandler):
             headers = MethodNotAllowed.headers if status_code == 405 else ()
             self._respond(status_code, reason or responses.get(status_code, "Unknown"), headers, exception)
 
-    # Headers for pages of other origins.
+    # Headers of the proxy's own.
+
+    def _add_own_headers(self, from_target: Container[str] = ()) -> None:
+        """Set what every response of the route says: its id, and that no cache may use it for another target."""
+        headers = self._headers
+        headers[REQUEST_ID] = self.call.request_id
+        headers[_TYPE_OPTIONS] = _NO_SNIFF
+        if "content-security-policy" in from_target:
+            headers.add(_SECURITY_POLICY, _SANDBOXED)  # a browser applies both
+        else:
+            headers[_SECURITY_POLICY] = _SANDBOXED
+        if self._cors is not None:
+            self._add_cors_headers(self._cors)
+        elif "Vary" in headers:
+            self._set_vary(TARGET_HEADER)
+        else:
+            headers["Vary"] = TARGET_HEADER
 
     def _add_cors_headers(self, cors: CorsRules) -> None:
         """Set which pages may read the response, and remove what the target says about that."""
@@ -227,7 +277,7 @@ class RelayResponse(RequestHandler):
             del self._headers[name]
         for name, value in cors.response_headers(self._origin()):
             self._headers[name] = value
-        self._set_vary("Origin")
+        self._set_vary("Origin", TARGET_HEADER)
 
     def _set_vary(self, *names: str) -> None:
         first, *more = vary(self._headers.get_list("Vary"), *names)
@@ -240,6 +290,14 @@ class RelayResponse(RequestHandler):
         return origins[0] if len(origins) == 1 else None
 
     # Ends.
+
+    def _on_disconnect(self) -> None:
+        """Handle that the client has left. A subclass extends it."""
+        try:
+            type(self).on_connection_close(self)  # the application's, or Tornado's
+        finally:
+            RequestHandler.on_connection_close(self)  # again, in case the application's did not call it
+            self._end_disconnected()
 
     def _abort(self, error: BaseException | None) -> None:
         """Close the connection in a way that the client cannot take what it has for a complete response."""

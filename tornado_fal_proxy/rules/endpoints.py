@@ -36,6 +36,7 @@ __all__ = [
     "id_length",
     "is_cancel",
     "is_queue_call",
+    "is_repeatable",
     "kind_of",
 ]
 
@@ -91,6 +92,20 @@ def is_cancel(target: Target) -> bool:
         return False
     segments = canonical_segments(target.path)
     return segments is not None and is_queue_call("PUT", segments)
+
+
+def is_repeatable(method: str, target: Target) -> bool:
+    """Return whether a second request with ``method`` to ``target`` costs no more than one.
+
+    Only the status and the result of a queued job are such, and its cancel. A GET of an endpoint runs the model, as a
+    POST does, and what a GET of any other path does is not known.
+    """
+    if method == "PUT":
+        return is_cancel(target)
+    if method != "GET" or target.host != QUEUE_HOST:
+        return False
+    segments = canonical_segments(target.path)
+    return segments is not None and is_queue_call(method, segments)
 
 
 def kind_of(target: Target | None) -> str:

@@ -76,7 +76,8 @@ class ResponseHead(NamedTuple):
 
     ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where fal
     declared it and the body is not encoded, else None. ``protocol`` is ``"1.0"``, ``"1.1"`` or ``"2"``. ``coding`` is
-    the content-encoding in lower case, empty where there is none.
+    the content-encoding in lower case, empty where there is none. ``framed`` tells whether a length or chunks mark the
+    end of the body, encoded or not.
     """
 
     status: int
@@ -85,6 +86,8 @@ class ResponseHead(NamedTuple):
     length: int | None
     event_stream: bool
     coding: str = ""
+    content_type: str = ""
+    framed: bool = False
 
     @property
     def has_body(self) -> bool:
@@ -143,7 +146,7 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
     if status_line is None:
         raise MalformedResponse(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
     fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
-    length, encoded, event_stream = None, False, False
+    length, encoded, framed, content_type = None, False, False, ""
     codings: list[str] = []
     listed = _listed_by_connection(fields)
     headers = []
@@ -152,21 +155,24 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
             if name not in listed and not name.startswith("proxy-"):
                 headers.append((name, value))
             if name == "content-type":
-                event_stream = value.lower().startswith("text/event-stream")
+                content_type = value
         elif name == "content-length":
             length = content_length(value)
+            framed = True
         elif name == "content-encoding":
             encoded = True
             codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]
         elif name == "transfer-encoding":
-            encoded = True  # this field makes a length void too (RFC 9112 section 6.3)
+            encoded = framed = True  # this field makes a length void too (RFC 9112 section 6.3)
     return ResponseHead(
         int(status_line[2]),
         status_line[1].decode(),
         headers,
         None if encoded else length,
-        event_stream,
+        content_type.lower().startswith("text/event-stream"),
         ", ".join(codings),
+        content_type,
+        framed,
     )
 
 

@@ -13,6 +13,8 @@ This module knows neither libcurl nor the loop.
 
 from __future__ import annotations
 
+from tornado_fal_proxy.upstream.budget import BufferBudget
+from tornado_fal_proxy.upstream.completeness import Completeness, Truncated
 from tornado_fal_proxy.upstream.decoding import Decoder
 
 __all__ = ["FIRST_WINDOW_BYTES", "HIGH_WATER_BYTES", "WINDOW_BYTES", "Body"]
@@ -37,16 +39,19 @@ class Body:
     ``complete`` is true when all of the body has arrived. ``high_water`` is the number of bytes above which the body is
     full. ``paused`` is true from a piece that was refused until the reader has caught up. ``peer_closed`` says that the
     server has closed the connection: the rest of the body is then taken however slow the reader is. ``window`` is the
-    number of bytes that the server may send ahead.
+    number of bytes that the server may send ahead. ``decoder`` and ``completeness`` are set once the head is known.
+    Every byte that is here is counted in ``budget``.
     """
 
     __slots__ = (
         "_arrived",
+        "_budget",
         "_buffered",
         "_chunks",
         "_decoded",
         "_taken",
         "complete",
+        "completeness",
         "decoder",
         "high_water",
         "paused",
@@ -54,15 +59,17 @@ class Body:
         "window",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, budget: BufferBudget | None = None) -> None:
+        self._budget = budget or BufferBudget()
         self.high_water = HIGH_WATER_BYTES
         self.window = FIRST_WINDOW_BYTES
         self.complete = False
         self.paused = False
         self.peer_closed = False
         self.decoder: Decoder | None = None
+        self.completeness: Completeness | None = None
         self._chunks: list[bytes] = []
-        self._decoded: list[bytes] = []  # pieces that were decoded to measure the body, and not read yet
+        self._decoded: list[bytes] = []  # pieces that were taken to measure or check the body, and not read yet
         self._buffered = 0
         self._arrived = 0  # since the window was opened last
         self._taken = 0
@@ -76,13 +83,18 @@ class Body:
     @property
     def is_full(self) -> bool:
         """Tell whether a piece must be refused until the reader has caught up."""
-        return self._buffered >= self.high_water and not self.peer_closed
+        buffered = self._buffered
+        return (
+            buffered >= self.high_water or (buffered >= HIGH_WATER_BYTES and self._budget.exhausted)
+        ) and not self.peer_closed
 
     def put(self, data: bytes) -> bool:
         """Append a piece. Return whether ``window`` was enlarged and must be opened."""
         self._chunks.append(data)
-        self._buffered += len(data)
-        self._arrived += len(data)
+        size = len(data)
+        self._buffered += size
+        self._arrived += size
+        self._budget.add(size)
         buffering = self.high_water > HIGH_WATER_BYTES
         if self.window != FIRST_WINDOW_BYTES and not (buffering and self._arrived >= BUFFERED_WINDOW_BYTES // 2):
             return False
@@ -92,19 +104,32 @@ class Body:
 
     # For the reader.
 
-    def next_piece(self) -> bytes:
-        """Return the next piece of what is here, as it came or as it was decoded, ``b""`` when nothing is.
+    @property
+    def size(self) -> int:
+        """Count the bytes that are here and were not read."""
+        return self._buffered + sum(map(len, self._decoded))
 
-        Raise Undecodable.
+    @property
+    def has_more(self) -> bool:
+        """Tell whether :meth:`next_piece` has something to do."""
+        return bool(self._chunks) or (self.decoder is not None and self.decoder.has_more)
+
+    def next_piece(self) -> bytes:
+        """Return the next piece of what is here, as it came or as it was decoded.
+
+        Return ``b""`` when nothing is here, and also when a piece that is here decodes to nothing: ``has_more`` tells
+        which. One call takes one piece, so its time is bounded. Raise Undecodable or Truncated.
         """
         decoder = self.decoder
-        if decoder is None:
-            return self._pop() if self._chunks else b""
-        while decoder.has_more or self._chunks:
-            if piece := decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES):
-                return piece
-        if self.complete:
-            decoder.end()
+        if decoder is not None:
+            if self.has_more:
+                return decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES)
+            if self.complete:
+                decoder.end()
+        elif self._chunks:
+            return self._pop()
+        elif self.complete and self.completeness is not None and not self.completeness.is_complete:
+            raise Truncated("its content ends too early")
         return b""
 
     def read_rest_of_line(self, chunk: bytes) -> bytes:
@@ -126,33 +151,35 @@ class Body:
             size += len(pieces[-1])
         return b"".join(pieces)
 
-    def take(self) -> bytes:
-        """Return all that is here and was not read, of a complete body; :meth:`decodes_within` must have decoded it."""
-        if self.decoder is not None:
-            return b"".join(self._decoded)
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        return data
+    def take(self) -> list[bytes]:
+        """Return, in pieces, all that is here and was not read of a body that is complete. They count no more."""
+        pieces = self._decoded + self._chunks
+        self.discard()
+        return pieces
 
-    def decodes_within(self, max_bytes: int) -> bool:
-        """Decode all of a body that is complete. Return whether it has at most ``max_bytes``. Raise Undecodable."""
-        size = 0
-        while piece := self.next_piece():
-            self._decoded.append(piece)
-            size += len(piece)
-            if size > max_bytes:
-                return False
-        return True
+    def pop_back(self) -> bytes:
+        """Return the first piece that was taken to measure or check the body, ``b""`` where there is none."""
+        if not self._decoded:
+            return b""
+        piece = self._decoded.pop(0)
+        self._budget.remove(len(piece))
+        return piece
 
     def discard(self) -> None:
         """Forget all pieces."""
+        self._budget.remove(self.size)
+        self._buffered = 0
         self._chunks.clear()
         self._decoded.clear()
 
     def _pop(self) -> bytes:
         chunk = self._chunks.pop(0)
-        self._buffered -= len(chunk)
-        self._taken += len(chunk)
+        size = len(chunk)
+        self._buffered -= size
+        self._taken += size
+        self._budget.remove(size)
+        if self.completeness is not None:
+            self.completeness.feed(chunk)
         if self.paused:
             if self._buffered <= self.high_water // 2:
                 self.paused = False

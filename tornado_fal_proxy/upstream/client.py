@@ -18,10 +18,12 @@ Only ``connected``, ``protocol_known`` and ``open_window_soon`` run inside libcu
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable
 
 import pycurl
 
+from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import (
@@ -31,8 +33,10 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from tornado_fal_proxy.rules.endpoints import is_repeatable
 from tornado_fal_proxy.rules.target import Target
-from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES, HIGH_WATER_BYTES
+from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES
+from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.curl_errors import HTTP2_STREAM_ERROR, upstream_error
 from tornado_fal_proxy.upstream.curl_loop import CurlLoop
 from tornado_fal_proxy.upstream.handles import HandlePool, set_connection, set_request, set_window
@@ -41,9 +45,14 @@ from tornado_fal_proxy.upstream.transfer import Transfer
 
 __all__ = ["UpstreamClient"]
 
+logger = logging.getLogger("tornado_fal_proxy")
+
 # Limit how many transfers of a crowd that timed out end at once, and how soon the next do: 5 ms of responses, and a
 # quarter of the process's time. A call that another client makes meanwhile takes several turns of the loop.
 MAX_ENDED_AT_ONCE, ENDING_INTERVAL_S = 16, 0.02
+# Limits all buffered bytes, where max_buffered_bytes is not set, to this part of the memory that the process may have:
+# interpreter, connections and the copies of the moment need room beside them.
+DEFAULT_BUFFERED_PART = 4
 # Limits how rarely idle transfers are swept.
 MAX_SWEEP_INTERVAL_S = 5.0
 
@@ -61,6 +70,7 @@ class UpstreamClient(CurlLoop):
         """Set up libcurl for ``config``."""
         super().initialize()
         self._config = config
+        self.budget = BufferBudget(config.max_buffered_bytes or memory.available_bytes() // DEFAULT_BUFFERED_PART)
         # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
         self._multi.setopt(pycurl.M_MAXCONNECTS, config.max_in_flight)
         self._shut = False
@@ -68,6 +78,7 @@ class UpstreamClient(CurlLoop):
         self._hosts: Hosts[Transfer] = Hosts()
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._ports: dict[int, str] = {}  # the host of the connection that leaves from this port
+        self._http1_ports: set[int] = set()  # the ports of connections that speak HTTP/1
         self._to_open: list[Transfer] = []
         interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, MAX_SWEEP_INTERVAL_S)
         self._sweep = Sweep(interval_s, self._end_idle_transfers)
@@ -80,21 +91,20 @@ class UpstreamClient(CurlLoop):
         target: Target,
         headers: list[bytes],
         body: bytes = b"",
-        *,
-        high_water: int = HIGH_WATER_BYTES,
     ) -> Transfer:
         """Begin a call and return at once. ``headers`` are lines as :func:`headers.request_headers` makes them.
 
-        ``high_water`` is the number of bytes after which libcurl is paused until they are read. Raise ConnectionLost
-        after :meth:`close`.
+        A response that must not break off, because a repetition of its call costs more, may be buffered up to
+        ``response_buffer_bytes``. Raise ConnectionLost after :meth:`close`.
         """
         if self._shut:
             raise ConnectionLost("the proxy is closing")
         curl, pool = self._handles.take(method, body)
-        transfer = Transfer(self, curl, pool, host=target.host, repeatable=method != "POST")
-        transfer.high_water = high_water
-        if len(body) <= FIRST_WINDOW_BYTES:
-            transfer.uploaded = len(body)  # it leaves at once, so it is no progress when it is seen to have left
+        transfer = Transfer(self, curl, pool, host=target.host, repeatable=is_repeatable(method, target))
+        if not transfer.repeatable:
+            transfer.high_water = self._config.response_buffer_bytes
+        if len(body) > FIRST_WINDOW_BYTES:
+            transfer.upload_bytes = len(body)  # a smaller one leaves in one write, whose end is the only progress
         set_request(curl, transfer, method, target, headers, body)
         self._running[curl] = transfer
         self._enqueue(transfer)
@@ -121,13 +131,16 @@ class UpstreamClient(CurlLoop):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note which host the connection from that port goes to, and let the calls go that wait for the transfer."""
         self._ports[local_port] = transfer.host
+        self._http1_ports.discard(local_port)
         if transfer.leads or transfer.resolving:
             # Not now, because this runs inside libcurl.
             self._loop.call_soon(self._on_connected, transfer)
 
-    def protocol_known(self, host: str, http2: bool) -> None:
-        """Note whether ``host`` speaks HTTP/2."""
-        self._hosts.set_protocol(host, http2)
+    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
+        """Note whether the transfer's host and connection speak HTTP/2."""
+        self._hosts.set_protocol(transfer.host, http2)
+        if not http2 and transfer.local_port:
+            self._http1_ports.add(transfer.local_port)
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on with the transfer."""
@@ -204,6 +217,13 @@ class UpstreamClient(CurlLoop):
             self._loop.call_later(HANG_S, self._on_lookup_timeout)
         self._add_all(self._hosts.leave(transfer, self.now(), hangs=hangs))
 
+    def accepts_idle_bytes(self, local_port: int) -> bool:
+        """Tell whether bytes may come on that idle connection. Over HTTP/1 there is no request that they answer."""
+        if local_port not in self._http1_ports:
+            return True
+        logger.warning("surplus bytes on an idle connection to %s: closed", self._ports.get(local_port, "?"))
+        return False
+
     def on_idle_closed(self, local_ports: Iterable[int]) -> None:
         """Suspect the hosts of these connections, and let libcurl find the connections closed.
 
@@ -264,6 +284,8 @@ class UpstreamClient(CurlLoop):
         now = self.now()
         timed_out: list[_TimedOut] = []
         for transfer in self._running.values():
+            if transfer.upload_bytes:
+                self._note_upload(transfer, now)
             since = now - transfer.last_progress_at
             if not transfer.started and since > self._config.connect_timeout_s:
                 reason = UpstreamTimeout("too many lookups of unproven hosts at once")
@@ -271,15 +293,20 @@ class UpstreamClient(CurlLoop):
                 continue
             # While it is paused the client is the slow side, which the handler watches.
             if since > self._config.idle_timeout_s and not transfer.paused:
-                assert transfer.curl is not None
-                uploaded = transfer.curl.getinfo(pycurl.SIZE_UPLOAD_T)
-                if uploaded != transfer.uploaded:
-                    transfer.uploaded, transfer.last_progress_at = uploaded, now
-                    continue
                 reason = UpstreamTimeout("no byte moved", may_have_run=_may_have_run(transfer))
                 timed_out.append((transfer, transfer.started, transfer.last_progress_at, reason))
         self._end_some(timed_out)
         return bool(self._running)
+
+    @staticmethod
+    def _note_upload(transfer: Transfer, now: float) -> None:
+        """Count it as progress that a part of the request's body has left since the last sweep."""
+        assert transfer.curl is not None
+        uploaded = transfer.curl.getinfo(pycurl.SIZE_UPLOAD_T)
+        if uploaded != transfer.uploaded:
+            transfer.uploaded, transfer.last_progress_at = uploaded, now
+            if uploaded >= transfer.upload_bytes:
+                transfer.upload_bytes = 0
 
     def _end_some(self, timed_out: list[_TimedOut]) -> None:
         """End some of those transfers, the oldest first, and the others soon."""

@@ -53,6 +53,9 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 60, 15
 # Limits the same where something was sent to the peer and not acknowledged. The kernel tries for 15 minutes, and over
 # HTTP/2 each call that comes meanwhile joins those that hang. A route that heals by itself takes less than this.
 UNACKNOWLEDGED_S = 30.0
+# CURLOPT_SUPPRESS_CONNECT_HEADERS (include/curl/curl.h), to which pycurl gives no name: an egress proxy's response to
+# CONNECT is never taken for fal's, not even when libcurl repeats a request through a new tunnel.
+_SUPPRESS_CONNECT_HEADERS = 265
 # Tells whether a limit of libcurl's rate works as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
 RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 
@@ -118,6 +121,7 @@ class HandlePool:
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS)
         curl.setopt(pycurl.UPLOAD_BUFFERSIZE, self._upload_buffer_bytes)
         curl.setopt(pycurl.FOLLOWLOCATION, 0)
+        curl.setopt(_SUPPRESS_CONNECT_HEADERS, 1)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(config.connect_timeout_s * 1000))
         if RATE_IS_WINDOW:

@@ -25,15 +25,24 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.rules.headers import ResponseHead, parse_response_head
 from tornado_fal_proxy.upstream.body import HIGH_WATER_BYTES, WINDOW_BYTES, Body
+from tornado_fal_proxy.upstream.budget import BufferBudget
+from tornado_fal_proxy.upstream.completeness import Truncated, completeness_for
 from tornado_fal_proxy.upstream.decoding import Undecodable, decoder_for
 
 __all__ = ["Transfer", "TransferDelegate"]
 
 _ALPN = b"ALPN: server "
+# Limits how long one transfer decodes before the other calls get their turn: a fraction of what a client may notice.
+MAX_TURN_S = 0.004
+# Limits interim responses (RFC 9110 section 15.2) to one request: more than any server sends. They bring no result, so
+# without a limit a server could keep a call for ever.
+MAX_INTERIM = 16
 
 
 class TransferDelegate(Protocol):
     """Describe what a transfer needs of its client."""
+
+    budget: BufferBudget
 
     def now(self) -> float:
         """Return the loop's time, in seconds."""
@@ -41,8 +50,8 @@ class TransferDelegate(Protocol):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note that the transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
 
-    def protocol_known(self, host: str, http2: bool) -> None:
-        """Note whether ``host`` speaks HTTP/2. Called inside libcurl."""
+    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
+        """Note whether the host of the transfer speaks HTTP/2. Called inside libcurl."""
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on where it is paused, and open its window, because the reader has caught up."""
@@ -61,7 +70,8 @@ class Transfer(Body):
     ``head`` is None until it is known. The other attributes belong to the client: ``may_have_been_sent`` says that the
     request may have left, ``leads`` that other calls wait for its handshake, ``resolving`` that it occupies a place of
     the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections.
-    ``last_progress_at`` is the loop's time when a byte moved last.
+    ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body that
+    takes several writes, of which ``uploaded`` have left; 0 when all of it has.
     """
 
     __slots__ = (
@@ -69,7 +79,9 @@ class Transfer(Body):
         "_delegate",
         "_failure",
         "_head_lines",
+        "_interim",
         "_retried",
+        "_turn_ends",
         "_waiter",
         "curl",
         "fresh_connect",
@@ -83,6 +95,7 @@ class Transfer(Body):
         "repeatable",
         "resolving",
         "started",
+        "upload_bytes",
         "uploaded",
     )
 
@@ -95,7 +108,7 @@ class Transfer(Body):
         host: str,
         repeatable: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(delegate.budget)
         self.curl: pycurl.Curl | None = curl  # None once libcurl is done with it
         self.pool = pool
         self.host = host
@@ -108,7 +121,10 @@ class Transfer(Body):
         self.local_port = 0
         self.fresh_connect = False
         self.last_progress_at = delegate.now()
+        self.upload_bytes = 0
         self.uploaded = 0
+        self._interim = 0
+        self._turn_ends = 0.0
         self._delegate = delegate
         self._failure: ProxyError | None = None
         self._head_lines: list[bytes] = []
@@ -125,24 +141,51 @@ class Transfer(Body):
         return self.head
 
     async def buffer_whole(self) -> bool:
-        """Wait until the body is whole and return True, or False as soon as it is larger than ``high_water``."""
+        """Wait until the body is whole and return True, or False as soon as it is larger than ``high_water``.
+
+        A body without a declared length is read whole only where HTTP itself, or its content, tells its end.
+        """
         self._buffering = True
         while not self.complete and not self.paused:
             await self._wait()
         self._buffering = False
         max_bytes = self.high_water
         self.window, self.high_water = WINDOW_BYTES, HIGH_WATER_BYTES
-        return self.complete and (self.decoder is None or self.decodes_within(max_bytes))
+        if not self.complete:
+            return False
+        return (self.decoder is None and self.completeness is None) or await self._is_within(max_bytes)
+
+    async def _is_within(self, max_bytes: int) -> bool:
+        """Decode and check a body that has arrived. Return whether it has at most ``max_bytes``."""
+        size = 0
+        pieces = []
+        while piece := await self._read_next():
+            pieces.append(piece)
+            self._budget.add(len(piece))
+            size += len(piece)
+            if size > max_bytes or (size > HIGH_WATER_BYTES and self._budget.exhausted):
+                break
+        self._decoded = pieces
+        return not piece
 
     async def read(self) -> bytes:
         """Return the next piece of the body as it came from libcurl, or as it was decoded; ``b""`` at its end."""
-        if self._decoded:
-            return self._decoded.pop(0)
-        while not (piece := self.next_piece()):
+        return self.pop_back() or await self._read_next()
+
+    async def _read_next(self) -> bytes:
+        while True:
+            if self._delegate.now() > self._turn_ends:
+                if self._turn_ends:
+                    await asyncio.sleep(0)
+                self._turn_ends = self._delegate.now() + MAX_TURN_S
+            if piece := self.next_piece():
+                return piece
+            if self.has_more:
+                continue
             if self.complete:
                 return b""
             await self._wait()
-        return piece
+            self._turn_ends = 0.0
 
     def cancel(self) -> None:
         """Cancel the call: libcurl closes the connection or resets the stream before this returns."""
@@ -150,12 +193,15 @@ class Transfer(Body):
         self.discard()
 
     def next_piece(self) -> bytes:
-        """Return the next piece, as :meth:`Body.next_piece` does. Raise MalformedResponse where it is undecodable."""
+        """Return the next piece, as :meth:`Body.next_piece` does. Raise MalformedResponse or ConnectionLost."""
+        error: type[UpstreamError]
         try:
             return super().next_piece()
         except Undecodable as exc:
-            detail = f"the body is not in its content-encoding: {exc}"
-        raise MalformedResponse(detail, may_have_run=not self.repeatable)
+            error, detail = MalformedResponse, f"the body is not in its content-encoding: {exc}"
+        except Truncated as exc:
+            error, detail = ConnectionLost, f"the body is not whole: {exc}"
+        raise error(detail, may_have_run=not self.repeatable)
 
     def resume(self) -> None:
         """Let libcurl go on."""
@@ -194,7 +240,7 @@ class Transfer(Body):
     def on_debug(self, kind: int, text: bytes) -> None:
         """Note which protocol the handshake of a leading call chose (DEBUGFUNCTION)."""
         if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
-            self._delegate.protocol_known(self.host, text.rstrip().endswith(b" h2"))
+            self._delegate.protocol_known(self, text.rstrip().endswith(b" h2"))
 
     def on_header(self, line: bytes) -> None:
         """Take a line of the head, or of the trailers, which are not passed on (HEADERFUNCTION)."""
@@ -202,30 +248,47 @@ class Transfer(Body):
             self._head_lines.append(line)
             return
         lines, self._head_lines = self._head_lines, []
-        if self.head is not None or not self.may_have_been_sent:
-            return  # trailers, or an egress proxy's response to CONNECT
+        if self.head is not None:
+            return  # trailers
         self.last_progress_at = self._delegate.now()
         try:
             head = parse_response_head(lines)
         except MalformedResponse as exc:
-            self._failure = MalformedResponse(exc.detail, may_have_run=not self.repeatable)
-        else:
-            if head.status < 200:
-                return  # an interim response (RFC 9110 section 15.2): the final one follows
-            if head.coding:
-                self.decoder = decoder_for(head.coding)
-                if self.decoder is None:
-                    head.headers.append(("content-encoding", head.coding))
-            self.head = head
-            if head.event_stream:
-                self.high_water = HIGH_WATER_BYTES
-            self._delegate.protocol_known(self.host, head.protocol == "2")
+            self._fail(exc.detail)
+            return
+        if head.status == 101:
+            self._fail("101, but no upgrade was requested")
+        elif head.status >= 200:
+            self._begin_body(head)
+        else:  # an interim response: the final one follows
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                self._fail(f"more than {MAX_INTERIM} interim responses")
+
+    def _begin_body(self, head: ResponseHead) -> None:
+        if head.coding:
+            self.decoder = decoder_for(head.coding)
+            if self.decoder is None:
+                head.headers.append(("content-encoding", head.coding))
+        elif not head.framed and head.has_body:
+            self.completeness = completeness_for(head.content_type)
+        self.head = head
+        if head.event_stream:
+            self.high_water = HIGH_WATER_BYTES
+        self._delegate.protocol_known(self, head.protocol == "2")
+        self._wake()
+
+    def _fail(self, detail: str) -> None:
+        self._failure = MalformedResponse(detail, may_have_run=not self.repeatable)
         self._wake()
 
     def on_body(self, data: bytes) -> int | None:
         """Take a piece of the body, or pause libcurl (WRITEFUNCTION)."""
         if self.curl is None or self._failure is not None:
             return None  # the call is over: drop the piece
+        if self.head is None:
+            self._fail("a body without a head")
+            return None
         if self.is_full:
             self.paused = True
             self._wake()
@@ -248,7 +311,8 @@ class Transfer(Body):
 
     def may_retry(self, failure: UpstreamError) -> bool:
         """Tell whether to send it once more on a new connection: it broke in the pool and cannot run twice."""
-        if self._retried or self.head is not None or self._head_lines or not isinstance(failure, ConnectionLost):
+        answered = self.head is not None or self._head_lines or self._interim or self._failure is not None
+        if self._retried or answered or not isinstance(failure, ConnectionLost):
             return False
         self._retried = self.repeatable or not self.may_have_been_sent
         return self._retried

@@ -1,0 +1,37 @@
+"""Count the bytes that calls keep in memory, against one limit for all of them.
+
+Strategy. Whatever keeps bytes of a body adds them when they arrive and removes them when they leave. Above the limit no
+new call is taken, and a response that is being buffered is streamed instead. Running calls go on: each then keeps no
+more than the high water of a stream.
+
+It keeps no bytes itself, and refuses nothing itself.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["BufferBudget"]
+
+
+class BufferBudget:
+    """Count bytes up to ``limit``. ``used`` may exceed it by what running calls keep."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int = sys.maxsize) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Tell whether the limit is reached."""
+        return self.used >= self.limit
+
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes."""
+        self.used += size
+
+    def remove(self, size: int) -> None:
+        """Count ``size`` fewer bytes."""
+        self.used -= size

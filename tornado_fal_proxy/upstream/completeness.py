@@ -1,0 +1,105 @@
+"""Tell whether a body that seems to have ended is whole, where HTTP alone does not say it.
+
+Strategy. A stream of HTTP/2 that ends with RST_STREAM and the code 0 instead of END_STREAM is truncated, as when a
+proxy in front of fal loses its own upstream. libcurl reports it as complete, as it does a body of HTTP/1 that only the
+end of the connection delimits. A declared length or chunks expose it, and so does the content: JSON ends when its
+outermost value is closed, and an event stream ends behind an empty line. Both are followed piece by piece, without a
+copy of the body. A body of any other type without a length is taken for whole.
+
+Sources: RFC 9113 section 8.1, RFC 8259 section 2, the HTML standard section 9.2.6 (event streams).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+__all__ = ["Completeness", "Truncated", "completeness_for"]
+
+_JSON = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]*\+)?json", re.IGNORECASE)
+# Behind an opening quote: the rest of a string, up to its closing quote or the end of the piece. An escape that the
+# piece cuts in two stays out.
+_REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_TOKEN = re.compile(rb'["{}\[\]]')
+# Limits what is kept of an event whose end has not come: longer than any line that is a comment only.
+_MAX_TAIL_BYTES = 4096
+
+
+class Truncated(ValueError):
+    """Report a body that ended before it was whole."""
+
+
+class Completeness(Protocol):
+    """Follow a body. ``is_complete`` tells whether what was fed so far can be all of it."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the body may end here."""
+
+    def feed(self, data: bytes) -> None:
+        """Follow the next piece."""
+
+
+def completeness_for(content_type: str) -> Completeness | None:
+    """Return what follows a body of that content type; None where its content does not tell its end."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "text/event-stream":
+        return _EventStream()
+    return _Json() if _JSON.fullmatch(kind) else None
+
+
+class _Json:
+    """Follow the nesting of a JSON text. An empty text, and a number or word, may end anywhere."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._rest = b""  # a backslash whose second character is in the next piece
+
+    @property
+    def is_complete(self) -> bool:
+        return self._depth <= 0 and not self._in_string
+
+    def feed(self, data: bytes) -> None:
+        data, self._rest = self._rest + data, b""
+        at = 0
+        while at < len(data):
+            if self._in_string:
+                match = _REST_OF_STRING.match(data, at)
+                assert match is not None  # it also matches nothing
+                at = match.end()
+                if at == len(data):
+                    return
+                if data[at] == 0x5C:
+                    self._rest = data[at:]
+                    return
+                self._in_string = False
+                at += 1
+                continue
+            token = _TOKEN.search(data, at)
+            if token is None:
+                return
+            at = token.end()
+            if token[0] == b'"':
+                self._in_string = True
+            else:
+                self._depth += 1 if token[0] in b"{[" else -1
+
+
+class _EventStream:
+    """Follow the events. What stands behind the last empty line is cut off, unless it is a comment."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    @property
+    def is_complete(self) -> bool:
+        return all(line.startswith(b":") for line in self._tail.splitlines() if line)
+
+    def feed(self, data: bytes) -> None:
+        tail = self._tail + data
+        end = max(tail.rfind(b"\n\n"), tail.rfind(b"\r\r"), tail.rfind(b"\r\n\r\n"))
+        if end >= 0:
+            tail = tail[end:].lstrip(b"\r\n")
+        # The front of a long event suffices to see that it is none of comments; its end to see the next boundary.
+        self._tail = tail if len(tail) <= _MAX_TAIL_BYTES else tail[: _MAX_TAIL_BYTES // 2] + tail[-3:]
