@@ -14,7 +14,7 @@ from tests.support.proxy import Setup
 
 @pytest.fixture
 def io_loop() -> Iterator[AsyncIOLoop]:
-    """pytest-tornado's own makes a loop current in a way that Python 3.12 warns of."""
+    """Return a loop. pytest-tornado's own fixture makes a loop current in a way that Python 3.12 warns of."""
     asyncio_loop = asyncio.new_event_loop()
     asyncio.set_event_loop(asyncio_loop)  # pytest-tornado makes the test's task before the loop runs
     loop = AsyncIOLoop(asyncio_loop=asyncio_loop, make_current=False)
@@ -29,7 +29,7 @@ def io_loop() -> Iterator[AsyncIOLoop]:
 
 @pytest.fixture(autouse=True)
 def logs() -> Iterator[Logs]:
-    """The log of the test; it fails at the end when something unexpected was logged."""
+    """Return the log of the test, and fail the test at its end if something unexpected was logged."""
     logs = Logs()
     root = logging.getLogger()
     root.addHandler(logs)
@@ -51,7 +51,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(params=["h2", "http/1.1"])
 def protocol(request: pytest.FixtureRequest) -> str:
-    """Runs the test once over each protocol towards fal."""
+    """Run the test once over each protocol towards fal."""
     return str(request.param)
 
 

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(params=["1", "2"])
 def processes(request: pytest.FixtureRequest) -> str:
-    """Runs the test once with a single process, and once with two workers."""
+    """Run the test once with a single process, and once with two workers."""
     return f"--processes={request.param}"

@@ -1,4 +1,4 @@
-"""The access log: a line for each call, and the last one too."""
+"""The access log has a line for each call, and for the last one too."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from tornado_fal_proxy.telemetry import Call
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.gen_test
 async def test_access_log(setup: Setup, form: str) -> None:
-    """A line for each call, with all that is asked for and without the query, and none can be forged."""
+    """Each call has one line with its facts, without the query of its target, and no client can forge a line."""
     upstream = await setup.upstream(as_asked)
     running, _ = await started(setup, upstream, f"--log-format={form}", "--trusted-proxies=127.0.0.1")
     port = running.port
@@ -34,36 +34,36 @@ async def test_access_log(setup: Setup, form: str) -> None:
     await call(port, "GET", target=None, path="/healthz")
     lines = await ended_lines(running)
     if form == "json":
-        told = [entry for entry in map(json.loads, lines) if entry["logger"] == "tornado_fal_proxy.access"]
-        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", entry["time"]) for entry in told)
+        entries = [entry for entry in map(json.loads, lines) if entry["logger"] == "tornado_fal_proxy.access"]
+        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", entry["time"]) for entry in entries)
         assert all(json.loads(line)["level"] for line in lines)
     else:
-        told = []
+        entries = []
         for line in lines:
             if " INFO tornado_fal_proxy.access: " in line:
                 pairs = re.findall(r'([a-z0-9_]+)=("(?:[^"\\]|\\.)*"|\S+)', line.partition("access: ")[2])
-                told.append({name: None if value == "-" else value for name, value in pairs})
+                entries.append({name: None if value == "-" else value for name, value in pairs})
     assert not any("secret" in line for line in lines)
     assert all(line.isascii() and line.isprintable() for line in lines)
-    assert [(str(entry["status"]), entry["outcome"], entry["why"], entry["endpoint"]) for entry in told] == [
+    assert [(str(entry["status"]), entry["outcome"], entry["error"], entry["target"]) for entry in entries] == [
         ("200", "ok", None, "fal.run/fal-ai/flux/dev"),
         ("200", "ok", None, "fal.run/fal-ai/flux/stream"),
         ("412", "refused", "TargetRefused", None),
         ("404", "refused", "NotFound", None),
     ]
-    first, second, third, fourth = told
-    assert (first["caller"], first["request_id"], first["fal_request_id"]) == ("203.0.113.7", "first", "fal-7")
+    first, second, third, fourth = entries
+    assert (first["client"], first["request_id"], first["fal_request_id"]) == ("203.0.113.7", "first", "fal-7")
     assert (str(first["upstream_protocol"]), str(first["upstream_status"]), str(first["bytes"])) == ("2", "200", "3")
     assert 0 < float(first["first_byte_s"]) <= float(first["total_s"])
-    assert (second["caller"], second["method"], str(second["bytes"])) == ("127.0.0.1", "GET", str(len(EVENT)))
+    assert (second["client"], second["method"], str(second["bytes"])) == ("127.0.0.1", "GET", str(len(EVENT)))
     assert (third["request_id"], third["upstream_status"]) == ("third", None)
-    assert fourth["caller"] == "127.0.0.1"
+    assert fourth["client"] == "127.0.0.1"
     assert (int(fourth["bytes"]), float(fourth["total_s"]) > 0) == (len(b'{"message": "Not found."}'), True)
 
 
 @pytest.mark.gen_test
 async def test_lines_are_written_together(logs: Logs) -> None:
-    """Soon after the calls, in their order, a few in each record."""
+    """Lines are written soon after the calls, in the order of these, a few in each record."""
     logger = logging.getLogger("tornado_fal_proxy.access")
     access_log = AccessLog(logger)
     for number in range(2 * LINES_AT_ONCE + 1):
@@ -78,22 +78,22 @@ async def test_lines_are_written_together(logs: Logs) -> None:
 
 @pytest.mark.gen_test
 async def test_the_last_call_is_logged(setup: Setup) -> None:
-    """The service ends with it, so that its line cannot wait for others."""
+    """Its line is written although the service ends with it, and no other line follows."""
     release = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await release.wait()
         await exchange.respond(200, b"[1]")
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(respond)
     running = await ServiceProcess.in_front_of(setup, upstream)
-    held = asyncio.create_task(call(running.port))
+    waiting = asyncio.create_task(call(running.port))
     await eventually(lambda: upstream.exchanges)
     running.process.terminate()
-    await running.log_line("ending: 1 calls in flight")
+    await running.log_line("drain: 1 calls in flight")
     release.set()
-    assert (await held).status == 200
+    assert (await waiting).status == 200
     _, stderr = await running.ended()
     (line,) = (line for line in stderr.splitlines() if " tornado_fal_proxy.access: " in line)
     assert " status=200 " in line
@@ -101,7 +101,7 @@ async def test_the_last_call_is_logged(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_no_access_log(setup: Setup) -> None:
-    """--log-level=warning has none."""
+    """With --log-level=warning there is no access log."""
     running = await ServiceProcess.in_front_of(setup, await setup.upstream(as_asked), "--log-level=warning")
     assert (await call(running.port)).status == 200
     assert not [line for line in await ended_lines(running) if "access" in line]

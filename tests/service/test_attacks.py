@@ -1,4 +1,4 @@
-"""What an attacker sends to the command, or has fal send: memory, log and environment of its process."""
+"""Attacks on the command by a client or by fal: memory, log and environment of its process."""
 
 import asyncio
 import base64
@@ -19,7 +19,7 @@ from tests.support.waiting import eventually
 ZEROS = 30_000_000
 BOMBS: dict[str, bytes] = {
     "gzip": gzip.compress(bytes(ZEROS)),
-    # As many of them in 39 bytes.
+    # The same number of zeros in 39 bytes.
     "br": base64.b64decode("z///f/gnAOKxQCD3/j//hpPxTwDEYQGAzm4y"),
     "gzip, gzip": gzip.compress(gzip.compress(bytes(ZEROS))),
     ", ".join(["gzip"] * 6): b"passed on as it is",
@@ -27,7 +27,7 @@ BOMBS: dict[str, bytes] = {
 
 
 def peak_kb(pid: int) -> int:
-    """The most memory that the process ever had."""
+    """Return the most memory that the process ever had."""
     return int(re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
 
 
@@ -35,35 +35,35 @@ def peak_kb(pid: int) -> int:
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
 async def test_bombs(setup: Setup, method: str, coding: str) -> None:
-    """An answer that is small until it is decoded takes a bounded amount of memory while its caller does not read."""
-    # response_buffer_bytes, and as much again; what is in br may also ask for a window of 16 MB (RFC 7932 section 9.1).
-    callers, most_kb = 2, 16_000 + (16 * 1024 if coding == "br" else 0)
+    """A response that is small until it is decoded takes a bounded amount of memory while its client does not read."""
+    # Twice response_buffer_bytes, and for brotli a window of 16 MB as well (RFC 7932 section 9.1).
+    clients, max_kb = 2, 16_000 + (16 * 1024 if coding == "br" else 0)
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         if exchange.target == b"/bomb":
             await exchange.respond(200, BOMBS[coding], [*JSON, ("content-encoding", coding)])
         else:
             await exchange.respond(200, b"{}", JSON)
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(respond)
     running = await ServiceProcess.in_front_of(setup, upstream)
     for _ in range(4):
         assert (await call(running.port, method)).status == 200
     before = peak_kb(running.pid)
-    stalled = [await RawClient.open(running.port, receive_buffer=4096) for _ in range(callers)]
-    for caller in stalled:
-        caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await caller.send(method, target="https://fal.run/bomb")
-    while len(upstream.exchanges) < 4 + callers:
+    stalled = [await RawClient.open(running.port, receive_buffer=4096) for _ in range(clients)]
+    for client in stalled:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(method, target="https://fal.run/bomb")
+    while len(upstream.exchanges) < 4 + clients:
         await asyncio.sleep(0.01)
     assert (await call(running.port, method)).status == 200  # what came before it has been decoded
     await asyncio.sleep(0.1)
-    used = (peak_kb(running.pid) - before) // callers
-    for caller in stalled:
-        caller.leave()
+    used = (peak_kb(running.pid) - before) // clients
+    for client in stalled:
+        client.leave()
     await running.end()
-    assert used < most_kb
+    assert used < max_kb
 
 
 # Logs.
@@ -101,18 +101,18 @@ TEMPLATES = [
 
 @pytest.mark.gen_test
 async def test_nobody_writes_to_the_log(setup: Setup) -> None:
-    """No byte of a caller's is a control character there, or begins a line."""
+    """No byte that a client sends is a control character in the log, or begins a line there."""
     running = await ServiceProcess.in_front_of(
         setup, "127.0.0.1:1", "--log-level=debug", "--allowed-origins=https://a.example"
     )
     for template in TEMPLATES:
         for nasty in NASTY:
-            caller = await RawClient.open(running.port)
-            caller.writer.write(template.replace(b"%b", nasty))
-            caller.writer.write_eof()
+            client = await RawClient.open(running.port)
+            client.writer.write(template.replace(b"%b", nasty))
+            client.writer.write_eof()
             with contextlib.suppress(ConnectionError):
-                await caller.reader.read()
-            await caller.close()
+                await client.reader.read()
+            await client.close()
     _, log = await running.end()
     assert len(log.splitlines()) == log.count("\n") > len(TEMPLATES) * len(NASTY) // 2
     for line in log.splitlines():
@@ -122,7 +122,7 @@ async def test_nobody_writes_to_the_log(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_a_key_from_a_file_is_in_no_environment(setup: Setup, tmp_path: Path) -> None:
-    """Nor in the arguments; of several processes, in those of none."""
+    """The key is neither in the environment nor in the arguments of any of several processes."""
     upstream = await setup.upstream(fine)
     config = setup.config(upstream)
     (tmp_path / "key").write_text(f"{KEY}\n")
@@ -139,5 +139,5 @@ async def test_a_key_from_a_file_is_in_no_environment(setup: Setup, tmp_path: Pa
             text = Path(f"/proc/{pid}/{name}").read_bytes()
             assert text
             assert SECRET.encode() not in text
-    for said in await running.end():
-        assert SECRET not in said
+    for output in await running.end():
+        assert SECRET not in output

@@ -1,6 +1,6 @@
-"""Restarts and killed workers under load lose no call.
+"""Restarts under load lose no call, and a killed worker loses only its own.
 
-The tests run few rounds each. ``TORNADO_FAL_PROXY_ROUNDS=20 pytest -s tests/service/test_load.py`` runs more of them.
+Each test runs few rounds. ``TORNADO_FAL_PROXY_ROUNDS=20 pytest -s tests/service/test_load.py`` runs more.
 """
 
 import logging
@@ -20,7 +20,7 @@ from tests.support.waiting import eventually
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_load_restarts(setup: Setup) -> None:
-    """With a socket that stays open no call fails however often the service is restarted, one after the other."""
+    """With a socket that stays open no call fails, however often the service is restarted."""
     upstream = await setup.upstream(respond)
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         port = listener.getsockname()[1]
@@ -33,13 +33,13 @@ async def test_load_restarts(setup: Setup) -> None:
             await load.more(200)
         assert load.failures == []
         await running.end()
-        print(f"{load.done} calls, {ROUNDS} restarts")  # noqa: T201  (for who runs more rounds)
+        print(f"{load.done} calls, {ROUNDS} restarts")  # noqa: T201  (shown with -s)
 
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a worker is killed with -9 its calls fail and no other, and a new one serves within 2 s."""
-    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # the upstream still writes to the dead
+    """When a worker is killed with SIGKILL only its own calls fail, and a new worker serves within 2 s."""
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # the upstream still writes to the dead worker
     upstream = await setup.upstream(respond)
     running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", "--log-level=error")
     times = []
@@ -50,7 +50,7 @@ async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch)
             before = set(running.workers())
             victim = min(before)
             os.kill(victim, signal.SIGSTOP)  # from here on it takes no connection
-            its_callers = serving(victim, running.port)
+            its_clients = serving(victim, running.port)
             failed = len(load.failures)
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
@@ -62,8 +62,8 @@ async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch)
             times.append(time.monotonic() - killed)
             await load.more(200)
             failures = load.failures[failed:]
-            assert its_callers
-            assert [failure for failure in failures if failure.port not in its_callers] == []
+            assert its_clients
+            assert [failure for failure in failures if failure.port not in its_clients] == []
             lost += len(failures)
     assert load.failures[:lost] == load.failures
     assert max(times) < 2

@@ -19,7 +19,7 @@ from tests.support.waiting import TIMEOUT_S, eventually
 
 
 def test_no_room_for_metrics() -> None:
-    """Where several workers cannot count together the start ends with a line, and not later with a signal."""
+    """If several workers cannot count together, the start ends with a line, and not later with a signal."""
     ended = subprocess.run(
         ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *COMMAND, "--port=0", "--admin-port=0", "--processes=2"],
         env=environment(WITH_KEY),
@@ -36,7 +36,7 @@ def test_no_room_for_metrics() -> None:
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.gen_test
 async def test_metrics(setup: Setup, processes: str) -> None:
-    """All workers' together, and each call once; Prometheus's own tool finds nothing to mend."""
+    """The counts of all workers come together, each call is counted once, and Prometheus's own tool accepts them."""
     upstream = await setup.upstream(as_asked)
     running, admin = await started(setup, upstream, f"--processes={processes}", "--log-level=error")
     for _ in range(20):
@@ -59,15 +59,15 @@ async def test_metrics(setup: Setup, processes: str) -> None:
         lambda scrape: scrape.total("fal_proxy_calls_total") == 24 and not scrape.total("fal_proxy_in_flight"),
     )
     calls = "fal_proxy_calls_total"
-    assert scrape.total(calls, endpoint="run", outcome="ok", method="POST", why="") == 20
-    assert scrape.total(calls, endpoint="stream", outcome="ok", method="GET") == 1
-    assert scrape.total(calls, endpoint="none", outcome="refused", method="other", why="MethodNotAllowed") == 1
-    assert scrape.total(calls, endpoint="queue_result", outcome="upstream_error", why="ConnectionLost") == 1
-    assert scrape.total(calls, endpoint="run", outcome="client_disconnected") == 1
+    assert scrape.total(calls, kind="run", outcome="ok", method="POST", error="") == 20
+    assert scrape.total(calls, kind="stream", outcome="ok", method="GET") == 1
+    assert scrape.total(calls, kind="none", outcome="refused", method="other", error="MethodNotAllowed") == 1
+    assert scrape.total(calls, kind="queue_result", outcome="upstream_error", error="ConnectionLost") == 1
+    assert scrape.total(calls, kind="run", outcome="client_disconnected") == 1
     assert scrape.total("fal_proxy_cancellations_total") == 1
     assert scrape.total("fal_proxy_upstream_responses_total", protocol="2", status="2xx") == 21
-    assert scrape.total("fal_proxy_first_byte_seconds_count", endpoint="run") == 20
-    assert scrape.total("fal_proxy_call_seconds_count", endpoint="run") == 21
+    assert scrape.total("fal_proxy_first_byte_seconds_count", kind="run") == 20
+    assert scrape.total("fal_proxy_call_seconds_count", kind="run") == 21
     assert scrape.total("fal_proxy_body_bytes_total", direction="received") == 21 * 2
     assert scrape.total("fal_proxy_workers") == scrape.total("fal_proxy_workers_expected") == int(processes)
     assert scrape.total("fal_proxy_max_in_flight") == 20_000 * int(processes)
@@ -75,14 +75,14 @@ async def test_metrics(setup: Setup, processes: str) -> None:
     assert scrape.total("fal_proxy_worker_restarts_total") == 0
 
     process = await asyncio.create_subprocess_exec(tool("promtool"), "check", "metrics", stdin=-1, stdout=-1, stderr=-1)
-    said = await process.communicate(scrape.body)
-    assert (process.returncode, *said) == (0, b"", b"")
+    output = await process.communicate(scrape.body)
+    assert (process.returncode, *output) == (0, b"", b"")
     await ended_lines(running)
 
 
 @pytest.mark.gen_test
 async def test_metrics_outlive_a_worker(setup: Setup) -> None:
-    """One that is killed is counted as a restart, and what it had counted stays."""
+    """A worker that is killed is counted as a restart, and its counts stay."""
     running, admin = await started(setup, await setup.upstream(as_asked), "--processes=2", "--log-level=error")
     for _ in range(10):
         assert (await call(running.port)).status == 200
@@ -103,7 +103,7 @@ async def test_metrics_outlive_a_worker(setup: Setup) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.gen_test
 async def test_no_metrics_are_left_behind(setup: Setup, tmp_path: Path, number: signal.Signals) -> None:
-    """However the service ends: where the parent is killed, its workers clear up."""
+    """No file of metrics is left, however the service ends. If the parent is killed, its workers remove the files."""
     running, _ = await started(setup, await setup.upstream(as_asked), "--processes=2", TMPDIR=str(tmp_path))
     assert list(tmp_path.iterdir())
     running.process.send_signal(number)
@@ -117,20 +117,20 @@ async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
     """/readyz is 503 while calls in flight are finished; /healthz is 200 all the time."""
     release = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await release.wait()
         await exchange.respond(200, b"[1]")
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(respond)
     running, admin = await started(setup, upstream, f"--processes={processes}")
 
     async def status(path: str) -> int:
         return (await call(admin, "GET", target=None, path=path)).status
 
     assert [await status(path) for path in ("/healthz", "/readyz", "/nowhere")] == [200, 200, 404]
-    caller = await RawClient.open(running.port)
-    await caller.send()
+    client = await RawClient.open(running.port)
+    await client.send()
     await eventually(lambda: upstream.exchanges)
     running.process.send_signal(signal.SIGTERM)
 
@@ -141,14 +141,14 @@ async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
         assert await status("/healthz") == 200
         assert await status("/metrics") == 200
     release.set()
-    assert (await caller.response()).status == 200
-    await caller.close()
+    assert (await client.response()).status == 200
+    await client.close()
     await running.ended()
 
 
 @pytest.mark.gen_test
-async def test_the_admin_address_is_no_callers(setup: Setup) -> None:
-    """Nothing of it is on the public port, and no call passes there."""
+async def test_the_admin_port_is_not_for_clients(setup: Setup) -> None:
+    """The public port serves no path of the admin port, and the admin port relays no call."""
     running, admin = await started(setup, await setup.upstream(as_asked))
     for path in ("/metrics", "/readyz"):
         assert (await call(running.port, "GET", target=None, path=path)).status == 404

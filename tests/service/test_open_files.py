@@ -1,4 +1,4 @@
-"""The limit of open files: it is raised, and where it is reached calls are refused and nothing hangs."""
+"""The limit of open files is raised, and when it is reached calls are refused and nothing hangs."""
 
 import asyncio
 import os
@@ -16,18 +16,18 @@ from tests.support.waiting import eventually
 
 
 def limited(soft: int, hard: int) -> list[str]:
-    """The command with that limit of open files."""
+    """Return the command with that limit of open files."""
     return ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", *COMMAND]
 
 
 @pytest.mark.gen_test
 async def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
-    """To the hard limit; and where that is too low for max_in_flight, a warning says what to set."""
+    """It is raised to the hard limit. If that is too low for max_in_flight, a warning says what to set."""
     monkeypatch.setattr("tests.support.service_process.COMMAND", limited(64, 2000))
     running = await ServiceProcess.start(processes, "--max-in-flight=1900", FAL_KEY=KEY)
     for pid in (running.pid, *running.workers()):
         assert re.search(r"Max open files\s+2000\s+2000", Path(f"/proc/{pid}/limits").read_text())
-    line = await running.log_line("--max-in-flight=1900 takes up to 2076 open files")
+    line = await running.log_line("limit of open files is 2000: --max-in-flight=1900 takes up to 2076 open files")
     assert re.search(r"LimitNOFILE=2076.* or set --max-in-flight=1824$", line.strip()), line
     await running.end()
     running = await ServiceProcess.start(processes, "--max-in-flight=1824", FAL_KEY=KEY)
@@ -36,14 +36,14 @@ async def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of that process."""
+    """Return user and system time of that process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.gen_test
 async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections beyond the limit are answered 503, one line is logged, and it recovers when others leave."""
+    """Connections beyond the limit are answered 503, one line is logged, and the service recovers when others leave."""
     monkeypatch.setattr("tests.support.service_process.COMMAND", limited(64, 64))
     gate = Gate()
     gate.open.set()
@@ -54,16 +54,16 @@ async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
     refused = await call(running.port)
     assert refused.message == "The proxy has no room for another connection; try again."
     assert refused.header("connection") == "close"
-    # Calls on connections that it has are served.
+    # Calls on connections that were accepted are served.
     await idle[0].send()
     assert (await idle[0].response()).status == 200
-    # Now so many that it cannot even accept them.
+    # Now there are more connections than it can even accept.
     more = [await RawClient.open(running.port) for _ in range(30)]
     used = cpu_s(running.pid)
     await asyncio.sleep(1)
-    assert cpu_s(running.pid) - used < 0.5  # it does not try again and again
-    for caller in (*idle, *more):
-        caller.leave()
+    assert cpu_s(running.pid) - used < 0.5  # it does not try to accept again and again
+    for client in (*idle, *more):
+        client.leave()
     await eventually(lambda: not serving(running.pid, running.port))
     assert (await call(running.port)).status == 200
     _, stderr = await running.end()
@@ -72,7 +72,7 @@ async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gen_test
 async def test_out_of_open_files_over_http1(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each call also takes a connection to fal, those without one are answered 502 or 503; it recovers."""
+    """If each call needs a connection to fal as well, calls without one are answered 502 or 503. It recovers."""
     monkeypatch.setattr("tests.support.service_process.COMMAND", limited(64, 64))
     gate = Gate()
     upstream = await setup.upstream(gate, "http/1.1")

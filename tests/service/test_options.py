@@ -1,4 +1,4 @@
-"""Each option, its variable, and what the command says of them."""
+"""Each option, its variable, its help, and the line that lists what is open."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.application import describe_access
 from tornado_fal_proxy.service.options import _parser, parse_settings
 
-# Each option that takes a value: two texts, and what the first one means.
+# Each option that takes a value: two texts, and the value of the first.
 OPTIONS: dict[str, tuple[str, str, Any]] = {
     "address": ("::1", "0.0.0.0", "::1"),
     "port": ("0", "9000", 0),
@@ -50,7 +50,7 @@ NO_DEFAULT = (
 
 
 def test_the_table_has_every_option() -> None:
-    """So that the two tests beside cover a new one."""
+    """The table above has every option, so the tests below cover a new one."""
     actions = {action.dest for action in _parser()._actions}
     assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
     relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", *SWITCHES}
@@ -58,10 +58,10 @@ def test_the_table_has_every_option() -> None:
 
 
 def test_help_lists_every_option() -> None:
-    """In groups, with its unit or form and its default, and says how the key and the variables are given."""
+    """Options are listed in groups with unit or form and default, and the text explains the key and the variables."""
     ended = shell("", "--help", COLUMNS="200")
     assert (ended.returncode, ended.stderr) == (0, "")
-    text = ended.stdout.replace("\n" + 24 * " ", " ")  # what argparse put on a line of its own
+    text = ended.stdout.replace("\n" + 24 * " ", " ")  # text that argparse put on a line of its own
     assert [line for line in text.splitlines() if line.endswith(":")] == [
         "options:",
         "listening:",
@@ -85,7 +85,7 @@ def test_help_lists_every_option() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, name: str) -> None:
-    """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same."""
+    """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same; the option wins."""
     text, other, value = (authority.ca_file if item == "{ca}" else item for item in OPTIONS[name])
     option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
 
@@ -106,7 +106,7 @@ def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, nam
     ("text", "on"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("off", False), ("", False)]
 )
 def test_the_sandbox_is_a_switch(text: str, on: bool) -> None:
-    """An option without value, or a variable that says yes or no. It needs no key, and uses none."""
+    """The sandbox is an option without value, or a variable that means yes or no. It needs no key, and uses none."""
     assert parse_settings(["--sandbox"], {}).sandbox
     settings = parse_settings([], WITH_KEY | {"FAL_PROXY_SANDBOX": text})
     assert settings.sandbox is on
@@ -132,7 +132,7 @@ def test_a_switch_is_also_a_variable(name: str) -> None:
 
 
 def test_with_resolve_key_no_key_is_needed() -> None:
-    """Each call has its own, and a key that is there all the same is checked."""
+    """Each call has a key of its own then, and a key that is given all the same is checked."""
     settings = parse_settings(["--resolve-key=os.path:join"], {})
     assert settings.config is not None
     assert settings.config.resolve_key is os.path.join
@@ -140,41 +140,42 @@ def test_with_resolve_key_no_key_is_needed() -> None:
         parse_settings(["--resolve-key=os.path:join"], {"FAL_KEY": "a b"})
 
 
-# Options, and what the line at the start says then; the first two leave the key to strangers.
+# Options, and the line at the start. The first two leave the key to everyone.
+OPEN_TO_ALL = "anyone (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
 OPEN = [
-    ([], "open: every model, anyone: see README.md, 'Secure it'"),
+    ([], f"open: every model, {OPEN_TO_ALL}"),
     (
         ["--allow-cancel", "--allowed-hosts=fal.run"],
-        "open: every model, only on fal.run, cancel, anyone: see README.md",
+        f"open: every model, only on fal.run, cancel, {OPEN_TO_ALL}",
     ),
     (["--allowed-endpoints=fal-ai/flux/**,a/b"], "open: endpoints fal-ai/flux/**, a/b, anyone"),
     (["--allowed-endpoints=a/b", "--allow-uploads"], "open: endpoints a/b, uploads, anyone"),
-    (["--authorize=os.path:exists"], "open: every model, whom authorize lets in"),
+    (["--authorize=os.path:exists"], "open: every model, clients that authorize accepts"),
     (
         ["--authorize=os.path:exists", "--allowed-webhooks=none", "--allowed-origins=https://a.example"],
-        "open: every model, webhooks to nobody, whom authorize lets in, pages of https://a.example",
+        "open: every model, webhooks to nobody, clients that authorize accepts, pages of https://a.example",
     ),
 ]
 
 
 @pytest.mark.parametrize(("argv", "line"), OPEN)
 def test_what_is_open(argv: list[str], line: str) -> None:
-    """In a line, which points to the README where nothing keeps strangers out."""
+    """The line at the start lists what is open, and points to the README if nothing keeps unknown clients out."""
     config = parse_settings(argv, WITH_KEY).config
     assert config is not None
-    restricted, said = describe_access(config)
-    assert said.startswith(line)
-    assert restricted is ("README" not in said) is ("README" not in line)
-    assert SECRET not in said
+    restricted, found = describe_access(config)
+    assert found == line
+    assert restricted is ("README" not in found) is ("README" not in line)
+    assert SECRET not in found
 
 
 def test_the_settings_show_no_key() -> None:
-    """To whoever prints them."""
+    """The key is not in their repr."""
     assert SECRET not in repr(parse_settings([], WITH_KEY))
 
 
 def test_several_problems_are_a_tuple() -> None:
-    """For a program that asks: each of them by itself."""
+    """A program that handles the error gets each problem by itself."""
     with pytest.raises(ConfigError) as caught:
         parse_settings(["--port=x", "--route=x", "--log-level=x", "--max-in-flight=x"], {})
     names = ["--port: ", "--route: ", "--log-level: ", "no key: ", "--max-in-flight: "]

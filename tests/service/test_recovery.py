@@ -1,7 +1,7 @@
-"""What clients see of each fault of fal's side, that it is over soon, and that nothing of it stays in the service.
+"""Faults on fal's side: each is over soon for clients, and nothing of it stays in the service.
 
-``pytest tests/service/test_recovery.py -s`` prints what the table of docs/faults.md is made of.
-relay/test_faults.py has what single calls get; tests.support.recovery says how it is done here.
+``pytest tests/service/test_recovery.py -s`` prints the rows of the table in docs/faults.md.
+relay/test_faults.py tests single calls; tests.support.recovery explains how these tests work.
 """
 
 import json
@@ -18,8 +18,8 @@ from tests.support.tools import ROOT, isolated, tool
 from tests.support.wire import DEVICE
 from tornado_fal_proxy.upstream.handles import ADDRESS_LIFETIME_S, CONNECTION_LIFETIME_S
 
-# What the allocator keeps of the buffers of many connections made anew. It grows with the first ones and then stays.
-MOST_KB = 40_000
+# Limits how much memory the service keeps: the allocator keeps buffers of the first new connections, and then no more.
+MAX_KB = 40_000
 
 CASES = [(name, protocol) for name, fault in FAULTS.items() for protocol in fault.protocols]
 
@@ -33,12 +33,12 @@ def start(prefix: list[str], protocol: str, names: list[str]) -> subprocess.Pope
 
 @pytest.fixture(scope="module")
 def find() -> Find:
-    """The report on a fault, of all that run side by side when the first is asked for."""
+    """Return a function that finds the report on a fault. The first call runs all faults side by side."""
     reports: dict[tuple[str, str], Report] = {}
     started: set[bool] = set()
 
     def run_all(network: bool) -> None:
-        """Faults of one protocol one after the other where they can share a service."""
+        """Run faults of one protocol one after the other if they can share a service."""
         shared: dict[tuple[str, int, int], list[str]] = {}
         for name, protocol in CASES:
             fault = FAULTS[name]
@@ -64,38 +64,38 @@ def find() -> Find:
 
 
 def is_possible(name: str) -> bool:
-    """Whether this machine has what it takes."""
+    """Return whether this machine has what the fault needs."""
     return FAULTS[name].network != "wire" or os.access(DEVICE, os.R_OK | os.W_OK)
 
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_recovery(find: Find, name: str, protocol: str) -> None:
-    """No POST runs twice or may be thought not to have run; calls succeed again soon; what was held then is held."""
+    """No POST runs twice, none that ran is reported as not run, calls succeed again soon, and nothing of it stays."""
     fault = FAULTS[name]
     if fault.network:
         tool("ip"), tool("tc")
     if not is_possible(name):
         tool(DEVICE)
     report = find(name, protocol)
-    print("\n" + row(report))  # noqa: T201  (for who makes the table)
+    print("\n" + row(report))  # noqa: T201  (shown with -s)
     assert report.error == ""
     assert report.twice == [], "executed more than once"
-    assert report.deceived == [], "a caller may repeat what was executed"
+    assert report.deceived == [], "a client may repeat what was executed"
     seen = set(report.seen) - {"POST 200", "GET 200", "stream 200"}
     assert seen <= fault.bad
     assert seen & fault.felt or not fault.felt, "it was no fault"
     assert report.recovered_s <= fault.within_s
     assert is_at_rest(report.after, report.before), report
-    assert report.after["kb"] <= report.before["kb"] + MOST_KB
+    assert report.after["kb"] <= report.before["kb"] + MAX_KB
 
 
 def test_a_name_that_moves_is_followed_within_a_minute() -> None:
-    """The above runs with shorter times: these are the real ones."""
+    """The tests above run with shorter times; these are the real ones."""
     assert CONNECTION_LIFETIME_S + ADDRESS_LIFETIME_S < 60
 
 
 def row(report: Report) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     seen = ", ".join(f"{count} x {what}" for what, count in sorted(report.seen.items()))
     rest = ", ".join(f"{what} {report.before.get(what)} -> {count}" for what, count in report.after.items())
     how = f" ({report.how})" if report.how else ""

@@ -23,27 +23,27 @@ from tornado_fal_proxy.service.server import CLOSE_POLL_S
 
 @pytest.mark.gen_test
 async def test_it_serves_its_route_and_its_health() -> None:
-    """Where the start line says, and nothing else; an option wins over its variable; it logs to stderr alone."""
+    """It serves where the start line says and nothing else. An option wins over its variable, and it logs to stderr."""
     running = await ServiceProcess.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", FAL_KEY=KEY)
     assert running.line.endswith(f" listens on http://127.0.0.1:{running.port}/here\n")
 
     health = await call(running.port, "GET", path="/healthz")
     assert (health.status, health.body, health.header("cache-control")) == (200, b'{"status": "ok"}', "no-store")
-    caller = await RawClient.open(running.port)
-    await caller.send("HEAD", path="/healthz")
-    assert (await caller.head()).status == 200
-    await caller.close()
+    client = await RawClient.open(running.port)
+    await client.send("HEAD", path="/healthz")
+    assert (await client.head()).status == 200
+    await client.close()
 
     for path in ("/", "/there", "/here/", "/hereafter", ROUTE, "/healthz/", "/Healthz"):
         for method in ("GET", "POST", "DELETE"):
-            answer = await call(running.port, method, path=path)
-            assert (answer.status, answer.message) == (404, "Not found.")
+            response = await call(running.port, method, path=path)
+            assert (response.status, response.message) == (404, "Not found.")
     assert (await call(running.port, "GET", path="/here", target=None)).status == 400
 
     stdout, stderr = await running.end()
     assert stdout == ""
-    assert "WARNING tornado_fal_proxy: open: every model, anyone: see README.md" in stderr
-    assert "why=NotFound" in stderr
+    assert "WARNING tornado_fal_proxy: open: every model, anyone (restrict it with --allowed-endpoints or" in stderr
+    assert "error=NotFound" in stderr
 
 
 RULES = """
@@ -57,13 +57,13 @@ def resolve_key(handler, target):
 
 @pytest.mark.gen_test
 async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
-    """Options alone restrict it; functions of the operator's are found in the working directory; no key is needed."""
+    """Options alone restrict it. The operator's functions are found in the working directory, and no key is needed."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.respond(200, exchange.header("authorization") or b"", [("content-type", "application/json")])
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(respond)
     (tmp_path / "my_rules.py").write_text(RULES)
     config = setup.config(upstream)
     running = await ServiceProcess.start(
@@ -74,75 +74,75 @@ async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
         FAL_PROXY_CONNECT_TO=str(config.connect_to),
     )
     token = "x-token: /fal-ai/flux/dev"
-    answer_ = await call(running.port, headers=[token])
-    assert (answer_.status, answer_.body) == (200, b"Key tenant:/fal-ai/flux/dev")
+    allowed = await call(running.port, headers=[token])
+    assert (allowed.status, allowed.body) == (200, b"Key tenant:/fal-ai/flux/dev")
     assert (await call(running.port, headers=["x-token: /other"])).status == 401
-    closed = await call(running.port, target="https://fal.run/fal-ai/other", headers=[token])
-    assert (closed.status, "allowed_endpoints" in closed.message) == (403, True)
+    refused = await call(running.port, target="https://fal.run/fal-ai/other", headers=[token])
+    assert (refused.status, "allowed_endpoints" in refused.message) == (403, True)
     assert (await call(running.port, "PUT", headers=[token])).header("allow") == "GET, POST"
     _, stderr = await running.end()
-    assert "INFO tornado_fal_proxy: open: endpoints fal-ai/flux/**, cancel, whom authorize lets in" in stderr
+    assert "INFO tornado_fal_proxy: open: endpoints fal-ai/flux/**, cancel, clients that authorize accepts" in stderr
     assert "tenant:" not in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.gen_test
 async def test_a_signal_ends_it_and_every_call_is_answered(setup: Setup, protocol: str, number: signal.Signals) -> None:
-    """A held POST with 500, for it may have run; a held GET with 502, which they repeat; the exit code is 3.
+    """A POST in flight is answered 500, because it may have run, and a GET 502. The exit code is 3.
 
-    So it is for calls that are not finished when --drain-timeout-s is over.
+    This is also the end of calls that are not finished when --drain-timeout-s is over.
     """
     upstream = await setup.upstream(silent, protocol)
     running = await ServiceProcess.in_front_of(setup, upstream, "--drain-timeout-s=0.3")
     idle = await RawClient.open(running.port)
-    held = [asyncio.create_task(call(running.port, method)) for method in ("POST", "GET", "POST", "GET")]
-    await arrived(upstream, len(held))
+    waiting = [asyncio.create_task(call(running.port, method)) for method in ("POST", "GET", "POST", "GET")]
+    await arrived(upstream, len(waiting))
     running.process.send_signal(number)
     _, stderr = await running.ended(3)
-    assert "4 calls are cut" in stderr
-    answers = [await task for task in held]
-    assert [answer.status for answer in answers] == [500, 502, 500, 502]
+    assert "drain: 4 calls aborted" in stderr
+    responses = [await task for task in waiting]
+    assert [response.status for response in responses] == [500, 502, 500, 502]
     broken = "The connection to fal's server broke before the response was complete."
     perhaps = " The job may have run: check before sending it again."
-    assert [answer.message for answer in answers] == [broken + perhaps, broken] * 2
+    assert [response.message for response in responses] == [broken + perhaps, broken] * 2
     assert await idle.reader.read() == b""
     await idle.close()
 
 
 @pytest.mark.gen_test
-async def test_an_answer_that_is_being_written_when_it_ends_leaves_whole(setup: Setup) -> None:
-    """A caller that has the head of a paid result and still reads gets the rest of it."""
+async def test_a_response_that_is_being_written_when_it_ends_leaves_whole(setup: Setup) -> None:
+    """A client that has the head of a paid result and still reads gets the rest of it."""
     result = b"x" * 8_000_000
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.respond(200, result, [("content-type", "application/json")])
 
-    running = await ServiceProcess.in_front_of(setup, await setup.upstream(answer))
-    caller = await RawClient.open(running.port, receive_buffer=65_536)
-    await caller.send("POST")
-    head = await caller.head()
+    running = await ServiceProcess.in_front_of(setup, await setup.upstream(respond))
+    client = await RawClient.open(running.port, receive_buffer=65_536)
+    await client.send("POST")
+    head = await client.head()
     assert head.status == 200
     running.process.send_signal(signal.SIGTERM)
     # No new connection is accepted once it is ending.
     while connects(running.port):
         await asyncio.sleep(0.005)
-    await asyncio.sleep(10 * CLOSE_POLL_S)  # a caller that takes its time, within CLOSE_GRACE_S
-    assert await caller.reader.readexactly(len(result)) == result
-    await caller.close()
+    await asyncio.sleep(10 * CLOSE_POLL_S)  # a client that takes its time, within CLOSE_GRACE_S
+    assert await client.reader.readexactly(len(result)) == result
+    await client.close()
     await running.ended()
 
 
 @pytest.mark.gen_test
 async def test_a_call_that_comes_while_it_ends_is_sent_to_another(setup: Setup, logs: Logs) -> None:
-    """503 on a connection that is still open: nothing reached fal, so the caller may repeat it."""
+    """It is answered 503 on a connection that is still open. Nothing reached fal, so the client may repeat it."""
     application = make_application(ProxyConfig(key=KEY), ROUTE)
     port = setup.serve(application)
     application.closing = True
     for path in (ROUTE, "/healthz", "/"):
-        answer = await call(port, path=path)
-        assert (answer.status, answer.message) == (503, "The proxy is closing; try again.")
-        assert answer.header("connection") == "close"
+        response = await call(port, path=path)
+        assert (response.status, response.message) == (503, "The proxy is closing; try again.")
+        assert response.header("connection") == "close"
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
@@ -166,9 +166,9 @@ async def test_without_a_stdout_it_serves_all_the_same(redirection: str) -> None
 
 @pytest.mark.gen_test
 async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str) -> None:
-    """Not to any log at its most talkative, the list of processes, or a caller, however the call ends."""
+    """The key is in no log, even at level debug, in no list of processes and in no response, however the call ends."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         if exchange.target == b"/lost":
             exchange.abort_connection()
@@ -177,7 +177,7 @@ async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str)
         else:
             await exchange.respond(200, b"{}", [("content-type", "application/json")])
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     running = await ServiceProcess.in_front_of(setup, upstream, "--log-level=debug")
     calls: list[tuple[str, dict[str, Any], int]] = [
         ("POST", {}, 200),
@@ -192,24 +192,24 @@ async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str)
         ("POST", {"headers": ["content-type: text/plain"]}, 415),
         ("POST", {"path": "/elsewhere"}, 404),
     ]
-    answers: list[Response] = [await call(running.port, method, **more) for method, more, _ in calls]
-    assert [answer.status for answer in answers] == [status for *_, status in calls]
+    responses: list[Response] = [await call(running.port, method, **more) for method, more, _ in calls]
+    assert [response.status for response in responses] == [status for *_, status in calls]
     assert {exchange.header("authorization") for exchange in upstream.exchanges} == {f"Key {KEY}".encode()}
 
     command_line = Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
     stdout, stderr = await running.end()
     assert b"tornado_fal_proxy" in command_line
     assert "ConnectionLost" in stderr
-    for text in (repr(command_line), running.line, stdout, stderr, repr(answers)):
+    for text in (repr(command_line), running.line, stdout, stderr, repr(responses)):
         assert SECRET not in text
         assert "Key " not in text
 
 
 @pytest.mark.gen_test
 async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
-    """A call of fal's client to it succeeds, and it ends as the service does."""
+    """A call as fal's SDKs make it succeeds, and the sandbox ends with the service."""
     running = await ServiceProcess.start("--sandbox")
-    answer = await call(running.port, body=b'{"prompt": "a lighthouse"}')
-    assert answer.status == 200
+    response = await call(running.port, body=b'{"prompt": "a lighthouse"}')
+    assert response.status == 200
     stdout, _ = await running.end()
     assert f"http://127.0.0.1:{running.port}/" in stdout

@@ -20,107 +20,111 @@ from tornado_fal_proxy import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """``says`` are regular expressions that the one line on stderr must match, ``code`` the exit code."""
+    """A start that fails. The one line on stderr must match each of ``match``, and ``code`` is the exit code."""
 
     argv: tuple[str, ...]
     environ: dict[str, str]
-    says: tuple[str, ...]
+    match: tuple[str, ...]
     code: int = 2
 
 
-def start(*argv: str, says: str | tuple[str, ...], code: int = 2, environ: dict[str, str] | None = None) -> Start:
-    return Start(argv, environ or {}, (says,) if isinstance(says, str) else says, code)
+def start(*argv: str, match: str | tuple[str, ...], code: int = 2, environ: dict[str, str] | None = None) -> Start:
+    return Start(argv, environ or {}, (match,) if isinstance(match, str) else match, code)
 
 
 FAILS = [
     # The key.
-    start(says=r"no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET"),
-    start(says=r"no key", environ={"FAL_KEY": " "}),
-    start(says=r"no key", environ={"FAL_KEY_ID": "a"}),
-    start(says=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
-    start(says=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
-    start(says=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
-    start(says=r"FAL_KEY_FILE: '.*empty.pem' holds no key", environ={"FAL_KEY_FILE": "{dir}/empty.pem"}),
-    # Whoever tries to pass it as an option must not find it in the log of the machine.
-    start(f"--key={KEY}", says=r"unknown: --key; .*FAL_KEY"),
-    start("--key", KEY, says=r"unknown: --key, an argument; .*FAL_KEY"),
-    start(f"--fal-key={KEY}", "--nope", says=r"unknown: --fal-key, --nope; "),
-    start(f"-k{KEY}", says=r"unknown: an argument; "),
-    start(f"-k={KEY}", says=r"unknown: an argument; "),
-    start(KEY, says=r"unknown: an argument; "),
+    start(match=r"no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET"),
+    start(match=r"no key", environ={"FAL_KEY": " "}),
+    start(match=r"no key", environ={"FAL_KEY_ID": "a"}),
+    start(match=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
+    start(match=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
+    start(match=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
+    start(match=r"FAL_KEY_FILE: '.*empty.pem' holds no key", environ={"FAL_KEY_FILE": "{dir}/empty.pem"}),
+    # A key that is passed as an option must not get into the machine's log.
+    start(f"--key={KEY}", match=r"unknown: --key; .*FAL_KEY"),
+    start("--key", KEY, match=r"unknown: --key, an argument; .*FAL_KEY"),
+    start(f"--fal-key={KEY}", "--nope", match=r"unknown: --fal-key, --nope; "),
+    start(f"-k{KEY}", match=r"unknown: an argument; "),
+    start(f"-k={KEY}", match=r"unknown: an argument; "),
+    start(KEY, match=r"unknown: an argument; "),
     # Options.
-    start("--nope", says=r"unknown: --nope; --help shows"),
-    start("--por=1", says=r"unknown: --por; "),
-    start("--port", says=r"argument --port: expected one argument"),
-    start("--port=http", says=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
-    start("--port=65536", says=r"--port: must be .*65536", environ=WITH_KEY),
-    start("--port=-1", says=r"--port: must be .*-1", environ=WITH_KEY),
+    start("--nope", match=r"unknown: --nope; --help shows"),
+    start("--por=1", match=r"unknown: --por; "),
+    start("--port", match=r"argument --port: expected one argument"),
+    start("--port=http", match=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
+    start("--port=65536", match=r"--port: must be .*65536", environ=WITH_KEY),
+    start("--port=-1", match=r"--port: must be .*-1", environ=WITH_KEY),
     start(
-        says=r"--port: must be .*'tcp://10.0.0.1:8080'", environ={"FAL_PROXY_PORT": "tcp://10.0.0.1:8080", **WITH_KEY}
+        match=r"--port: must be .*'tcp://10.0.0.1:8080'", environ={"FAL_PROXY_PORT": "tcp://10.0.0.1:8080", **WITH_KEY}
     ),
-    start("--route=api", says=r"--route: must be a path such as /api/fal/proxy.*'api'", environ=WITH_KEY),
-    start("--route=/(a|b)", says=r"--route: must be a path", environ=WITH_KEY),
-    start("--route=/healthz", says=r"--route: .*none of /, /healthz", environ=WITH_KEY),
-    start("--log-level=loud", says=r"--log-level: must be one of debug, info, .*'loud'", environ=WITH_KEY),
+    start("--route=api", match=r"--route: must be a path such as /api/fal/proxy.*'api'", environ=WITH_KEY),
+    start("--route=/(a|b)", match=r"--route: must be a path", environ=WITH_KEY),
+    start("--route=/healthz", match=r"--route: .*none of /, /healthz", environ=WITH_KEY),
+    start("--log-level=loud", match=r"--log-level: must be one of debug, info, .*'loud'", environ=WITH_KEY),
     start(
-        "--connect-timeout-s=never", says=r"--connect-timeout-s: must be a number of seconds.*'never'", environ=WITH_KEY
+        "--connect-timeout-s=never",
+        match=r"--connect-timeout-s: must be a number of seconds.*'never'",
+        environ=WITH_KEY,
     ),
-    start(says=r"--idle-timeout-s: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
-    start("--max-body-bytes=32M", says=r"--max-body-bytes: must be a whole number.*'32M'", environ=WITH_KEY),
-    start("--max-in-flight=0", says=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
-    start("--response-buffer-bytes=1.5", says=r"--response-buffer-bytes: must be .*'1.5'", environ=WITH_KEY),
-    start("--ca-certs={dir}/none.pem", says=r"--ca-certs: cannot read .*none.pem': No such file", environ=WITH_KEY),
-    start("--ca-certs={dir}", says=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
-    start(says=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}),
-    start("--connect-to=nowhere", says=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
+    start(match=r"--idle-timeout-s: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
+    start("--max-body-bytes=32M", match=r"--max-body-bytes: must be a whole number.*'32M'", environ=WITH_KEY),
+    start("--max-in-flight=0", match=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
+    start("--response-buffer-bytes=1.5", match=r"--response-buffer-bytes: must be .*'1.5'", environ=WITH_KEY),
+    start("--ca-certs={dir}/none.pem", match=r"--ca-certs: cannot read .*none.pem': No such file", environ=WITH_KEY),
+    start("--ca-certs={dir}", match=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
+    start(
+        match=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}
+    ),
+    start("--connect-to=nowhere", match=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
     # Access.
-    start("--allowed-endpoints=fal-ai", says=r"--allowed-endpoints: 'fal-ai' has too few segments", environ=WITH_KEY),
+    start("--allowed-endpoints=fal-ai", match=r"--allowed-endpoints: 'fal-ai' has too few segments", environ=WITH_KEY),
     start(
         "--allowed-endpoints=a/b,,c/{d}",
-        says=("--allowed-endpoints: '' may have", r"--allowed-endpoints: 'c/\{d\}' may have"),
+        match=("--allowed-endpoints: '' may have", r"--allowed-endpoints: 'c/\{d\}' may have"),
         environ=WITH_KEY,
     ),
-    start("--allowed-endpoints=none", says=r"--allowed-endpoints: must be a list of patterns", environ=WITH_KEY),
-    start("--allowed-hosts=evil.com", says=r"--allowed-hosts: 'evil.com' must be a host of fal's", environ=WITH_KEY),
-    start(says=r"--allow-cancel: must be .*'maybe'", environ={"FAL_PROXY_ALLOW_CANCEL": "maybe", **WITH_KEY}),
-    start("--allow-uploads=1", says=r"argument --allow-uploads: ", environ=WITH_KEY),
-    start("--max-token-expiration-s=1h", says=r"--max-token-expiration-s: must be .*'1h'", environ=WITH_KEY),
+    start("--allowed-endpoints=none", match=r"--allowed-endpoints: must be a list of patterns", environ=WITH_KEY),
+    start("--allowed-hosts=evil.com", match=r"--allowed-hosts: 'evil.com' must be a host of fal's", environ=WITH_KEY),
+    start(match=r"--allow-cancel: must be .*'maybe'", environ={"FAL_PROXY_ALLOW_CANCEL": "maybe", **WITH_KEY}),
+    start("--allow-uploads=1", match=r"argument --allow-uploads: ", environ=WITH_KEY),
+    start("--max-token-expiration-s=1h", match=r"--max-token-expiration-s: must be .*'1h'", environ=WITH_KEY),
     start(
         "--allowed-webhooks=https://a.example/hook,https://b.example",
-        says=r"--allowed-webhooks: 'https://a.example/hook' must be an origin",
+        match=r"--allowed-webhooks: 'https://a.example/hook' must be an origin",
         environ=WITH_KEY,
     ),
-    start("--allowed-origins=*", says=r"--allowed-origins: '\*' must be an origin", environ=WITH_KEY),
-    start("--allow-credentials", says=r"--allow-credentials: needs allowed_origins", environ=WITH_KEY),
-    start("--authorize=rules", says=r"--authorize: must be package.module:function, not 'rules'", environ=WITH_KEY),
-    start("--authorize=rules:f", says=r"--authorize: cannot import 'rules:f': ModuleNotFoundError", environ=WITH_KEY),
-    start("--authorize=os:sep", says=r"--authorize: must be a function, not '/'", environ=WITH_KEY),
-    start("--resolve-key=os:none", says=r"--resolve-key: cannot import 'os:none': AttributeError"),
-    start("--log-format=xml", says=r"--log-format: must be one of text, json, not 'xml'", environ=WITH_KEY),
+    start("--allowed-origins=*", match=r"--allowed-origins: '\*' must be an origin", environ=WITH_KEY),
+    start("--allow-credentials", match=r"--allow-credentials: needs allowed_origins", environ=WITH_KEY),
+    start("--authorize=rules", match=r"--authorize: must be package.module:function, not 'rules'", environ=WITH_KEY),
+    start("--authorize=rules:f", match=r"--authorize: cannot import 'rules:f': ModuleNotFoundError", environ=WITH_KEY),
+    start("--authorize=os:sep", match=r"--authorize: must be a function, not '/'", environ=WITH_KEY),
+    start("--resolve-key=os:none", match=r"--resolve-key: cannot import 'os:none': AttributeError"),
+    start("--log-format=xml", match=r"--log-format: must be one of text, json, not 'xml'", environ=WITH_KEY),
     start(
-        "--admin-port=on", says=r"--admin-port: must be a number from 0 to 65535, or none, not 'on'", environ=WITH_KEY
+        "--admin-port=on", match=r"--admin-port: must be a number from 0 to 65535, or none, not 'on'", environ=WITH_KEY
     ),
     start(
         "--admin-port=0",
         "--admin-address=192.0.2.1",
-        says=r"192.0.2.1 port 0: .*; see --admin-address",
+        match=r"192.0.2.1 port 0: .*; see --admin-address",
         environ=WITH_KEY,
     ),
     start(
         "--trusted-proxies=10.0.0.0/8,nginx",
-        says=r"--trusted-proxies: 'nginx' is no address, no network such as 10.0.0.0/8, and not unix",
+        match=r"--trusted-proxies: 'nginx' is no address, no network such as 10.0.0.0/8, and not unix",
         environ=WITH_KEY,
     ),
-    start("--processes=-1", says=r"--processes: must be a number from 0 to 256, not '-1'", environ=WITH_KEY),
-    start("--processes=257", says=r"--processes: must be .*'257'", environ=WITH_KEY),
-    start("--processes=two", says=r"--processes: must be .*'two'", environ=WITH_KEY),
-    start("--drain-timeout-s=long", says=r"--drain-timeout-s: must be a number of seconds.*'long'", environ=WITH_KEY),
-    start("--drain-timeout-s=86401", says=r"--drain-timeout-s: must be .*'86401'", environ=WITH_KEY),
+    start("--processes=-1", match=r"--processes: must be a number from 0 to 256, not '-1'", environ=WITH_KEY),
+    start("--processes=257", match=r"--processes: must be .*'257'", environ=WITH_KEY),
+    start("--processes=two", match=r"--processes: must be .*'two'", environ=WITH_KEY),
+    start("--drain-timeout-s=long", match=r"--drain-timeout-s: must be a number of seconds.*'long'", environ=WITH_KEY),
+    start("--drain-timeout-s=86401", match=r"--drain-timeout-s: must be .*'86401'", environ=WITH_KEY),
     # Several problems are one line.
     start(
         "--port=x",
         "--connect-to=\n\n",
-        says=(
+        match=(
             "--port: must be",
             "no key: set FAL_KEY",
             "--response-buffer-bytes: must be",
@@ -132,28 +136,31 @@ FAILS = [
     # The address. (No name here is one that a resolver would have to be asked for.)
     start(
         "--port={taken}",
-        says=r"cannot listen on 127.0.0.1 port \d+: .*in use; choose another --port",
+        match=r"cannot listen on 127.0.0.1 port \d+: .*in use; choose another --port",
         code=1,
         environ=WITH_KEY,
     ),
-    start("--address=203.0.113.1", says=r"cannot listen on 203.0.113.1 port 8080: .*; see --address", environ=WITH_KEY),
-    start("--address=a..b", says=r"cannot listen on a..b port 8080: .*; see --address", environ=WITH_KEY),
-    start("--address=" + "a" * 64, says=r"cannot listen on a{64} port 8080: .*; see --address", environ=WITH_KEY),
     start(
-        says=r"cannot listen on a ..b port 8080: .*; see --address", environ={"FAL_PROXY_ADDRESS": "a\n..b", **WITH_KEY}
+        "--address=203.0.113.1", match=r"cannot listen on 203.0.113.1 port 8080: .*; see --address", environ=WITH_KEY
+    ),
+    start("--address=a..b", match=r"cannot listen on a..b port 8080: .*; see --address", environ=WITH_KEY),
+    start("--address=" + "a" * 64, match=r"cannot listen on a{64} port 8080: .*; see --address", environ=WITH_KEY),
+    start(
+        match=r"cannot listen on a ..b port 8080: .*; see --address",
+        environ={"FAL_PROXY_ADDRESS": "a\n..b", **WITH_KEY},
     ),
     # The sandbox.
     start(
         "--sandbox",
-        says=r"--sandbox needs more packages \(.*trustme.*\): pip install 'tornado-fal-proxy\[sandbox\]'",
+        match=r"--sandbox needs more packages \(.*trustme.*\): pip install 'tornado-fal-proxy\[sandbox\]'",
         environ={"PYTHONPATH": "{shim}"},
     ),
-    start("--sandbox", "--connect-to=a:1", says=r"--connect-to: the sandbox sets it"),
-    start("--sandbox", "--ca-certs=a", "--port=x", says=("--ca-certs: the sandbox sets it", "--port: must be")),
-    start("--sandbox", "--max-in-flight=x", says=r"--max-in-flight: must be"),
-    start("--sandbox", "--processes=2", says=r"--processes: the sandbox runs in one"),
-    start("--sandbox=1", says=r"argument --sandbox: "),
-    start(says=r"--sandbox: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
+    start("--sandbox", "--connect-to=a:1", match=r"--connect-to: the sandbox sets it"),
+    start("--sandbox", "--ca-certs=a", "--port=x", match=("--ca-certs: the sandbox sets it", "--port: must be")),
+    start("--sandbox", "--max-in-flight=x", match=r"--max-in-flight: must be"),
+    start("--sandbox", "--processes=2", match=r"--processes: the sandbox runs in one"),
+    start("--sandbox=1", match=r"argument --sandbox: "),
+    start(match=r"--sandbox: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
 ]
 
 WITHOUT_TRUSTME = """
@@ -170,16 +177,16 @@ sys.meta_path.insert(0, Blocker())
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended]]:
-    """All of FAILS, run side by side."""
+    """Run all of FAILS side by side, and return how each ended, by its number."""
     directory = tmp_path_factory.mktemp("service")
     (directory / "empty.pem").touch()
     (directory / "shim").mkdir()
     (directory / "shim" / "sitecustomize.py").write_text(WITHOUT_TRUSTME)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        places = {"{taken}": str(taken.getsockname()[1]), "{dir}": str(directory), "{shim}": str(directory / "shim")}
+        texts = {"{taken}": str(taken.getsockname()[1]), "{dir}": str(directory), "{shim}": str(directory / "shim")}
 
         def filled(text: str) -> str:
-            for name, value in places.items():
+            for name, value in texts.items():
                 text = text.replace(name, value)
             return text
 
@@ -201,13 +208,13 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended
     "number", range(len(FAILS)), ids=lambda number: " ".join(FAILS[number].argv)[:30] or str(number)
 )
 def test_a_start_that_cannot_work_ends_with_one_line(failed: dict[int, Ended], number: int) -> None:
-    """On stderr, naming what to change, with the exit code of its kind; no traceback, and nothing of the key."""
+    """The line on stderr names what to change, and the exit code is that of its kind. The key is not shown."""
     wanted, ended = FAILS[number], failed[number]
     assert ended.returncode == wanted.code
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
     assert line.startswith("tornado-fal-proxy: ")
-    for pattern in wanted.says:
+    for pattern in wanted.match:
         assert re.search(pattern, line), line
     assert "Traceback" not in line
     assert SECRET not in line
@@ -215,12 +222,12 @@ def test_a_start_that_cannot_work_ends_with_one_line(failed: dict[int, Ended], n
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 def test_without_a_stderr_the_exit_code_stays(redirection: str) -> None:
-    """And the line does not go to stdout instead."""
+    """The exit code is as usual, and the line does not go to stdout instead."""
     ended = shell(redirection, "--port=x")
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
 
 
 def test_version() -> None:
-    """One line on stdout."""
+    """The version is one line on stdout."""
     ended = shell("", "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"tornado-fal-proxy {__version__}\n", "")

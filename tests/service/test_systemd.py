@@ -1,4 +1,4 @@
-"""What systemd is told, and sockets that it hands over."""
+"""Notifications to systemd, and sockets that it passes to the service."""
 
 import asyncio
 import os
@@ -20,12 +20,10 @@ from tests.support.stub_handlers import Gate
 from tests.support.tools import tool, unused_port
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 
-# systemd.
-
 
 @asynccontextmanager
 async def notified(tmp_path: Path, abstract: bool = False) -> AsyncIterator[tuple[str, socket.socket]]:
-    """What $NOTIFY_SOCKET is to be, and the socket."""
+    """Yield a value for $NOTIFY_SOCKET, and the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.setblocking(False)
         name = f"\0test-{os.getpid()}-{time.monotonic_ns()}" if abstract else str(tmp_path / "notify")
@@ -33,13 +31,14 @@ async def notified(tmp_path: Path, abstract: bool = False) -> AsyncIterator[tupl
         yield name.replace("\0", "@"), manager
 
 
-async def told(manager: socket.socket) -> str:
+async def notification(manager: socket.socket) -> str:
+    """Return the next notification."""
     async with asyncio.timeout(TIMEOUT_S):
         return (await asyncio.get_running_loop().sock_recv(manager, 4096)).decode()
 
 
 async def within(seconds: float, manager: socket.socket) -> bytes | None:
-    """What comes next, None when nothing does."""
+    """Return the next notification, None if there is none in that time."""
     try:
         return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 4096), seconds)
     except TimeoutError:
@@ -49,17 +48,17 @@ async def within(seconds: float, manager: socket.socket) -> bytes | None:
 @pytest.mark.parametrize("abstract", [False, True])
 @pytest.mark.gen_test
 async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract: bool) -> None:
-    """READY=1 once calls are served, STOPPING=1 when the drain begins, and no WATCHDOG=1 that nobody asked for."""
+    """READY=1 is sent once calls are served, STOPPING=1 when the drain begins, and no WATCHDOG=1 without a watchdog."""
     upstream = await setup.upstream(gate := Gate())
     async with notified(tmp_path, abstract) as (name, manager):
         running = await ServiceProcess.in_front_of(setup, upstream, processes, NOTIFY_SOCKET=name)
-        assert await told(manager) == "READY=1"
-        held = asyncio.create_task(call(running.port))
+        assert await notification(manager) == "READY=1"
+        waiting = asyncio.create_task(call(running.port))
         await arrived(upstream, 1)
         running.process.terminate()
-        assert await told(manager) == "STOPPING=1"
+        assert await notification(manager) == "STOPPING=1"
         gate.open.set()
-        assert (await held).status == 200
+        assert (await waiting).status == 200
         await running.ended()
         with pytest.raises(BlockingIOError):
             manager.recv(4096)
@@ -67,10 +66,10 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
 
 @pytest.mark.gen_test
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
-    """WATCHDOG=1 comes several times in its period, as long as the loops of all workers turn."""
+    """WATCHDOG=1 comes several times in its period, as long as the loops of all workers run."""
     async with notified(tmp_path) as (name, manager):
         running = await ServiceProcess.start(processes, NOTIFY_SOCKET=name, WATCHDOG_USEC="200000", FAL_KEY=KEY)
-        counts = Counter([await told(manager) for _ in range(10)])
+        counts = Counter([await notification(manager) for _ in range(10)])
         assert counts.keys() == {"READY=1", "WATCHDOG=1"}
         victim = max(running.workers(), default=running.pid)
         os.kill(victim, signal.SIGSTOP)
@@ -78,7 +77,7 @@ async def test_watchdog(tmp_path: Path, processes: str) -> None:
             while await within(0.6, manager) is not None:
                 pass
         os.kill(victim, signal.SIGCONT)
-        assert await told(manager) == "WATCHDOG=1"
+        assert await notification(manager) == "WATCHDOG=1"
         await running.end()
 
 
@@ -90,7 +89,7 @@ def listener() -> Iterator[socket.socket]:
 
 @pytest.mark.gen_test
 async def test_activated(listener: socket.socket, processes: str) -> None:
-    """A socket that is open already is served, and wins over --address and --port, which is said."""
+    """A socket that is open already is served, and wins over --address and --port, which is logged."""
     port = listener.getsockname()[1]
     running = await ServiceProcess.start(processes, "--port=1", listener=listener, FAL_PROXY_ADDRESS="::1", FAL_KEY=KEY)
     assert running.port == port
@@ -103,15 +102,15 @@ async def test_activated(listener: socket.socket, processes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "redirection", "says"),
+    ("environ", "redirection", "match"),
     [
         ({"LISTEN_FDS": "1", "LISTEN_FDNAMES": "http"}, "3</dev/null", r"descriptor 3 \(http\) from LISTEN_FDS is no"),
         ({"LISTEN_FDS": "1"}, "3<&-", r"descriptor 3 \(unknown\) from LISTEN_FDS is no listening stream socket"),
     ],
 )
 @pytest.mark.gen_test
-async def test_not_a_listening_socket(environ: dict[str, str], redirection: str, says: str) -> None:
-    """One line that names the descriptor, and exit code 1."""
+async def test_not_a_listening_socket(environ: dict[str, str], redirection: str, match: str) -> None:
+    """The start ends with one line that names the descriptor, and with exit code 1."""
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", f'export LISTEN_PID=$$; exec "$@" {redirection}', "sh", *COMMAND),
         env=environment(WITH_KEY | environ),
@@ -120,12 +119,12 @@ async def test_not_a_listening_socket(environ: dict[str, str], redirection: str,
     _, stderr = await process.communicate()
     (line,) = stderr.decode().splitlines()
     assert process.returncode == 1
-    assert re.search(says, line), line
+    assert re.search(match, line), line
 
 
 @pytest.mark.gen_test
 async def test_variables_of_another_process(processes: str) -> None:
-    """LISTEN_FDS and WATCHDOG_USEC that name another process are not for this one."""
+    """LISTEN_FDS and WATCHDOG_USEC that name another process are ignored."""
     running = await ServiceProcess.start(
         processes, LISTEN_FDS="1", LISTEN_PID="1", WATCHDOG_USEC="1", WATCHDOG_PID="1", FAL_KEY=KEY
     )
@@ -147,7 +146,9 @@ async def test_systemd_socket_activate(processes: str) -> None:
     await eventually(lambda: connects(port))
     health = await call(port, "GET", path="/healthz")
     assert health.status == 200
+    assert process.stdout is not None
+    # A worker may serve before the parent, which waits for all of them, announces the URL.
+    assert f"listens on http://127.0.0.1:{port}/".encode() in await process.stdout.readline()
     process.terminate()
-    stdout, _ = await process.communicate()
-    assert f"listens on http://127.0.0.1:{port}/".encode() in stdout
+    await process.communicate()
     assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""Several processes: connections spread over them, workers are replaced, and an end loses no call."""
+"""Several processes: connections are spread over them, workers are replaced, and a shutdown loses no call."""
 
 import asyncio
 import os
@@ -17,47 +17,48 @@ from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, ali
 from tests.support.stub_handlers import Gate
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
-from tornado_fal_proxy.service.supervisor import GIVE_UP_AFTER
+from tornado_fal_proxy.service.supervisor import MAX_FAILED_STARTS
 
 
 @pytest.mark.gen_test
 async def test_connections_spread(setup: Setup) -> None:
-    """Of 64 callers that connect at once each of two workers has 35 to 65 %, a new one as well as an old one."""
+    """Each of two workers gets 35 to 65 % of 64 clients that connect at once, a new worker as well as an old one."""
     running = await ServiceProcess.start("--processes=2", FAL_KEY=KEY)
     for _ in range(2):
-        callers = await asyncio.gather(*(RawClient.open(running.port) for _ in range(64)))
+        clients = await asyncio.gather(*(RawClient.open(running.port) for _ in range(64)))
         counts = {pid: len(serving(pid, running.port)) for pid in running.workers()}
         while sum(counts.values()) < 64:
             await asyncio.sleep(0.01)
             counts = {pid: len(serving(pid, running.port)) for pid in running.workers()}
         assert len(counts) == 2
         assert min(counts.values()) >= 0.35 * 64
-        for caller in callers:
-            await caller.close()
+        for client in clients:
+            await client.close()
         victim = min(counts)
         os.kill(victim, signal.SIGKILL)
         await eventually(lambda victim=victim: len(set(running.workers()) - {victim}) == 2)  # type: ignore[misc]
-        # It serves when it takes a connection that comes while the other has more.
+        # The new worker serves once it accepts a connection that comes while the other has more.
         await new_worker_serves(running, set(counts))
     await running.end()
 
 
 async def new_worker_serves(running: ServiceProcess, old: set[int]) -> None:
-    callers = []
+    """Connect clients until a worker that is not in ``old`` accepts one."""
+    clients = []
     async with asyncio.timeout(TIMEOUT_S):
         while not any(serving(pid, running.port) for pid in running.workers() if pid not in old):
-            callers.append(await RawClient.open(running.port))
+            clients.append(await RawClient.open(running.port))
             await asyncio.sleep(0.05)
-    for caller in callers:
-        await caller.close()
+    for client in clients:
+        await client.close()
 
 
 def test_workers_that_die_at_start_end_the_service(tmp_path: Path) -> None:
-    """With exit code 4 and a last line that says so, after a few tries; the log has the reason."""
+    """The service ends after a few tries with exit code 4. The last line reports it, and the log has the reason."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import tornado_fal_proxy.service as service\n"
-        "async def _serve(*_): raise RuntimeError('no way')\n"
-        "service._serve = _serve\n"
+        "from tornado_fal_proxy.service import process\n"
+        "async def serve(*_): raise RuntimeError('no way')\n"
+        "process.serve = serve\n"
     )
     ended = subprocess.run(
         [*COMMAND, "--port=0", "--processes=2"],
@@ -69,67 +70,67 @@ def test_workers_that_die_at_start_end_the_service(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stdout) == (4, "")
     assert re.fullmatch(
-        rf"tornado-fal-proxy: {GIVE_UP_AFTER} worker processes in a row ended before they were ready; "
-        r"the last with exit code 1; the log says why",
+        rf"tornado-fal-proxy: {MAX_FAILED_STARTS} worker processes in a row ended before they were ready "
+        r"\(the last with exit code 1\); see the log for the reason",
         ended.stderr.splitlines()[-1],
     )
     assert "RuntimeError: no way" in ended.stderr
 
 
-# The end.
+# The shutdown.
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.gen_test
-async def test_a_drain_finishes_what_it_has(setup: Setup, processes: str, number: signal.Signals) -> None:
-    """Calls in flight are answered, with connection: close; the port is free at once; the exit code is 0."""
+async def test_a_drain_finishes_calls_in_flight(setup: Setup, processes: str, number: signal.Signals) -> None:
+    """They are answered with ``connection: close``. The port is free at once, and the exit code is 0."""
     gate = Gate()
     upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream, processes)
-    callers = [await RawClient.open(running.port) for _ in range(4)]
-    for caller in callers:
-        await caller.send()
-    await arrived(upstream, len(callers))
+    clients = [await RawClient.open(running.port) for _ in range(4)]
+    for client in clients:
+        await client.send()
+    await arrived(upstream, len(clients))
     running.process.send_signal(number)
     await eventually(lambda: not connects(running.port))
     with socket.create_server(("127.0.0.1", running.port)):
         pass
     gate.open.set()
-    for caller in callers:
-        got = await caller.response()
+    for client in clients:
+        got = await client.response()
         assert (got.status, got.body, got.header("connection")) == (200, b"{}", "close")
-        assert await caller.reader.read() == b""
-        await caller.close()
+        assert await client.reader.read() == b""
+        await client.close()
     await running.ended()
 
 
 @pytest.mark.gen_test
 async def test_a_drain_serves_kept_connections(setup: Setup, processes: str) -> None:
-    """A request on a connection that was kept is served, with connection: close; one that stays idle is closed."""
+    """A request on a kept connection is served with ``connection: close``, and one that stays idle is closed."""
     gate = Gate()
     gate.open.set()
     upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream, processes, "--drain-timeout-s=3600")
     used, idle, fresh = [await RawClient.open(running.port) for _ in range(3)]
-    for caller in (used, idle):
-        await caller.send()
-        assert (await caller.response()).header("connection") is None
+    for client in (used, idle):
+        await client.send()
+        assert (await client.response()).header("connection") is None
     running.process.terminate()
     await eventually(lambda: not connects(running.port))
     await used.send()
     await fresh.send()
-    for caller in (used, fresh):
-        got = await caller.response()
+    for client in (used, fresh):
+        got = await client.response()
         assert (got.status, got.header("connection")) == (200, "close")
     assert await idle.reader.read() == b""
-    for caller in (used, idle, fresh):
-        await caller.close()
+    for client in (used, idle, fresh):
+        await client.close()
     await running.ended()
 
 
 @pytest.mark.gen_test
 async def test_a_stream_is_finished_in_a_drain(setup: Setup, processes: str) -> None:
-    """One whose head has left long ago, too."""
+    """A stream whose head was sent long ago is finished too."""
     goes_on = asyncio.Event()
 
     async def stream(exchange: Exchange) -> None:
@@ -140,55 +141,55 @@ async def test_a_stream_is_finished_in_a_drain(setup: Setup, processes: str) -> 
         await exchange.end()
 
     running = await ServiceProcess.in_front_of(setup, await setup.upstream(stream), processes)
-    caller = await RawClient.open(running.port)
-    await caller.send()
-    await caller.head()
-    assert await caller.chunk() == b"data: 1\n\n"
+    client = await RawClient.open(running.port)
+    await client.send()
+    await client.head()
+    assert await client.chunk() == b"data: 1\n\n"
     running.process.terminate()
     await eventually(lambda: not connects(running.port))
     goes_on.set()
-    assert [await caller.chunk() for _ in range(2)] == [b"data: 2\n\n", b""]
-    await caller.close()
+    assert [await client.chunk() for _ in range(2)] == [b"data: 2\n\n", b""]
+    await client.close()
     await running.ended()
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGQUIT, None)])
 @pytest.mark.gen_test
-async def test_a_second_signal_cuts(
+async def test_a_second_signal_aborts(
     setup: Setup, processes: str, first: signal.Signals, second: signal.Signals | None
 ) -> None:
-    """At once, and SIGQUIT does so by itself: a held POST is answered 500, and the exit code is 3."""
+    """It aborts at once, as SIGQUIT does by itself: a POST in flight is answered 500, and the exit code is 3."""
     upstream = await setup.upstream(Gate())
     running = await ServiceProcess.in_front_of(setup, upstream, processes)
-    held = [asyncio.create_task(call(running.port)) for _ in range(4)]
-    await arrived(upstream, len(held))
+    waiting = [asyncio.create_task(call(running.port)) for _ in range(4)]
+    await arrived(upstream, len(waiting))
     running.process.send_signal(first)
     await eventually(lambda: not connects(running.port))
     if second is not None:
         running.process.send_signal(second)
-    assert [(await task).status for task in held] == [500] * 4
+    assert [(await task).status for task in waiting] == [500] * 4
     await running.ended(3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.gen_test
 async def test_a_signal_to_the_group_counts_once(setup: Setup, processes: str, number: signal.Signals) -> None:
-    """Ctrl-C in a terminal and systemd's KillMode=control-group reach the workers as well, and still drain."""
+    """Ctrl-C in a terminal and systemd's KillMode=control-group signal the workers as well, and still drain."""
     gate = Gate()
     upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream, processes)
-    held = [asyncio.create_task(call(running.port)) for _ in range(4)]
-    await arrived(upstream, len(held))
+    waiting = [asyncio.create_task(call(running.port)) for _ in range(4)]
+    await arrived(upstream, len(waiting))
     os.killpg(running.pid, number)
     await eventually(lambda: not connects(running.port))
     gate.open.set()
-    assert [(await task).status for task in held] == [200] * 4
+    assert [(await task).status for task in waiting] == [200] * 4
     await running.ended()
 
 
 @pytest.mark.gen_test
 async def test_nohup(processes: str) -> None:
-    """Where SIGHUP was ignored at the start it is ignored."""
+    """SIGHUP is ignored if it was ignored at the start."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         running = await ServiceProcess.start(processes, FAL_KEY=KEY)
@@ -202,36 +203,36 @@ async def test_nohup(processes: str) -> None:
 
 @pytest.mark.gen_test
 async def test_no_orphans(setup: Setup) -> None:
-    """When the parent is killed with -9, the workers finish what they have, take nothing more, and end."""
+    """When the parent is killed with SIGKILL, the workers finish their calls, accept no more, and end."""
     gate = Gate()
     upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2")
-    held = [asyncio.create_task(call(running.port)) for _ in range(4)]
-    await arrived(upstream, len(held))
+    waiting = [asyncio.create_task(call(running.port)) for _ in range(4)]
+    await arrived(upstream, len(waiting))
     workers = running.workers()
     assert len(workers) == 2
     running.process.kill()
     await eventually(lambda: not connects(running.port))
     assert all(map(alive, workers))
     gate.open.set()
-    assert [(await task).status for task in held] == [200] * 4
+    assert [(await task).status for task in waiting] == [200] * 4
     await eventually(lambda: not any(map(alive, workers)))
     await running.process.communicate()
 
 
 @pytest.mark.gen_test
-async def test_a_worker_that_is_told_to_end_is_replaced(setup: Setup) -> None:
-    """SIGTERM to one worker: it finishes its calls, and another takes its place."""
+async def test_a_worker_that_is_stopped_is_replaced(setup: Setup) -> None:
+    """A worker that gets SIGTERM finishes its calls, and another replaces it."""
     gate = Gate()
     upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2")
-    held = [asyncio.create_task(call(running.port)) for _ in range(4)]
-    await arrived(upstream, len(held))
+    waiting = [asyncio.create_task(call(running.port)) for _ in range(4)]
+    await arrived(upstream, len(waiting))
     before = set(running.workers())
     os.kill(min(before), signal.SIGTERM)
     gate.open.set()
-    assert [(await task).status for task in held] == [200] * 4
-    await running.log_line("ended with exit code 0 and is replaced")
+    assert [(await task).status for task in waiting] == [200] * 4
+    await running.log_line(r"worker replaced: process \d+ ended with exit code 0")
     await new_worker_serves(running, before)
     await running.end()
 

@@ -1,1 +1,1 @@
-"""Libraries for the tests, for fuzzing and for soaks. No test is here, and no fixture."""
+"""Libraries for the tests, for fuzzing and for soaks, without any test or fixture."""

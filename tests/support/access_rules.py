@@ -1,4 +1,4 @@
-"""The operator's rules, made and asked."""
+"""Make the operator's rules, and judge calls by them."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def rules(**fields: Any) -> AccessRules:
 
 
 def refusal(access: AccessRules, method: str, url: str) -> type[ProxyError] | None:
-    """What a call with that head is refused with."""
+    """Return the error that a call with that head is refused with, None if it is allowed."""
     headers = [("x-fal-target-url", url), ("content-type", "application/json")]
     try:
         decide(method, headers, max_body_bytes=100, access=access)

@@ -24,46 +24,46 @@ KUBERNETES = DEPLOY / "kubernetes/tornado-fal-proxy.yaml"
 PROMETHEUS, GRAFANA = DEPLOY / "prometheus/prometheus.yaml", DEPLOY / "grafana/dashboard.json"
 
 INSTALLED = "/opt/tornado-fal-proxy"
-# Where the files here put the metrics.
+# The port of the metrics in these files.
 ADMIN_PORT = 9464
-# From a signal to the end of the process, with default options: what whoever stops it must wait.
+# Limits the time from a signal to the end of the process with default options: a supervisor must wait as long.
 LONGEST_END_S = DEFAULT_DRAIN_TIMEOUT_S + 2 * CLOSE_GRACE_S + KILL_AFTER_S
 
 
 def run(*command: str | Path, **more: Any) -> str:
-    """What a command that must succeed says."""
+    """Return the output of a command that must succeed."""
     ended = subprocess.run(command, capture_output=True, text=True, check=False, **more)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return str(ended.stdout)
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The lines of the Dockerfile: what is to be done, and with what."""
+    """Return the lines of the Dockerfile, each as the name of an instruction and its arguments."""
     lines = re.sub(r"\\\n *", "", DOCKERFILE.read_text()).splitlines()
     pairs = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
     return [(name, rest) for name, rest in pairs]
 
 
 def the(name: str) -> str:
-    """The one instruction of that name."""
+    """Return the arguments of the only instruction of that name."""
     (found,) = (rest for known, rest in instructions() if known == name)
     return found
 
 
 async def has_counted(running: ServiceProcess) -> None:
-    """Until /metrics has the call: that is counted when its answer has left. Once, for the port is told once."""
+    """Wait until /metrics has a call, which is counted when its response has left. The service prints its port once."""
     port = await running.admin_port()
     async with asyncio.timeout(TIMEOUT_S):
         while True:
-            answer = await call(port, "GET", target=None, path="/metrics")
-            assert answer.status == 200
-            if b"fal_proxy_calls_total{" in answer.body:
+            response = await call(port, "GET", target=None, path="/metrics")
+            assert response.status == 200
+            if b"fal_proxy_calls_total{" in response.body:
                 return
             await asyncio.sleep(0.02)
 
 
 async def start(setup: Setup, upstream: Upstream, *argv: str, **more: Any) -> ServiceProcess:
-    """The command with that upstream in fal's place, and no key."""
+    """Start the command with that upstream in fal's place, and no key."""
     config = setup.config(upstream)
     return await ServiceProcess.start(
         *argv, FAL_PROXY_CA_CERTS=str(config.ca_certs), FAL_PROXY_CONNECT_TO=str(config.connect_to), **more

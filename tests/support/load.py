@@ -1,7 +1,7 @@
-"""200 callers of every kind at once, and which of their calls failed.
+"""Run 200 clients of every kind at once, and collect which of their calls failed.
 
-A third sends short calls, a third long polls of 2 s (POSTs and GETs in turn), a third reads event streams. Each keeps
-its connection for the next call, as long as the proxy does, and checks every answer.
+A third sends short calls, a third long polls of 2 s (POSTs and GETs in turn), a third reads event streams. Each client
+checks every response, and keeps its connection for the next call as long as the proxy keeps it.
 """
 
 import asyncio
@@ -18,19 +18,19 @@ from tests.support.waiting import TIMEOUT_S
 
 __all__ = ["ROUNDS", "Failure", "Load", "respond"]
 
-# How often a test under load does what it does.
+# Limits how often a test under load repeats its action: each time takes seconds.
 ROUNDS = int(os.environ.get("TORNADO_FAL_PROXY_ROUNDS", "2"))
-CALLERS = 200
+CLIENTS = 200
 POLL_S = 2.0
 EVENTS, EVENT_S = 8, 0.15
-# Between two short calls of a caller, so that all of them take but a part of a small machine.
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.2, 0.6
+# The pause between two short calls of a client: all clients together leave a small machine time for the proxy.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 0.6
 
 EVENT = b'data: {"n": %d}\n\n'
 
 
 async def respond(exchange: Exchange) -> None:
-    """What fal does in the tests that use a load."""
+    """Respond as fal does in the tests that use a load."""
     body = await exchange.body()
     if exchange.target.endswith(b"/stream"):
         await exchange.start(200, [("content-type", "text/event-stream")])
@@ -46,7 +46,7 @@ async def respond(exchange: Exchange) -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that was not answered rightly, and the port of the caller's connection."""
+    """A call whose response was wrong or missing, and the port of the client's connection."""
 
     port: int
     kind: str
@@ -54,7 +54,7 @@ class Failure:
 
 
 class Load:
-    """The callers. Leave the context to let each finish its call and stop."""
+    """The clients. At the end of the context each of them finishes its call and stops."""
 
     def __init__(self, call_of: Callable[[int], Any]) -> None:
         self.failures: list[Failure] = []
@@ -64,7 +64,7 @@ class Load:
 
     async def __aenter__(self) -> Self:
         kinds = (self._short, self._poll, self._stream)
-        self._tasks = [asyncio.create_task(self._life(number, kinds[number % 3])) for number in range(CALLERS)]
+        self._tasks = [asyncio.create_task(self._life(number, kinds[number % 3])) for number in range(CLIENTS)]
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -72,54 +72,54 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     async def more(self, count: int) -> None:
-        """Until so many more calls have been answered."""
+        """Wait until so many more calls have ended."""
         wanted = self.done + count
         async with asyncio.timeout(TIMEOUT_S):
             while self.done < wanted:
                 await asyncio.sleep(0.01)
 
     async def _life(self, number: int, call: Callable[[RawClient, int], Any]) -> None:
-        caller: RawClient | None = None
+        client: RawClient | None = None
         port = turn = 0
         while not self._stopped:
             turn += 1
-            if caller is not None and caller.reader.at_eof():  # closed between two calls, as may always be
-                await caller.close()
-                caller = None
+            if client is not None and client.reader.at_eof():  # closed between two calls, as may always be
+                await client.close()
+                client = None
             try:
-                if caller is None:
-                    caller = await self._call_of(number)
-                    port = caller.writer.get_extra_info("sockname")[1]
-                keep = await call(caller, number * 1_000_000 + turn)
+                if client is None:
+                    client = await self._call_of(number)
+                    port = client.writer.get_extra_info("sockname")[1]
+                keep = await call(client, number * 1_000_000 + turn)
             except (OSError, EOFError, AssertionError, asyncio.LimitOverrunError, ValueError) as exc:
                 self.failures.append(Failure(port, call.__name__, repr(exc)[:300]))
                 keep = False
                 await asyncio.sleep(0.05)
             self.done += 1
-            if not keep and caller is not None:
-                caller.leave()
-                caller = None
+            if not keep and client is not None:
+                client.leave()
+                client = None
             if call == self._short:
-                await asyncio.sleep(random.uniform(LEAST_PAUSE_S, MOST_PAUSE_S))
-        if caller is not None:
-            await caller.close()
+                await asyncio.sleep(random.uniform(MIN_PAUSE_S, MAX_PAUSE_S))
+        if client is not None:
+            await client.close()
 
-    async def _short(self, caller: RawClient, number: int, target: str = "https://fal.run/short") -> bool:
-        await caller.send(body=b"%d" % number, target=target)
-        got = await caller.response()
+    async def _short(self, client: RawClient, number: int, target: str = "https://fal.run/short") -> bool:
+        await client.send(body=b"%d" % number, target=target)
+        got = await client.response()
         assert (got.status, got.body) == (200, b"[%d]" % number), got
         return got.header("connection") != "close"
 
-    async def _poll(self, caller: RawClient, number: int) -> bool:
+    async def _poll(self, client: RawClient, number: int) -> bool:
         if number % 2:
-            return await self._short(caller, number, "https://fal.run/poll")
-        await caller.send("GET", target="https://queue.fal.run/poll")
-        got = await caller.response()
+            return await self._short(client, number, "https://fal.run/poll")
+        await client.send("GET", target="https://queue.fal.run/poll")
+        got = await client.response()
         assert (got.status, got.body) == (200, b"[]"), got
         return got.header("connection") != "close"
 
-    async def _stream(self, caller: RawClient, number: int) -> bool:
-        await caller.send(body=b"%d" % number, target="https://fal.run/stream")
-        got = await caller.response()
+    async def _stream(self, client: RawClient, number: int) -> bool:
+        await client.send(body=b"%d" % number, target="https://fal.run/stream")
+        got = await client.response()
         assert (got.status, got.body) == (200, b"".join(EVENT % n for n in range(EVENTS))), got
         return got.header("connection") != "close"

@@ -1,4 +1,4 @@
-"""All that was logged during a test."""
+"""Collect all that is logged during a test."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ __all__ = ["Logs"]
 
 
 class Logs(logging.Handler):
-    """All that was logged during a test. Lines of level WARNING and above must be expected, and none holds the key."""
+    """All that is logged during a test. Lines of level WARNING and above must be expected. No line may have the key."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -25,10 +25,11 @@ class Logs(logging.Handler):
         return [self.format(record) for record in self.records]
 
     def expect(self, pattern: str) -> None:
-        """Lines that match are part of the test, and at least one must have come when it ends."""
+        """Expect lines that match. When the test ends there must be at least one."""
         self._expected.append(re.compile(pattern))
 
     def check(self) -> None:
+        """Fail if a line is missing, is not expected, or has the key."""
         lines = self.lines
         assert not [line for line in lines if KEY.partition(":")[2] in line]
         missing = [wanted.pattern for wanted in self._expected if not any(map(wanted.search, lines))]

@@ -1,4 +1,4 @@
-"""The service with its port for the operator, and what /metrics says there."""
+"""Start the service with its port for the operator, and read /metrics there."""
 
 import asyncio
 import re
@@ -15,39 +15,39 @@ from tests.support.waiting import TIMEOUT_S
 __all__ = ["Scrape", "ended_lines", "scrape_text", "started", "until"]
 
 
-def scrape_text(answer: Response) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Each sample, by its name and labels."""
+def scrape_text(response: Response) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the value of each sample by its name and labels."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(answer.body.decode())
+        for family in text_string_to_metric_families(response.body.decode())
         for sample in family.samples
     }
 
 
 class Scrape(dict[str, Any]):
-    """What /metrics says."""
+    """The samples of /metrics at one moment."""
 
     @classmethod
     async def of(cls, port: int) -> "Scrape":
-        answer = await call(port, "GET", target=None, path="/metrics")
-        assert answer.status == 200
-        assert KEY not in answer.body.decode()
+        response = await call(port, "GET", target=None, path="/metrics")
+        assert response.status == 200
+        assert KEY not in response.body.decode()
         scrape = cls()
-        scrape.samples = scrape_text(answer)
-        scrape.body = answer.body
+        scrape.samples = scrape_text(response)
+        scrape.body = response.body
         return scrape
 
     samples: dict[tuple[str, frozenset[tuple[str, str]]], float]
     body: bytes
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of the samples with these labels, and any others."""
+        """Return the sum of all samples that have these labels, whatever other labels they have."""
         wanted = set(labels.items())
         return sum(value for (key, pairs), value in self.samples.items() if key == name and wanted <= pairs)
 
 
 async def started(setup: Setup, upstream: Any, *argv: str, **environ: Any) -> tuple[ServiceProcess, int]:
-    """The service with an admin port, and that port."""
+    """Start the service with an admin port, and return both."""
     running = await ServiceProcess.in_front_of(setup, upstream, "--admin-port=0", *argv, **environ)
     assert running.process.stdout is not None
     line = (await running.process.stdout.readline()).decode()
@@ -56,10 +56,10 @@ async def started(setup: Setup, upstream: Any, *argv: str, **environ: Any) -> tu
     return running, int(match[1])
 
 
-async def until(admin: int, holds: Callable[[Scrape], bool]) -> Scrape:
-    """What /metrics says as soon as that holds: a call is counted when its answer has left."""
+async def until(admin: int, condition: Callable[[Scrape], bool]) -> Scrape:
+    """Wait until ``condition`` is true of /metrics, and return that scrape: a call is counted after its response."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not holds(scrape := await Scrape.of(admin)):
+        while not condition(scrape := await Scrape.of(admin)):
             await asyncio.sleep(0.05)
         return scrape
 

@@ -1,4 +1,4 @@
-"""What a program does in a network of its own."""
+"""Prepare a network namespace for the program that runs in it."""
 
 import fcntl
 import socket
@@ -8,7 +8,7 @@ __all__ = ["lift_loopback"]
 
 
 def lift_loopback() -> None:
-    """A new network has a loopback interface that is down."""
+    """Bring the loopback interface up, which is down in a new network."""
     flags_of, set_flags, up = 0x8913, 0x8914, 1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         flags = struct.unpack("16sh", fcntl.ioctl(any_socket, flags_of, struct.pack("16sh", b"lo", 0)))[1]

@@ -1,7 +1,7 @@
-"""nginx, with the files that README.md recommends, and clients of it.
+"""Run nginx with the files of deploy/nginx, and call it.
 
-nginx runs as in its own upgrades: it takes over a socket that is listening already, so there is no port to race for,
-and no readiness to wait for. Its access log comes as datagrams.
+nginx starts as in its own upgrades: it takes over a socket that is listening already. So nothing else can take the
+port, and no test has to wait until nginx is ready. Its access log arrives as datagrams.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ DEPLOYED = FILES / "tornado-fal-proxy.conf"
 NAME = "fal-proxy.example.com"
 RUN = "https://fal.run/fal-ai/flux/dev"
 DIE, LIVE = b'{"die": 1}', b"{}"
-# One of the file's seconds, where a test has no time for them; nginx's own default for its time limits, so scaled.
+# The length of a second of the file in tests that cannot wait for real ones; nginx's default for its time limits.
 SCALED_MS = 10
 DEFAULT_TIMEOUT_S = 60
 
@@ -72,12 +72,12 @@ class Nginx:
         self._command = command
 
     async def reload(self) -> None:
-        """What an operator does after a change."""
+        """Reload the configuration, as an operator does after a change."""
         process = await create_subprocess_exec(*self._command, "-s", "reload")
         assert await process.wait() == 0
 
     async def logged(self) -> list[str]:
-        """The next line of the access log: protocol, number of the connection, status, method, host, path."""
+        """Return the next line of the access log: protocol, number of the connection, status, method, host, path."""
         datagram = await asyncio.get_running_loop().sock_recv(self._log, 65_536)
         return datagram.decode().partition("nginx: ")[2].split()
 
@@ -86,10 +86,10 @@ class Nginx:
 async def nginx(
     names: tuple[str, ...], servers: Callable[[str, dict[str, str]], str], *, second_ms: int = 1000
 ) -> AsyncIterator[Nginx]:
-    """nginx with a certificate for ``names``. ``servers`` makes its configuration of an address to listen on and files.
+    """Run nginx with a certificate for ``names``.
 
-    ``second_ms`` is how long a second of nginx's own defaults for time limits is. nginx never runs as root, as whom
-    tests may run.
+    ``servers`` makes its configuration from an address to listen on and the files of the certificate. ``second_ms`` is
+    the length of a second in nginx's own defaults for time limits. nginx never runs as root, although tests may.
     """
     program = tool("nginx")
     with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
@@ -128,16 +128,16 @@ async def nginx(
                 if process.returncode is None:
                     process.send_signal(signal.SIGTERM)
                 code = await process.wait()
-                said = errors.read_text() if errors.exists() else ""
-            assert code == 0, said
-            assert not re.search(r"\[(?:emerg|alert|crit)\]", said), said
+                error_log = errors.read_text() if errors.exists() else ""
+            assert code == 0, error_log
+            assert not re.search(r"\[(?:emerg|alert|crit)\]", error_log), error_log
 
 
 def deployed(*ports: int, second_ms: int = 1000, auth: int | None = None) -> Callable[[str, dict[str, str]], str]:
-    """The file of deploy/, with nothing but its addresses, name and certificate replaced.
+    """Return a function that makes the file of deploy/ ready to run: only addresses, name and certificate are replaced.
 
-    ``ports`` are where proxies are. A second lasts ``second_ms``. With ``auth``, the service on that port is asked who
-    may call.
+    The proxies listen on ``ports``. A second of the file lasts ``second_ms``. With ``auth``, the service on that port
+    decides which clients may call.
     """
 
     def servers(listen: str, files: dict[str, str]) -> str:
@@ -151,8 +151,8 @@ def deployed(*ports: int, second_ms: int = 1000, auth: int | None = None) -> Cal
             },
         )
         if auth is not None:
-            asks = replaced(FILES / "auth-request.conf", {"127.0.0.1:9000": f"127.0.0.1:{auth}"})
-            text, count = re.subn(r"# include /etc/nginx/tornado-fal-proxy-auth\.conf;.*", lambda _: asks, text)
+            included = replaced(FILES / "auth-request.conf", {"127.0.0.1:9000": f"127.0.0.1:{auth}"})
+            text, count = re.subn(r"# include /etc/nginx/tornado-fal-proxy-auth\.conf;.*", lambda _: included, text)
             assert count == 1
         return re.sub(r"(?<=_timeout )(\d+)s;", lambda time: f"{int(time[1]) * second_ms}ms;", text)
 
@@ -160,7 +160,7 @@ def deployed(*ports: int, second_ms: int = 1000, auth: int | None = None) -> Cal
 
 
 def replaced(file: Path, texts: dict[str, str]) -> str:
-    """What the file says, with each of ``texts``, which it says once, replaced."""
+    """Return the text of the file with each of ``texts`` replaced, which must be there exactly once."""
     text = file.read_text()
     for old, new in texts.items():
         assert text.count(old) == 1
@@ -169,12 +169,12 @@ def replaced(file: Path, texts: dict[str, str]) -> str:
 
 
 async def two_workers(setup: Setup, upstream: Any) -> ServiceProcess:
-    """The real command, as it is deployed."""
+    """Start the real command with two workers, as it is deployed."""
     return await ServiceProcess.in_front_of(setup, upstream, "--processes=2")
 
 
 class CurlClient:
-    """A caller of nginx, over HTTP/2 or HTTP/1.1: Tornado's own curl client, as it comes."""
+    """A client of nginx over HTTP/2 or HTTP/1.1: Tornado's own curl client, unchanged."""
 
     def __init__(self, front: Nginx, version: str) -> None:
         self._front = front
@@ -192,7 +192,10 @@ class CurlClient:
         headers: Any = (),
         **more: Any,
     ) -> HTTPResponse:
-        """One call, whatever its status, with more ``headers``. Raises CurlError when the answer breaks off."""
+        """Make one call with more ``headers``, and return the response, whatever its status.
+
+        Raise CurlError when the response ends too early.
+        """
         status_lines: list[str] = []
 
         def prepare(curl: pycurl.Curl) -> None:
@@ -226,12 +229,12 @@ class CurlClient:
         return self._sockets[-1]
 
     def leave(self) -> None:
-        """Shut down all connections at once, whatever is going on there."""
+        """Shut down all connections at once, also those that carry a call."""
         for opened in self._sockets:
             opened.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Call it when no call is running."""
+        """Close all connections, when no call is running."""
         self._client.close()
         for opened in self._sockets:
             opened.close()
@@ -239,32 +242,32 @@ class CurlClient:
 
 @contextmanager
 def calling(front: Nginx, version: str) -> Iterator[CurlClient]:
-    with closing(CurlClient(front, version)) as caller:
-        yield caller
+    with closing(CurlClient(front, version)) as client:
+        yield client
 
 
 async def tls_client(front: Nginx, address: str, receive_buffer: int | None = None) -> RawClient:
-    """A caller over HTTP/1.1 whose own address is that one."""
+    """Connect a client over HTTP/1.1 whose own address is ``address``."""
     host, port = front.address.split(":")
     connected = socket.socket()
     if receive_buffer is not None:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connected.setblocking(False)
     connected.bind((address, 0))
-    caller = RawClient()
+    client = RawClient()
     try:
         await asyncio.get_running_loop().sock_connect(connected, (host, int(port)))
-        caller.reader, caller.writer = await asyncio.open_connection(
+        client.reader, client.writer = await asyncio.open_connection(
             sock=connected, ssl=ssl.create_default_context(cafile=front.ca_certs), server_hostname=NAME
         )
     except OSError:
         connected.close()
         raise
-    return caller
+    return client
 
 
 def message(response: HTTPResponse) -> str:
-    """The message of an answer that the proxy or nginx made by itself."""
+    """Return the message of a response that the proxy or nginx made by itself."""
     assert response.headers.get_list("content-type") == ["application/json"]
     content = json.loads(response.body)
     assert list(content) == ["message"]

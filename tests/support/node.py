@@ -1,6 +1,6 @@
-"""Runs the Node scripts of external/node, and serves what they talk to.
+"""Run the Node scripts of external/node, and serve what they call.
 
-Each script is started once, makes all its calls, and prints one line of JSON; the tests look at that.
+Each script is started once, makes all its calls, and prints one line of JSON, which the tests check.
 """
 
 import asyncio
@@ -21,20 +21,21 @@ from tornado_fal_proxy.sandbox import Sandbox
 __all__ = ["RULES_ROUTE", "WRONG_KEY_ROUTE", "find_node", "run_script", "serve_sandbox"]
 
 SCRIPTS = ROOT / "tests/external/node"
-SCRIPT_TIMEOUT_S = 40.0  # the longest takes a few seconds; with this a script that hangs is told by its name
+# Limits a script: the longest takes a few seconds, and a script that hangs fails under its own name.
+SCRIPT_TIMEOUT_S = 40.0
 WRONG_KEY_ROUTE = "/wrong-key"
 RULES_ROUTE = "/rules"
 RULES: dict[str, Any] = {"allow_cancel": True, "allowed_endpoints": ("fal-ai/flux/**", "fal-ai/fast-lcm-diffusion")}
 
 
 def find_node() -> str:
-    """Where Node is. Skips the test without it, or without the packages of the scripts (``npm ci``)."""
+    """Return the path of Node. Skip the test without it, or without the packages of the scripts (``npm ci``)."""
     tool("@fal-ai/client", path=SCRIPTS / "node_modules" / "@fal-ai" / "client")
     return tool("node")
 
 
 async def run_script(name: str, *args: str) -> Any:
-    """What the script printed, parsed."""
+    """Run the script, and return the JSON that it printed."""
     node = find_node()
     process = await asyncio.create_subprocess_exec(node, SCRIPTS / name, *args, stdout=asyncio.subprocess.PIPE)
     try:
@@ -50,10 +51,10 @@ async def run_script(name: str, *args: str) -> Any:
 
 @asynccontextmanager
 async def serve_sandbox(setup: Setup, pace: float, **fields: Any) -> AsyncIterator[Sandbox]:
-    """The stand-in behind the proxy in an application as the command serves it, at the sandbox's ``public_url``.
+    """Serve the sandbox and the proxy in front of it, as the command does, at the sandbox's ``public_url``.
 
-    The proxy at ``WRONG_KEY_ROUTE`` has a key that the stand-in refuses, and the one at ``RULES_ROUTE`` has ``RULES``.
-    ``fields`` are more of the first one's configuration. Nothing loud may be logged.
+    The proxy at ``WRONG_KEY_ROUTE`` has a key that the sandbox refuses, and the one at ``RULES_ROUTE`` has ``RULES``.
+    ``fields`` are more of the first one's configuration. No warning or error may be logged.
     """
     logs = Logs()
     logging.getLogger().addHandler(logs)

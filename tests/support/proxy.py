@@ -1,4 +1,4 @@
-"""The proxy under test, in an application in the loop of the test, and its key."""
+"""Serve the proxy under test in the loop of the test."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,7 +10,7 @@ from tornado.web import Application
 from tests.support.certificates import Authority
 from tests.support.scripted_upstream import Handler, Upstream
 from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams
-from tornado_fal_proxy.relay.backend import Backend, _backends
+from tornado_fal_proxy.relay.backend import Backend, backends_of
 
 __all__ = ["KEY", "ROUTE", "SECRET", "Setup"]
 
@@ -27,7 +27,7 @@ class Setup:
         self._closers: list[Callable[[], Awaitable[object]]] = []
 
     async def upstream(self, handler: Handler, protocol: str = "h2", **options: Any) -> Upstream:
-        """A started upstream that speaks only ``protocol``."""
+        """Start an upstream that speaks only ``protocol``."""
         context = options.pop("ssl_context", None) or self._authority.context()
         upstream = Upstream(handler, ssl_context=context, protocols=[protocol], **options)
         await upstream.start()
@@ -35,12 +35,12 @@ class Setup:
         return upstream
 
     def config(self, upstream: Upstream | str, **fields: Any) -> ProxyConfig:
-        """A configuration that directs every target at ``upstream``, or at that address."""
+        """Return a configuration that directs every target at ``upstream``, which may be an address."""
         fields = {"key": KEY, "ca_certs": self._authority.ca_file} | fields
         return ProxyConfig(connect_to=upstream if isinstance(upstream, str) else upstream.address, **fields)
 
     def serve(self, application: Application, **options: Any) -> int:
-        """Serve ``application`` on a free port, and return that."""
+        """Serve ``application`` on a free port, and return the port."""
         listener, port = bind_unused_port()
         server = HTTPServer(application, **options)
         server.add_sockets([listener])
@@ -54,21 +54,22 @@ class Setup:
         return port
 
     def proxy(self, upstream: Upstream | str, **fields: Any) -> int:
-        """The proxy in front of ``upstream`` in an application of its own, on the port returned."""
+        """Serve the proxy in front of ``upstream`` in an application of its own, and return the port."""
         rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
         return self.serve(Application([rule], log_function=lambda handler: None))
 
     def proxy_and_backend(self, upstream: Upstream | str, **fields: Any) -> tuple[int, Callable[[], Backend]]:
-        """As ``proxy``, and a function that returns what the handlers share, as soon as there was a call."""
+        """Do as ``proxy``, and return also a function that returns the backend as soon as there was a call."""
         rule = (ROUTE, FalProxyHandler, {"config": self.config(upstream, **fields)})
         application = Application([rule], log_function=lambda handler: None)
 
         def backend() -> Backend:
-            [backend] = _backends[application].values()
+            [backend] = backends_of(application)
             return backend
 
         return self.serve(application), backend
 
     async def close(self) -> None:
+        """Close all that was started, the newest first."""
         for close in reversed(self._closers):
             await close()

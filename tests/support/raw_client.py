@@ -1,4 +1,4 @@
-"""A caller that shows what was really sent to it: each chunk by itself, and how the connection ended."""
+"""A client that shows exactly what it received: each chunk by itself, and how the connection ended."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def request(
     version: str = "HTTP/1.1",
     path: str = ROUTE,
 ) -> bytes:
-    """A request as fal's clients send one. ``headers`` are whole lines."""
+    """Return a request as fal's SDKs send one. ``headers`` are whole lines."""
     lines = [f"{method} {path} {version}", "Host: app.example"]
     if target is not None:
         lines.append(f"x-fal-target-url: {target}")
@@ -36,19 +36,21 @@ def request(
 
 @dataclass
 class Response:
-    """A whole answer. ``headers`` are pairs in the order received, names in lower case."""
+    """A whole response. ``headers`` are pairs in the order received, names in lower case."""
 
     status: int
     headers: list[tuple[str, str]]
     body: bytes = b""
 
     def header(self, name: str) -> str | None:
+        """Return the value of a header that is present at most once."""
         values = [value for key, value in self.headers if key == name]
-        assert len(values) <= 1, f"{name} is there {len(values)} times"
+        assert len(values) <= 1, f"{name} is present {len(values)} times"
         return values[0] if values else None
 
     @property
     def message(self) -> str:
+        """Return the message of a response that the proxy made by itself."""
         assert self.header("content-type") == "application/json"
         content = json.loads(self.body)
         assert list(content) == ["message"]
@@ -63,8 +65,8 @@ class RawClient:
 
     @classmethod
     async def open(cls, port: int, *, receive_buffer: int | None = None) -> "RawClient":
-        """Connect. A small ``receive_buffer`` makes a caller that does not read felt soon."""
-        caller = cls()
+        """Connect. With a small ``receive_buffer`` the proxy notices sooner that the client does not read."""
+        client = cls()
         connected = socket.socket()
         if receive_buffer is not None:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -74,15 +76,15 @@ class RawClient:
         except OSError:
             connected.close()
             raise
-        caller.reader, caller.writer = await asyncio.open_connection(sock=connected, limit=2**16)
-        return caller
+        client.reader, client.writer = await asyncio.open_connection(sock=connected, limit=2**16)
+        return client
 
     async def send(self, *args: Any, **kwargs: Any) -> None:
         self.writer.write(request(*args, **kwargs))
         await self.writer.drain()
 
     async def head(self) -> Response:
-        """The head of the answer, interim answers (1xx) skipped."""
+        """Read the head of the response, and skip interim responses (1xx)."""
         while True:
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
             status = int(lines[0].split(" ")[1])
@@ -91,33 +93,33 @@ class RawClient:
                 return Response(status, pairs)
 
     async def chunk(self) -> bytes:
-        """The next chunk of a chunked body as it was framed, ``b""`` for the last."""
+        """Read the next chunk of a chunked body as it was framed, ``b""`` for the last."""
         size = int((await self.reader.readuntil(b"\r\n"))[:-2], 16)
         return (await self.reader.readexactly(size + 2))[:-2]
 
     async def response(self) -> Response:
-        """The whole answer."""
-        answer = await self.head()
-        await self.rest(answer)
-        return answer
+        """Read the whole response."""
+        response = await self.head()
+        await self.rest(response)
+        return response
 
-    async def rest(self, answer: Response) -> None:
-        """Read the body behind that head."""
-        if answer.header("transfer-encoding") == "chunked":
+    async def rest(self, response: Response) -> None:
+        """Read the body that belongs to the head ``response``."""
+        if response.header("transfer-encoding") == "chunked":
             while chunk := await self.chunk():
-                answer.body += chunk
-        elif (length := answer.header("content-length")) is not None:
-            answer.body = await self.reader.readexactly(int(length))
-        elif answer.status not in (204, 304):
-            answer.body = await self.reader.read(-1)
+                response.body += chunk
+        elif (length := response.header("content-length")) is not None:
+            response.body = await self.reader.readexactly(int(length))
+        elif response.status not in (204, 304):
+            response.body = await self.reader.read(-1)
 
     async def response_is_over(self) -> bool:
-        """Whether nothing came behind the answer."""
+        """Tell whether nothing has arrived after the response."""
         await asyncio.sleep(0.01)
         return not self.reader._buffer  # type: ignore[attr-defined]
 
     def leave(self) -> None:
-        """Close at once."""
+        """Close the connection at once."""
         self.writer.transport.abort()
 
     async def close(self) -> None:
@@ -127,10 +129,10 @@ class RawClient:
 
 
 async def call(port: int, *args: Any, **kwargs: Any) -> Response:
-    """One request on a connection of its own, and its whole answer."""
-    caller = await RawClient.open(port)
+    """Send one request on a connection of its own, and return its whole response."""
+    client = await RawClient.open(port)
     try:
-        await caller.send(*args, **kwargs)
-        return await caller.response()
+        await client.send(*args, **kwargs)
+        return await client.response()
     finally:
-        await caller.close()
+        await client.close()

@@ -1,4 +1,4 @@
-"""The command as a process, for tests of what it does there."""
+"""Run the command as a process."""
 
 import asyncio
 import atexit
@@ -33,7 +33,7 @@ __all__ = [
 COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
 WITH_KEY = {"FAL_KEY": KEY}
 Ended = subprocess.CompletedProcess[str]
-# Does what systemd does for a socket unit: runs a command with that descriptor as its third.
+# Runs a command with a listening socket as its descriptor 3, as systemd does for a socket unit.
 ACTIVATE = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -43,12 +43,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def environment(given: dict[str, str]) -> dict[str, str]:
-    """Return an environment from scratch: nothing of the tester's own decides a test, and this checkout runs."""
+    """Return a new environment: no variable of the developer decides a test, and the package is this checkout's."""
     return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)} | given
 
 
 def shell(redirection: str, *argv: str, **environ: str) -> Ended:
-    """The command, to its end, under a shell that redirects its output."""
+    """Run the command to its end under a shell that redirects its output."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *argv],
         env=environment(environ),
@@ -60,7 +60,7 @@ def shell(redirection: str, *argv: str, **environ: str) -> Ended:
 
 
 class ServiceProcess:
-    """The command, started and listening on a free port, and all it says."""
+    """The command, started and listening on a free port. ``line`` is the first line of its output."""
 
     process: asyncio.subprocess.Process
     line: str
@@ -70,7 +70,7 @@ class ServiceProcess:
     async def start(
         cls, *argv: str, listener: socket.socket | None = None, cwd: Path | None = None, **environ: str
     ) -> "ServiceProcess":
-        """Start it, in the directory ``cwd``; with ``listener`` as systemd would, with that socket open."""
+        """Start the command in the directory ``cwd``. With ``listener`` pass that socket on, as systemd does."""
         running = cls()
         command = [*COMMAND, *([] if listener else ["--port=0"]), *argv]
         more: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class ServiceProcess:
     async def in_front_of(
         cls, setup: Setup, upstream: Any, *argv: str, listener: socket.socket | None = None, **environ: str
     ) -> "ServiceProcess":
-        """With that upstream in fal's place."""
+        """Start the command with that upstream in fal's place."""
         config = setup.config(upstream)
         assert config.ca_certs is not None
         assert config.connect_to is not None
@@ -116,18 +116,19 @@ class ServiceProcess:
         )
 
     async def admin_port(self) -> int:
-        """The port for the operator's tools: its second line names it."""
+        """Return the port for the operator's tools, which the second line of the output names."""
         assert self.process.stdout is not None
         line = (await self.process.stdout.readline()).decode()
         (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", line.strip())
         return int(port)
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
-        """Send the signal; the exit code is 0. What it said on stdout after the start line, and on stderr."""
+        """Send the signal, require exit code 0, and return the rest of stdout and stderr."""
         self.process.send_signal(number)
         return await self.ended()
 
     async def ended(self, code: int = 0) -> tuple[str, str]:
+        """Wait for the end, require that exit code, and return the rest of stdout and stderr."""
         async with asyncio.timeout(TIMEOUT_S):
             stdout, stderr = await self.process.communicate()
         assert "Traceback" not in stderr.decode(), stderr.decode()[-6000:]
@@ -135,7 +136,7 @@ class ServiceProcess:
         return stdout.decode(), stderr.decode()
 
     def kill(self) -> None:
-        """What a failed test left behind ends with the tests."""
+        """Kill the process if a failed test has left it running. Called when the tests end."""
         with suppress(OSError):
             if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
                 os.kill(self.pid, signal.SIGKILL)
@@ -145,27 +146,28 @@ class ServiceProcess:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """The processes that it has forked and that live."""
+        """Return the pids of the workers that are alive."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [pid for pid in map(int, children) if alive(pid)]
 
     async def log_line(self, pattern: str) -> str:
-        """The next line on stderr that matches."""
+        """Return the next line on stderr that matches."""
         assert self.process.stderr is not None
         async with asyncio.timeout(TIMEOUT_S):
             while line := (await self.process.stderr.readline()).decode():
                 if re.search(pattern, line):
                     return line
-        raise AssertionError(f"it ended without logging {pattern!r}")
+        raise AssertionError(f"the service ended without logging {pattern!r}")
 
 
 def connects(port: int) -> bool:
+    """Tell whether a connection to that port succeeds."""
     with socket.socket() as connection:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def alive(pid: int) -> bool:
-    """Whether that process exists and has not ended; one that nobody has waited for yet has."""
+    """Tell whether that process exists and has not ended. A zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -173,7 +175,7 @@ def alive(pid: int) -> bool:
 
 
 def serving(pid: int, port: int) -> set[int]:
-    """The callers (their own ports) of the service on ``port`` whose connections that process has."""
+    """Return the clients' ports of all connections to ``port`` that the process ``pid`` serves."""
     files = set()
     for link in Path(f"/proc/{pid}/fd").glob("*"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Inputs that hypothesis makes up: URLs that are right, and near misses."""
+"""Strategies for hypothesis: URLs that are right, and near misses."""
 
 import string
 
@@ -9,7 +9,10 @@ __all__ = ["TAILS", "examples", "mutated_urls"]
 
 
 def examples(count: int) -> settings:
-    """The same so many examples in every run. A fixture serves all of them, and the suite has a deadline of its own."""
+    """Return settings for ``count`` examples, the same in every run.
+
+    One fixture serves all examples, and the suite has a deadline of its own.
+    """
     return settings(
         max_examples=count,
         derandomize=True,
@@ -19,7 +22,7 @@ def examples(count: int) -> settings:
     )
 
 
-# Near misses: pieces that are right, pieces that look so, and what may be put anywhere.
+# Near misses: pieces that are right, pieces that look right, and pieces that are put anywhere.
 GOOD_LABELS = st.from_regex(
     r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True, alphabet=string.ascii_lowercase + "0123456789-"
 )
@@ -51,7 +54,7 @@ INTRUDERS = st.sampled_from(
 
 @st.composite
 def mutated_urls(draw: st.DrawFn) -> str:
-    """A good URL of which up to three places were cut, replaced or added to."""
+    """Draw a good URL with up to three changes, each of which removes, replaces or adds something."""
     url = draw(GOOD_URLS)
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(url)))

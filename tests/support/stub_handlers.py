@@ -1,4 +1,4 @@
-"""What stands in fal's place where a test needs nothing special of it: handlers for the scripted upstream."""
+"""Handlers for the scripted upstream where a test needs nothing special of it."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ EVENT = b'data: {"n": 1}\n\n'
 
 
 def responds(status: int = 200, body: bytes = b"{}", headers: list[tuple[str, str]] = JSON) -> Handler:
-    """Return a handler that takes the whole request and responds with that."""
+    """Return a handler that takes the whole request and sends that response."""
 
     async def handler(exchange: Exchange) -> None:
         await exchange.body()
@@ -53,30 +53,30 @@ async def must_not_be_called(exchange: Exchange) -> None:
 
 
 async def as_asked(exchange: Exchange) -> None:
-    """Do what the last segment of the target says: ``early``, ``silent``, ``resets``, ``stream``, ``breaks``, ..."""
-    what = exchange.target.partition(b"?")[0].rpartition(b"/")[2]
-    if what == b"early":
+    """Act as the last segment of the target names: ``early``, ``silent``, ``resets``, ``stream``, ``breaks``, ..."""
+    action = exchange.target.partition(b"?")[0].rpartition(b"/")[2]
+    if action == b"early":
         await exchange.respond(422, b"{}")
     await exchange.body()
-    if what == b"silent":
+    if action == b"silent":
         return
-    if what == b"resets":
+    if action == b"resets":
         exchange.reset()
-    elif what in (b"stream", b"breaks", b"endless"):
+    elif action in (b"stream", b"breaks", b"endless"):
         await exchange.start(200, [*EVENT_STREAM, ("x-fal-request-id", "fal-7")])
         await exchange.send(EVENT)
-        if what == b"breaks":
+        if action == b"breaks":
             exchange.reset()
-        elif what == b"stream":
+        elif action == b"stream":
             await exchange.end()
-    elif what == b"large":
+    elif action == b"large":
         await exchange.respond(200, bytes(8_000_000), JSON)
-    elif what != b"early":
+    elif action != b"early":
         await exchange.respond(200, b"[1]", [*JSON, ("x-fal-request-id", "fal-7")])
 
 
 class Gate:
-    """An upstream's handler that answers what it holds when it is opened."""
+    """A handler that responds to all requests when the gate is opened, and not before."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()

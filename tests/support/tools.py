@@ -1,4 +1,4 @@
-"""What a test needs of the machine: programs, namespaces, a free port, and the files of the project."""
+"""Find what a test needs of the machine: programs, namespaces, a free port, and the files of the project."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ import pytest
 __all__ = ["ROOT", "isolated", "tool", "unused_port"]
 
 ROOT = Path(__file__).parents[2]
-# Set by .ci/run: there a missing tool is a failure.
+# Set by .ci/run, where a missing tool is a failure.
 REQUIRE_TOOLS = "TORNADO_FAL_PROXY_REQUIRE_TOOLS"
 
 
 def tool(name: str, path: str | Path | None = None) -> str:
-    """Where that program (or file, if ``path`` is given) is. Without it the test is skipped, and fails in CI."""
+    """Return the path of that program, or of the file ``path``. Without it skip the test, or fail it in CI."""
     found = (str(path) if Path(path).exists() else None) if path else shutil.which(name)
     if found is None:
         (pytest.fail if os.environ.get(REQUIRE_TOOLS) else pytest.skip)(f"{name} is not installed")
@@ -24,7 +24,10 @@ def tool(name: str, path: str | Path | None = None) -> str:
 
 
 def isolated() -> list[str]:
-    """What runs a command in a network and with mounts of its own. Without it the test is skipped, and fails in CI."""
+    """Return a command that runs another in a network and with mounts of its own.
+
+    Skip the test where that is impossible, or fail it in CI.
+    """
     command = [tool("unshare"), *([] if os.geteuid() == 0 else ["--map-root-user"]), "--net", "--mount"]
     tried = subprocess.run(
         [*command, tool("mount"), "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False
@@ -35,6 +38,6 @@ def isolated() -> list[str]:
 
 
 def unused_port() -> int:
-    """A port on which nobody listens."""
+    """Return a port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Wait for an event, and no longer than a test that works ever takes."""
+"""Wait for events, with a limit that no working test reaches."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from tests.support.scripted_upstream import Exchange, Upstream
 
 __all__ = ["TIMEOUT_S", "arrived", "eventually", "first_exchange"]
 
-# Far more than a start takes: a test that needs it has failed.
+# Limits every wait: far more than a start takes, so a test that waits so long has failed.
 TIMEOUT_S = 30
 
 
-async def eventually(holds: Callable[[], Any]) -> Any:
-    """Wait until ``holds()`` is true, and return what it returns then."""
+async def eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until ``condition()`` is true, and return its result."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not (value := holds()):
+        while not (value := condition()):
             await asyncio.sleep(0.01)
         return value
 
@@ -26,7 +26,7 @@ async def arrived(upstream: Upstream, count: int) -> None:
 
 
 async def first_exchange(upstream: Upstream) -> Exchange:
-    """Return the first request that the upstream received, as soon as it is whole."""
+    """Return the first request that the upstream received, as soon as the request is whole."""
     await arrived(upstream, 1)
     await upstream.exchanges[0].body()
     return upstream.exchanges[0]

@@ -1,8 +1,8 @@
-"""A network device whose other end is this process: packets can be late, get lost, or be dropped without a word.
+"""A network device whose other end is this process: packets can be late, get lost, or be dropped silently.
 
 Strategy. The device has the address :data:`NEAR`. A packet to :data:`FAR` comes out here, and goes back with source and
 destination exchanged, which leaves its checksums right. So a server that listens at NEAR is reached at FAR, by real TCP
-over a link that may be bad. Needs a network of its own in which this process may do everything, and /dev/net/tun.
+over a link that may be bad. The device needs /dev/net/tun, and a network in which this process may do everything.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Wire:
         self.loss = 0.0
         self._server_port = server_port
         self._known: set[int] = set()
-        self._cut: set[int] = set()
+        self._silenced: set[int] = set()
         self._device = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(self._device, TUNSETIFF, struct.pack("16sH22x", b"wire", IFF_TUN | IFF_NO_PI))
         subprocess.run(["ip", "address", "add", f"{NEAR}/24", "dev", "wire"], check=True)
@@ -40,7 +40,7 @@ class Wire:
         self._loop.add_reader(self._device, self._carry)
 
     def be_bad(self, delay_s: float, loss: float) -> str:
-        """From now on each packet is late and some are lost. By the kernel's netem, or else by this process: which."""
+        """Delay each packet and lose some from now on, and return how: by the kernel's netem, or by this process."""
         command = ["tc", "qdisc", "add", "dev", "wire", "root", "netem"]
         netem = [*command, "delay", f"{delay_s * 1000:g}ms", "loss", f"{loss * 100:g}%"]
         if subprocess.run(netem, capture_output=True, check=False).returncode == 0:
@@ -49,14 +49,16 @@ class Wire:
         return "in user space"
 
     def be_good(self) -> None:
+        """Delay and lose no more packets."""
         subprocess.run(["tc", "qdisc", "delete", "dev", "wire", "root"], capture_output=True, check=False)
         self.delay_s = self.loss = 0.0
 
-    def cut(self) -> None:
-        """From now on nothing of the connections that exist passes, either way. Others are as before."""
-        self._cut |= self._known
+    def silence(self) -> None:
+        """Drop all packets of the connections that exist, both ways. New connections work."""
+        self._silenced |= self._known
 
     def close(self) -> None:
+        """Remove the device."""
         self._loop.remove_reader(self._device)
         os.close(self._device)
 
@@ -72,9 +74,9 @@ class Wire:
 
     def _passes(self, packet: bytes) -> bool:
         ports = set(struct.unpack_from("!HH", packet, (packet[0] & 15) * 4))
-        callers = ports - {self._server_port}
-        self._known |= callers
-        return not callers & self._cut and random.random() >= self.loss
+        clients = ports - {self._server_port}
+        self._known |= clients
+        return not clients & self._silenced and random.random() >= self.loss
 
     def _put(self, packet: bytes) -> None:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""ProxyConfig: what it refuses and how it says so, where its values come from, and who may see the key."""
+"""ProxyConfig: the values it refuses, the problems it names, where values come from, and where the key appears."""
 
 import dataclasses
 import os
@@ -89,16 +89,16 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_takes_what_can_work(name: str) -> None:
-    """And holds it unchanged."""
+def test_a_field_takes_values_that_can_work(name: str) -> None:
+    """A field takes each value that can work, and keeps it unchanged."""
     for value in FIELDS[name][0]:
         config = ProxyConfig(**{name: value})
         assert getattr(config, name) == value
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_refuses_what_cannot(name: str) -> None:
-    """With one problem, that begins with the field's name, and shows the value unless it is the key."""
+def test_a_field_refuses_values_that_cannot_work(name: str) -> None:
+    """Any other value is one problem, which begins with the field's name and shows the value unless it is the key."""
     for value in FIELDS[name][1]:
         with pytest.raises(ConfigError) as caught:
             ProxyConfig(**{name: value})
@@ -112,7 +112,7 @@ def test_a_field_refuses_what_cannot(name: str) -> None:
 
 
 def test_a_list_may_be_any_sequence_of_texts() -> None:
-    """It becomes a tuple, so that equal configurations are one key, and nobody can change it later."""
+    """A list becomes a tuple, which makes equal configurations one key, and which nobody can change later."""
     patterns = ["fal-ai/flux/**"]
     config = ProxyConfig(allowed_endpoints=patterns, allowed_webhooks=[], allowed_origins=["https://a.example"])
     patterns.append("**")
@@ -126,14 +126,14 @@ def test_a_list_may_be_any_sequence_of_texts() -> None:
 
 @pytest.mark.parametrize("origins", [None, ("https://*.a.example",), ("https://a.example", "https://*.b.example")])
 def test_credentials_need_exact_origins(origins: tuple[str, ...] | None) -> None:
-    """Or a page of a forgotten sub-domain could call as its visitor."""
+    """Credentials need exact origins, because a page of a forgotten sub-domain could otherwise call as its visitor."""
     with pytest.raises(ConfigError, match=r"\Aallow_credentials: "):
         ProxyConfig(allow_credentials=True, allowed_origins=origins)
     assert ProxyConfig(allow_credentials=True, allowed_origins=("https://a.example",)).cors is not None
 
 
 def test_without_rules_nothing_is_compiled() -> None:
-    """What a call costs then is to look at two attributes that are None."""
+    """Without rules a call costs no more than to read two attributes that are None."""
     assert (ProxyConfig().access, ProxyConfig().cors) == (None, None)
 
 
@@ -143,7 +143,7 @@ def test_the_table_covers_all_fields() -> None:
 
 
 def test_all_problems_are_named_at_once() -> None:
-    """In the order of the fields; the error's text is all of them."""
+    """All problems are named in the order of the fields, and the error's text has all of them."""
     with pytest.raises(ConfigError) as caught:
         ProxyConfig(**{name: bad[0] for name, (_, bad) in FIELDS.items()})
     assert [problem.partition(":")[0] for problem in caught.value.problems] == list(FIELDS)
@@ -151,7 +151,7 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 def test_a_misspelled_field_is_refused() -> None:
-    """As Python does, and positional values too."""
+    """A misspelled field is a TypeError, as with any function, and so is a positional value."""
     with pytest.raises(TypeError, match="max_inflight"):
         ProxyConfig(max_inflight=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
@@ -159,7 +159,7 @@ def test_a_misspelled_field_is_refused() -> None:
 
 
 def test_a_configuration_is_one_frozen_value() -> None:
-    """Equal values are one key of a dictionary, a changed one is made anew and checked again."""
+    """Equal configurations are one key of a dictionary, and a changed one is another that is checked again."""
     config = ProxyConfig(key=KEY, max_in_flight=7)
     assert {config: 1}[ProxyConfig(key=KEY, max_in_flight=7)] == 1
     assert config != ProxyConfig(key="another", max_in_flight=7)
@@ -171,7 +171,7 @@ def test_a_configuration_is_one_frozen_value() -> None:
 
 
 def test_no_text_of_a_configuration_shows_the_key() -> None:
-    """Neither its repr nor an error's, where the key is good and where it is not."""
+    """The key is in no repr of a configuration and in no error, whether the key is valid or not."""
     assert KEY not in f"{ProxyConfig(key=KEY)!r} {ProxyConfig(key=KEY)!s}"
     for key in (KEY, f"{KEY} \n"):
         with pytest.raises(ConfigError) as caught:
@@ -183,12 +183,12 @@ def test_no_text_of_a_configuration_shows_the_key() -> None:
 
 
 def test_ca_certs_is_a_readable_file_of_certificates(authority: Authority) -> None:
-    """Given as text or as a path."""
+    """The file of certificates may be given as text or as a path."""
     assert ProxyConfig(ca_certs=authority.ca_file).ca_certs == authority.ca_file
     ProxyConfig(ca_certs=Path(authority.ca_file))  # type: ignore[arg-type]
 
 
-# What stands in the file (None: it is a directory), and how the problem goes on after the file's name.
+# The content of the file (None: it is a directory), and the problem before and after the file's name.
 BAD_FILES = [
     (None, "cannot read", "Is a directory"),
     (b"", "", "holds no PEM certificates"),
@@ -200,7 +200,7 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("content", "before", "after"), BAD_FILES)
 def test_another_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, before: str, after: str) -> None:
-    """So that the operator sees which file, and what is wrong with it."""
+    """A file without certificates is refused, and the problem names the file and what is wrong with it."""
     path = tmp_path / "ca.pem"
     if content is None:
         path.mkdir()
@@ -214,7 +214,7 @@ def test_another_file_is_refused_with_its_name(tmp_path: Path, content: bytes | 
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, authority: Authority) -> None:
-    """With the system's reason."""
+    """A file that may not be read is refused with the system's reason."""
     path = tmp_path / "ca.pem"
     path.write_bytes(Path(authority.ca_file).read_bytes())
     path.chmod(0)
@@ -228,7 +228,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, authority: Autho
 def test_the_check_of_certificates_depends_on_them_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, authority: Authority
 ) -> None:
-    """Not on a variable for debugging TLS that names a file which cannot be written."""
+    """A variable for debugging TLS that names a file which cannot be written does not disturb the check."""
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none" / "keys.log"))
     ProxyConfig(ca_certs=authority.ca_file)
 
@@ -256,7 +256,7 @@ ENVIRONMENTS: list[tuple[dict[str, str], str | None]] = [
 
 @pytest.mark.parametrize(("environ", "key"), ENVIRONMENTS)
 def test_the_key_is_found_as_fals_tools_find_it(environ: dict[str, str], key: str | None) -> None:
-    """FAL_KEY, then FAL_KEY_ID and FAL_KEY_SECRET together; white space around them is a shell's accident."""
+    """The key is FAL_KEY, else FAL_KEY_ID and FAL_KEY_SECRET together, without white space around them."""
     assert key_from_env(environ) == key
     assert ProxyConfig.from_env(environ).key == key
 
@@ -275,7 +275,7 @@ KEY_FILES: list[tuple[bytes, str | None]] = [
 
 @pytest.mark.parametrize(("content", "key"), KEY_FILES)
 def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Path) -> None:
-    """That FAL_KEY_FILE names, where no other variable has a key; a problem shows nothing of what it holds."""
+    """FAL_KEY_FILE names a file with the key, where no other variable has one. No problem shows the file's content."""
     file = tmp_path / "key"
     file.write_bytes(content)
     environ = {"FAL_KEY_FILE": str(file)}
@@ -291,7 +291,7 @@ def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Pat
 
 
 def test_a_key_in_the_environment_is_read_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So an application may set it after the handler was mounted, and may change it."""
+    """An application may set the key in the environment after the handler was mounted, and may change it."""
     config = ProxyConfig()
     with pytest.raises(KeyMissing) as caught:
         config.authorization()
@@ -303,14 +303,14 @@ def test_a_key_in_the_environment_is_read_for_each_call(monkeypatch: pytest.Monk
 
 
 def test_a_configured_key_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the environment's is not one at all."""
+    """A configured key is used also where the environment's is not a key at all."""
     monkeypatch.setenv("FAL_KEY", "not a key")
     assert ProxyConfig(key=KEY).authorization() == f"authorization: Key {KEY}".encode()
 
 
 @pytest.mark.parametrize("key", ["a\r\nx-injected: yes", "a b", "cl\xe9", "a\x7fb", "\u212a"])
 def test_a_key_that_would_break_the_header_line_is_never_sent(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    """Such a call is answered 500; what the log gets does not hold it."""
+    """A call with a key that would break the header line is answered 500, and the log does not get the key."""
     monkeypatch.setenv("FAL_KEY", key)
     with pytest.raises(KeyMissing) as caught:
         ProxyConfig().authorization()
@@ -322,8 +322,8 @@ def test_a_key_that_would_break_the_header_line_is_never_sent(monkeypatch: pytes
 # Texts.
 
 
-def test_each_field_but_the_key_is_an_option() -> None:
-    """With a help text, and a unit or form as its metavar."""
+def test_each_field_except_the_key_is_an_option() -> None:
+    """Each option has a help text, and a unit or form as its metavar."""
     options = relay_options()
     assert [option.name for option in options] == [name for name in FIELDS if name != "key"]
     for option in options:
@@ -332,7 +332,7 @@ def test_each_field_but_the_key_is_an_option() -> None:
 
 
 def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
-    """Named after it, and turned into its type. Other variables mean nothing."""
+    """A variable is named after its field, and its text becomes the field's type. Other variables mean nothing."""
     texts = {
         "connect_timeout_s": ("1.5", 1.5),
         "idle_timeout_s": ("60", 60.0),
@@ -360,7 +360,7 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
         assert type(getattr(config, name)) is type(value)
 
 
-# Texts that name no function, and why.
+# Texts that name no function, and the problem.
 IMPORTS = [
     ("allow", "must be package.module:function"),
     (":allow", "must be package.module:function"),
@@ -373,23 +373,23 @@ IMPORTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "why"), IMPORTS)
+@pytest.mark.parametrize(("text", "reason"), IMPORTS)
 def test_a_function_that_cannot_be_found_is_a_problem(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
-    """Beside all others, whatever its module does when it is imported."""
+    """A function that cannot be found is a problem beside all others, whatever its module does on import."""
     (tmp_path / "broken_module.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError) as caught:
         ProxyConfig.from_texts({"authorize": text, "resolve_key": text, "max_in_flight": "0"}, key=None)
     problems = sorted(caught.value.problems)
     assert [problem.partition(":")[0] for problem in problems] == ["authorize", "max_in_flight", "resolve_key"]
-    assert problems[0].startswith(f"authorize: {why}")
-    assert problems[2].startswith(f"resolve_key: {why}")
+    assert problems[0].startswith(f"authorize: {reason}")
+    assert problems[2].startswith(f"resolve_key: {reason}")
 
 
 def test_an_empty_text_is_the_default() -> None:
-    """FAL_PROXY_X= is how a deployment unsets X."""
+    """An empty text is the default, because a deployment unsets X with FAL_PROXY_X=."""
     names = [option.name for option in relay_options()]
     assert ProxyConfig.from_texts(dict.fromkeys(names, ""), key=None) == ProxyConfig()
     assert ProxyConfig.from_texts(dict.fromkeys(names), key=None) == ProxyConfig()
@@ -401,7 +401,7 @@ def test_an_empty_text_is_the_default() -> None:
     "text", ["ten", "10s", "1,5", "1 0", "nan", "inf", "-1", "0", " ", "1e999", "9" * 5000, "0x10"]
 )
 def test_a_text_that_is_no_such_number_is_a_problem_of_its_field(text: str) -> None:
-    """All of them at once, and none is an exception of another kind."""
+    """All such problems are named at once, and none is an exception of another kind."""
     names = [option.name for option in relay_options() if type(option.default) in (int, float)]
     with pytest.raises(ConfigError) as caught:
         ProxyConfig.from_texts(dict.fromkeys(names, text), key=None)

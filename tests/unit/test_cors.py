@@ -1,4 +1,4 @@
-"""CORS rules: which origins may read responses, and which headers they are told."""
+"""CORS rules: which origins may read responses, and which headers they get."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def rules(*origins: str, **more: Any) -> CorsRules:
     return made
 
 
-# What is allowed, an origin, and whether that is among it.
+# The allowed origins, an origin, and whether it is one of them.
 ORIGINS: list[tuple[tuple[str, ...], str | None, bool]] = [
     ((APP,), APP, True),
     ((APP,), None, False),
@@ -66,10 +66,11 @@ ORIGINS: list[tuple[tuple[str, ...], str | None, bool]] = [
 
 @pytest.mark.parametrize(("allowed", "origin", "passes"), ORIGINS)
 def test_origins(allowed: tuple[str, ...], origin: str | None, passes: bool) -> None:
-    """An exact origin is that text; a wildcard is any sub-domain, of that scheme and port. null is nobody."""
+    """An exact origin is that text, a wildcard is any sub-domain of that scheme and port, and null is never allowed."""
     assert rules(*allowed).allows(origin) is passes
-    told = dict(rules(*allowed).response_headers(origin))
-    assert told == ({"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED} if passes else {})
+    headers = dict(rules(*allowed).response_headers(origin))
+    allowing = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED}
+    assert headers == (allowing if passes else {})
 
 
 BAD_ORIGINS = [
@@ -115,7 +116,7 @@ BAD_ORIGINS = [
 
 @pytest.mark.parametrize("origin", BAD_ORIGINS)
 def test_bad_origin(origin: str) -> None:
-    """What no browser sends, or what would be too many, is named; so is every other one of the list."""
+    """An origin that no browser sends, or that would allow too many, is named beside every other problem."""
     with pytest.raises(ConfigError) as caught:
         cors_rules((APP, origin, "x"))
     named, other = caught.value.problems
@@ -148,7 +149,7 @@ REQUESTED: list[tuple[str | None, str | None]] = [
 
 @pytest.mark.parametrize(("requested", "allowed"), REQUESTED)
 def test_requested_headers(requested: str | None, allowed: str | None) -> None:
-    """All names that a page of an allowed origin asks for are allowed, and what is no list of names is not echoed."""
+    """All names that a page of an allowed origin asks for are allowed, and other values are not echoed."""
     assert dict(rules(APP).preflight_headers(requested)).get("Access-Control-Allow-Headers") == allowed
 
 
@@ -166,5 +167,5 @@ VARY: list[tuple[list[str], tuple[str, ...], list[str]]] = [
 
 @pytest.mark.parametrize(("lines", "names", "merged"), VARY)
 def test_vary(lines: list[str], names: tuple[str, ...], merged: list[str]) -> None:
-    """What the target varies by is never lost, and nothing is named twice."""
+    """The names that the target varies by are never lost, and no name is repeated."""
     assert vary(lines, *names) == merged

@@ -15,11 +15,11 @@ from tornado_fal_proxy.errors import (
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import Target
 
-# The order of refusals: a fault, what it does to a call that may pass, and what it alone is answered.
+# The order of refusals: a fault, as a change of a request that may pass, and its error and status.
 
-Call = dict[str, str]
-GOOD: Call = {"method": "POST", "url": "https://fal.run/a", "type": "application/json", "length": "10"}
-FAULTS: list[tuple[Call, type[ProxyError], int]] = [
+Request = dict[str, str]
+GOOD: Request = {"method": "POST", "url": "https://fal.run/a", "type": "application/json", "length": "10"}
+FAULTS: list[tuple[Request, type[ProxyError], int]] = [
     ({"method": "PUT"}, MethodNotAllowed, 405),
     ({"url": ""}, TargetMissing, 400),
     ({"url": "https://evil.com/"}, TargetRefused, 412),
@@ -28,26 +28,26 @@ FAULTS: list[tuple[Call, type[ProxyError], int]] = [
 ]
 
 
-def decided(call: Call) -> Target:
-    headers = [("host", "app.example"), ("x-fal-target-url", call["url"])]
-    headers += [("content-type", call["type"]), ("content-length", call["length"])]
-    return decide(call["method"], headers, max_body_bytes=10)
+def decided(request: Request) -> Target:
+    headers = [("host", "app.example"), ("x-fal-target-url", request["url"])]
+    headers += [("content-type", request["type"]), ("content-length", request["length"])]
+    return decide(request["method"], headers, max_body_bytes=10)
 
 
 @pytest.mark.parametrize("faults", [set_ for n in range(6) for set_ in itertools.combinations(FAULTS, n)])
-def test_of_several_faults_the_first_of_the_formulas_order_is_answered(
-    faults: tuple[tuple[Call, type[ProxyError], int], ...],
+def test_the_first_fault_in_the_formulas_order_is_answered(
+    faults: tuple[tuple[Request, type[ProxyError], int], ...],
 ) -> None:
-    """405, 400, 412, 415, 413: for every set of faults, the first. (A missing and a refused target: missing.)"""
-    call = dict(GOOD)
+    """Every set of faults is answered with the first of 405, 400, 412, 415 and 413 that is among them."""
+    request = dict(GOOD)
     for change, _, _ in reversed(faults):
-        call.update(change)
+        request.update(change)
     if not faults:
-        assert decided(call) == Target("fal.run", "/a")
+        assert decided(request) == Target("fal.run", "/a")
     else:
         _, error, status = faults[0]
         with pytest.raises(error) as caught:
-            decided(call)
+            decided(request)
         assert type(caught.value) is error
         assert caught.value.status == status
 
@@ -62,7 +62,7 @@ METHODS = {
 
 @pytest.mark.parametrize(("method", "allowed"), METHODS.items())
 def test_only_get_and_post_are_allowed(method: str, allowed: bool) -> None:
-    """Any other method is 405 and names the allowed ones, be it written in another case."""
+    """Any other method is answered 405 with the allowed ones, also one that differs in case only."""
     headers = [("x-fal-target-url", "https://fal.run/")]
     if allowed:
         assert decide(method, headers, max_body_bytes=1).host == "fal.run"
@@ -86,12 +86,12 @@ def test_only_get_and_post_are_allowed(method: str, allowed: bool) -> None:
     ],
 )
 def test_exactly_one_target_header_is_needed(urls: list[str]) -> None:
-    """None, an empty one and a repeated one are 400, whatever stands in them."""
+    """A missing, an empty and a repeated target header are answered 400, whatever their values are."""
     with pytest.raises(TargetMissing):
         decide("GET", [("x-fal-target-url", url) for url in urls], max_body_bytes=1)
 
 
-# Headers about the body, and what they are answered: None for a call that passes. At most 100 bytes are allowed.
+# Headers about the body, and their error: None for a call that passes. At most 100 bytes are allowed.
 JSON = ("content-type", "application/json")
 BODIES: list[tuple[list[tuple[str, str]], type[ProxyError] | None]] = [
     # No body, no check.
@@ -134,7 +134,7 @@ BODIES: list[tuple[list[tuple[str, str]], type[ProxyError] | None]] = [
     ([("content-type", "application/x-www-form-urlencoded"), ("content-length", "2")], UnsupportedMediaType),
     ([JSON, ("content-type", "text/plain"), ("content-length", "2")], UnsupportedMediaType),
     ([("content-type", "text/plain"), JSON, ("content-length", "2")], UnsupportedMediaType),
-    # It would reach fal as JSON that is none, for content-encoding is not relayed.
+    # It would reach fal as JSON that is none, because content-encoding is not relayed.
     ([JSON, ("content-length", "2"), ("content-encoding", "gzip")], UnsupportedMediaType),
     ([JSON, ("transfer-encoding", "chunked"), ("content-encoding", "br")], UnsupportedMediaType),
     ([JSON, ("content-length", "2"), ("content-encoding", "identity, gzip")], UnsupportedMediaType),
@@ -144,7 +144,7 @@ BODIES: list[tuple[list[tuple[str, str]], type[ProxyError] | None]] = [
     ([JSON, ("content-length", "999999999999999999")], BodyTooLarge),
     ([JSON, ("content-length", "2"), ("content-length", "101")], BodyTooLarge),
     ([JSON, ("content-length", "0"), ("content-length", "101")], BodyTooLarge),
-    # What is no length at all is Tornado's to refuse, and a body is counted while it is read.
+    # A value that is no length is Tornado's to refuse, and a body is counted while it is read.
     ([JSON, ("content-length", "-1")], None),
     ([JSON, ("content-length", "1e9")], None),
     ([JSON, ("content-length", "1_000")], None),
@@ -157,7 +157,7 @@ BODIES: list[tuple[list[tuple[str, str]], type[ProxyError] | None]] = [
 def test_a_body_must_be_json_and_not_too_large(
     method: str, headers: list[tuple[str, str]], error: type[ProxyError] | None
 ) -> None:
-    """The same for GET and POST, for both can have a body or none."""
+    """A body must be JSON and not too large, also with GET, because both methods can have a body or none."""
     headers = [("x-fal-target-url", "https://fal.run/"), *headers]
     if error is None:
         assert decide(method, headers, max_body_bytes=100).host == "fal.run"

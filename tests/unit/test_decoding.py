@@ -1,4 +1,4 @@
-"""Encoded answers: decoded in any pieces, no more at a time than is taken, and told when they are broken."""
+"""Encoded responses: decoded in any pieces, no more at a time than is read, and an error when they are broken."""
 
 import gzip
 import subprocess
@@ -18,7 +18,7 @@ def raw_deflate(data: bytes) -> bytes:
     return stream.compress(data) + stream.flush()
 
 
-# A content-encoding, and what encodes so.
+# A content-encoding, and a function that encodes in it.
 ENCODERS = {
     "gzip": gzip.compress,
     "x-gzip": gzip.compress,
@@ -29,16 +29,16 @@ ENCODERS = {
 }
 
 
-def decode(coding: str, pieces: list[bytes], most: int) -> tuple[bytes, int]:
-    """All of the body, and the size of its largest piece."""
+def decode(coding: str, pieces: list[bytes], max_bytes: int) -> tuple[bytes, int]:
+    """Return all of the body, and the size of its largest piece."""
     decoder = decoder_for(coding)
     assert decoder is not None
     decoded, largest = b"", 0
     for piece in pieces:
-        part = decoder.decode(piece, most)
+        part = decoder.decode(piece, max_bytes)
         decoded, largest = decoded + part, max(largest, len(part))
         while decoder.has_more:
-            part = decoder.decode(b"", most)
+            part = decoder.decode(b"", max_bytes)
             decoded, largest = decoded + part, max(largest, len(part))
     decoder.end()
     return decoded, largest
@@ -46,8 +46,8 @@ def decode(coding: str, pieces: list[bytes], most: int) -> tuple[bytes, int]:
 
 @settings(deadline=None)  # 200,000 bytes in pieces of one take their time
 @given(st.data())
-def test_whatever_the_pieces_are(data: st.DataObject) -> None:
-    """A body that comes in any pieces, and is taken in any, is what was encoded."""
+def test_any_pieces_are_decoded_to_the_same_body(data: st.DataObject) -> None:
+    """A body that arrives in any pieces, and is read in any, is the body that was encoded."""
     name = data.draw(st.sampled_from(sorted(ENCODERS)))
     plain = data.draw(st.one_of(st.binary(max_size=300), st.integers(0, 200_000).map(bytes)))
     encoded = ENCODERS[name](plain)
@@ -59,7 +59,7 @@ def test_whatever_the_pieces_are(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_no_piece_is_larger_than_was_asked_for(name: str) -> None:
-    """By more than brotli's largest step."""
+    """No piece is larger than was asked for by more than brotli's largest step."""
     plain = bytes(5_000_000)
     decoded, largest = decode(name.split()[0], [ENCODERS[name](plain)], 10_000)
     assert decoded == plain
@@ -67,13 +67,13 @@ def test_no_piece_is_larger_than_was_asked_for(name: str) -> None:
 
 
 def test_many_members_cost_no_depth() -> None:
-    """Nor is anything lost between them."""
+    """Thousands of members of a gzip file are decoded without recursion, and nothing between them is lost."""
     assert decode("gzip", [gzip.compress(b"a") * 3000], 100_000)[0] == b"a" * 3000
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if "members" not in name])
-def test_what_ends_too_early_is_told(name: str) -> None:
-    """A body that breaks off is not taken for a shorter one; one that never began is empty."""
+def test_a_body_that_ends_too_early_is_an_error(name: str) -> None:
+    """A body that ends too early is not taken for a shorter one. A body that never began is empty."""
     encoded = ENCODERS[name](b"some text" * 100)
     with pytest.raises(Undecodable):
         decode(name.split()[0], [encoded[:-5]], 10_000)
@@ -81,15 +81,16 @@ def test_what_ends_too_early_is_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
-def test_what_is_not_in_its_coding_is_told(coding: str) -> None:
+def test_a_body_that_is_not_in_its_coding_is_an_error(coding: str) -> None:
+    """A body that is not in the coding that its head declares is an error."""
     with pytest.raises(Undecodable):
         decode(coding, [b"this is not encoded"], 10_000)
 
 
-def test_without_the_package_brotli_is_not_asked_for() -> None:
-    """Nor decoded; neither is it with one that knows no bound."""
+def test_without_the_package_brotli_is_not_requested() -> None:
+    """Without the package, or with a version that has no bound, brotli is neither requested nor decoded."""
     for brotli_is in ("None", "type(sys)('brotli')"):
-        script = f"import sys; sys.modules['brotli'] = {brotli_is}; import tornado_fal_proxy.decoding as d; "
+        script = f"import sys; sys.modules['brotli'] = {brotli_is}; import tornado_fal_proxy.upstream.decoding as d; "
         script += "print(d.ACCEPT_ENCODING.decode(), d.decoder_for('br'))"
-        said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-        assert said == "accept-encoding: deflate, gzip None\n"
+        output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+        assert output == "accept-encoding: deflate, gzip None\n"

@@ -13,7 +13,7 @@ from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import Target
 
-# Patterns. What each matches of ENDPOINTS is what picomatch 4 with {dot: true}, which fal's own proxy uses, matches.
+# Patterns, each with the ENDPOINTS that it matches, as picomatch 4 with {dot: true} does, which fal's own proxy uses.
 
 ENDPOINTS = [
     *("fal-ai/flux", "fal-ai/flux/dev", "fal-ai/flux/dev/x", "fal-ai/fluxx", "fal-ai/fluxx/dev", "fal-ai/fast-sdxl"),
@@ -41,7 +41,7 @@ PATTERNS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pattern(pattern: str) -> None:
-    """* stays within a segment, ** goes over any number of them: the meaning that fal's own proxy gives them."""
+    """* stays within a segment, and ** takes any number of segments, as in fal's own proxy."""
     parsed = Pattern.parse(pattern)
     assert [endpoint for endpoint in ENDPOINTS if parsed.matches(endpoint.split("/"))] == PATTERNS[pattern]
 
@@ -76,7 +76,7 @@ BAD_PATTERNS = {
 
 @pytest.mark.parametrize("pattern", BAD_PATTERNS)
 def test_bad_pattern(pattern: str) -> None:
-    """It is named, with the reason, beside every other problem."""
+    """A bad pattern is named with the reason, beside every other problem."""
     with pytest.raises(ConfigError) as caught:
         access_rules(allowed_endpoints=("fal-ai/ok", pattern, "("), allowed_hosts=("evil.com",))
     named, paren, host = caught.value.problems
@@ -92,13 +92,13 @@ LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks")
 @pytest.mark.parametrize("value", ["fal-ai/flux", b"x", 1, ["fal-ai/flux"], (1,), (None,), True])
 @pytest.mark.parametrize("name", LISTS)
 def test_a_list_is_a_tuple_of_texts(name: str, value: object) -> None:
-    """One text alone would be a list of letters."""
+    """A list must be a tuple of texts, because one text alone would be a list of letters."""
     with pytest.raises(ConfigError, match=rf"\A{name}: must be a list"):
         access_rules(**{name: value})  # type: ignore[arg-type]
 
 
 def test_an_empty_list() -> None:
-    """Of webhooks it allows none. Of endpoints and hosts it is a mistake: to fal's own proxy it means all of them."""
+    """An empty list of webhooks allows none. One of endpoints or hosts is refused: to fal's own proxy it means all."""
     assert rules(allowed_webhooks=()).webhooks == ()
     for name in ("allowed_endpoints", "allowed_hosts"):
         with pytest.raises(ConfigError, match=rf"\A{name}: must be a list"):
@@ -106,7 +106,7 @@ def test_an_empty_list() -> None:
 
 
 def test_without_rules_there_are_none() -> None:
-    """So that the formula alone decides; what only bounds other rules is none by itself."""
+    """Without rules the formula alone decides. An option that only limits other rules is no rule by itself."""
     assert access_rules() is None
     assert access_rules(allow_uploads=True, max_token_expiration_s=1) is None
 
@@ -129,7 +129,7 @@ ALIASES: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("pattern", "aliases"), ALIASES)
 def test_aliases(pattern: str, aliases: list[str]) -> None:
-    """A token opens a whole application, so a pattern for some endpoint below it gives none."""
+    """A token opens a whole app, so a pattern for some endpoint below it gives none."""
     access = rules(allowed_endpoints=(pattern,))
     assert [alias for alias in ("flux", "flow", "me") if access._allows_whole(alias)] == aliases
 

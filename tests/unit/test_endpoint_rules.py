@@ -1,4 +1,4 @@
-"""The operator's rules: what they let through beside what they refuse. No other spelling gets by."""
+"""The operator's rules: the calls that they allow beside those that they refuse. No other spelling passes."""
 
 import itertools
 import string
@@ -24,7 +24,7 @@ from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import Target, canonical_segments, parse_target
 
-# Endpoints. Each URL with the method; all are allowed, or refused, by these patterns.
+# Endpoints. Each method and URL of one list is allowed, and each of the other refused, by these patterns.
 
 PATTERNS_SET = ("fal-ai/flux/dev", "fal-ai/fast-sdxl", "me/Mixed", "workflows/me/flow/**", "comfy/me/comfy-app")
 ALLOWED = [
@@ -53,7 +53,7 @@ ALLOWED = [
     ("GET", f"{QUEUE}/comfy/me/comfy-app/requests/{JOB}"),
 ]
 CLOSED = [
-    # Other endpoints, and what lies beside one.
+    # Other endpoints, and paths close to an allowed one.
     *((method, f"{host}/fal-ai/flux/schnell") for method in ("GET", "POST") for host in (RUN, QUEUE)),
     *(("POST", f"{RUN}/{path}") for path in ("", "fal-ai", "fal-ai/flux", "flux/dev", "dev", "fal-ai/flux/dev/x")),
     *(("POST", f"{RUN}/{path}") for path in ("x/fal-ai/flux/dev", "fal-ai/flux/devx", "me/mixed", "me/MIXED")),
@@ -106,7 +106,7 @@ CLOSED = [
     ),
     ("GET", f"{QUEUE}/fal-ai/flux/dev/../requests/{JOB}"),
     ("GET", f"{QUEUE}/fal-ai/flux/Requests/{JOB}"),
-    # Hosts whose meaning is not known here.
+    # Hosts that the rules do not list.
     *(
         ("POST", f"https://{host}/fal-ai/flux/dev")
         for host in ("fal.ai", "api.fal.ai", "rest.fal.ai", "ws.fal.run", "a.queue.fal.run", "gateway.fal.run")
@@ -133,18 +133,18 @@ RESTRICTED = rules(allowed_endpoints=PATTERNS_SET, allow_cancel=True)
 
 @pytest.mark.parametrize(("method", "url"), ALLOWED)
 def test_allowed(method: str, url: str) -> None:
-    """An endpoint, its stream, and its jobs in the queue."""
+    """An allowed endpoint can be called, and so can its stream and its jobs in the queue."""
     assert refusal(RESTRICTED, method, url) is None
 
 
 @pytest.mark.parametrize(("method", "url"), CLOSED)
 def test_closed(method: str, url: str) -> None:
-    """And nothing else, in any spelling. (What the formula itself refuses is not in this table.)"""
+    """Nothing else can be called, in any spelling. The table has only URLs that the formula itself accepts."""
     parse_target(url)
     assert refusal(RESTRICTED, method, url) is EndpointNotAllowed
 
 
-# Patterns that end where the queue's words begin, and what each opens of the two.
+# Patterns that could take the queue's own words for an endpoint's, and whether they allow a call.
 COLLISIONS = [
     ("fal-ai/**", "POST", f"{QUEUE}/fal-ai/requests/requests/{JOB}", False),
     ("fal-ai/**", "POST", f"{QUEUE}/fal-ai/requests", False),
@@ -190,7 +190,7 @@ SEGMENTS = st.sampled_from(
     ["fal-ai", "flux", "dev", "schnell", "me", "workflows", "comfy", "requests", "status", "stream", "cancel", JOB]
 )
 ODD = st.sampled_from([*"%;.~@:!$&'()*+,=|^`\"<>[]{}A", "..", "%2e", "%2F", "%2f", "//", "/./", "/../", "%00", "/"])
-PLAIN_CHARS = set(string.ascii_letters + string.digits + "-_./")
+CANONICAL_CHARS = set(string.ascii_letters + string.digits + "-_./")
 
 
 def examples(count: int) -> settings:
@@ -199,11 +199,11 @@ def examples(count: int) -> settings:
 
 @st.composite
 def odd_paths(draw: st.DrawFn) -> str:
-    """A path of known segments with up to two odd pieces anywhere in it."""
+    """Draw a path of known segments with up to two odd pieces anywhere in it."""
     path = "/" + "/".join(draw(st.lists(SEGMENTS, max_size=7)))
     for _ in range(draw(st.integers(0, 2))):
-        place = draw(st.integers(0, len(path)))
-        path = path[:place] + draw(ODD) + path[place:]
+        position = draw(st.integers(0, len(path)))
+        path = path[:position] + draw(ODD) + path[position:]
     return path
 
 
@@ -213,14 +213,14 @@ def odd_paths(draw: st.DrawFn) -> str:
 )
 @example(path="/fal-ai/flux/dev/..", method="POST", host="fal.run")
 def test_no_other_spelling_passes(path: str, method: str, host: str) -> None:
-    """Where ** allows every endpoint, what passes is in the plain grammar: no server decodes or resolves any of it."""
+    """Where ** allows every endpoint, a path that passes is canonical: no server decodes or resolves any of it."""
     access = rules(allowed_endpoints=("**",), allow_cancel=True)
     target = Target(host, path)
     try:
         access.check(method, target)
     except AccessRefused:
         return
-    assert set(path) <= PLAIN_CHARS
+    assert set(path) <= CANONICAL_CHARS
     segments = path.split("/")[1:]
     assert all(segment.strip(".") == segment != "" for segment in segments)
     assert urllib.parse.unquote(path) == path
@@ -240,7 +240,7 @@ IDS = st.lists(st.sampled_from(["a", "b", "c-1", "d.2"]), min_size=2, max_size=4
     job=st.from_regex(r"[0-9a-f-]{1,36}", fullmatch=True),
 )
 def test_an_endpoint_and_its_own_queue(namespace: str, allowed: str, other: str, job: str) -> None:
-    """What is allowed by name can be run, streamed, submitted, and asked for in its application's queue; no other."""
+    """An endpoint allowed by name can be run, streamed, submitted, and queried in its app's queue, and no other can."""
     access = rules(allowed_endpoints=(namespace + allowed,), allow_cancel=True)
 
     def passing(endpoint: str) -> list[bool]:
@@ -273,7 +273,7 @@ HOSTS: list[tuple[tuple[str, ...], str, bool]] = [
 
 @pytest.mark.parametrize(("allowed", "host", "passes"), HOSTS)
 def test_hosts(allowed: tuple[str, ...], host: str, passes: bool) -> None:
-    """Narrow the wildcard; without allowed_endpoints every path of such a host stays open."""
+    """allowed_hosts narrows the wildcard. Without allowed_endpoints every path of an allowed host stays open."""
     access = rules(allowed_hosts=allowed)
     assert refusal(access, "GET", f"https://{host}/a/../b%2f") is (None if passes else HostNotAllowed)
 
@@ -296,7 +296,7 @@ def test_hosts(allowed: tuple[str, ...], host: str, passes: bool) -> None:
     ],
 )
 def test_bad_host(host: str) -> None:
-    """A host that is none of fal's could never be called."""
+    """A host that is none of fal's is refused, because it could never be called."""
     with pytest.raises(ConfigError, match=r"allowed_hosts: .*must be a host of fal's"):
         access_rules(allowed_hosts=(host,))
 
@@ -323,7 +323,7 @@ STORAGE = [
 
 @pytest.mark.parametrize(("method", "url", "opens"), STORAGE)
 def test_uploads(method: str, url: str, opens: bool) -> None:
-    """Closed with endpoints restricted; allow_uploads opens the calls that fal's clients make, and no other."""
+    """With restricted endpoints uploads are refused. allow_uploads allows those that fal's SDKs make, and no other."""
     closed = refusal(rules(allowed_endpoints=("fal-ai/flux",)), method, url)
     assert closed in (UploadNotAllowed, EndpointNotAllowed)
     opened = refusal(rules(allowed_endpoints=("fal-ai/flux",), allow_uploads=True), method, url)
@@ -359,7 +359,7 @@ PUTS = [
 
 @pytest.mark.parametrize(("url", "passes"), PUTS)
 def test_put(url: str, passes: bool) -> None:
-    """Passes for a job's cancel and nothing else; Allow names it just there, and without allow_cancel never."""
+    """PUT passes to cancel a job, and for nothing else. Allow names it just there, and without allow_cancel never."""
     assert refusal(rules(allow_cancel=True), "PUT", url) is (None if passes else MethodNotAllowed)
     for method, access in itertools.product(
         ("PUT", "DELETE"), (None, rules(allowed_hosts=("*.fal.run",)), rules(allow_cancel=True))
@@ -373,7 +373,7 @@ def test_put(url: str, passes: bool) -> None:
 
 
 def test_several_targets_are_no_cancel() -> None:
-    """As for every other method, one URL decides."""
+    """A PUT with several targets is refused, as with every other method."""
     with pytest.raises(MethodNotAllowed):
         decide("PUT", [("x-fal-target-url", CANCEL)] * 2, max_body_bytes=1, access=rules(allow_cancel=True))
 
@@ -382,7 +382,7 @@ def test_several_targets_are_no_cancel() -> None:
 
 
 def test_the_order_of_the_refusals() -> None:
-    """405, 400, 412, then 403 (host, webhook, endpoint), then 415 and 413."""
+    """Refusals come in the order 405, 400, 412, 403 (host, webhook, endpoint), 415, 413."""
     access = rules(allowed_endpoints=("a/b",), allowed_hosts=("fal.run",), allowed_webhooks=())
     body = [("content-type", "text/plain"), ("content-length", "1000")]
     steps: list[tuple[str, str | None, list[tuple[str, str]], int]] = [
@@ -404,8 +404,8 @@ def test_the_order_of_the_refusals() -> None:
     assert kinds[3:6] == [HostNotAllowed, WebhookNotAllowed, EndpointNotAllowed]
 
 
-def test_a_refusal_names_the_rule_and_not_what_it_says() -> None:
-    """Whoever is refused learns which option it was, and no pattern."""
+def test_a_refusal_names_the_rule_and_not_its_contents() -> None:
+    """A refused client learns which option it was, and no pattern."""
     named = {
         HostNotAllowed: "allowed_hosts",
         WebhookNotAllowed: "allowed_webhooks",
@@ -418,8 +418,8 @@ def test_a_refusal_names_the_rule_and_not_what_it_says() -> None:
         assert name in kind().message
 
 
-def test_plain_segments() -> None:
-    """What is plain comes apart, and the rest not at all."""
+def test_canonical_segments() -> None:
+    """A canonical path is split into its segments, and any other path is not."""
     assert canonical_segments("/fal-ai/flux_1.1/Dev") == ["fal-ai", "flux_1.1", "Dev"]
     for path in ("", "/", "a", "//", "/a/", "/a//b", "/.", "/..", "/a/..b", "/a./b", "/a%20b", "/ä"):
         assert canonical_segments(path) is None

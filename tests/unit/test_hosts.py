@@ -1,4 +1,4 @@
-"""Who waits for whom: the decisions of ``hosts``, without libcurl and without a clock."""
+"""Which call waits for which: the decisions of ``hosts``, without libcurl and without a clock."""
 
 from dataclasses import dataclass
 
@@ -7,95 +7,95 @@ import pytest
 from tornado_fal_proxy.rules.endpoints import WELL_KNOWN_HOSTS
 from tornado_fal_proxy.upstream.hosts import IDLE_CONNECTION_S, MAX_HOSTS, MAX_LOOKUPS, SUSPICION_S, Hosts
 
-STRANGER, OTHER = "a.fal.run", "b.fal.run"
+UNPROVEN = "a.fal.run"
 
 
 @dataclass(eq=False)
-class Call:
+class FakeTransfer:
     host: str
     leads: bool = False
-    looks_up: bool = False
+    resolving: bool = False
 
 
-def strangers(count: int) -> list[Call]:
-    return [Call(f"stranger-{number}.fal.run") for number in range(count)]
+def unproven(count: int) -> list[FakeTransfer]:
+    return [FakeTransfer(f"unproven-{number}.fal.run") for number in range(count)]
 
 
-@pytest.mark.parametrize("host", [*sorted(WELL_KNOWN_HOSTS), STRANGER])
+@pytest.mark.parametrize("host", [*sorted(WELL_KNOWN_HOSTS), UNPROVEN])
 def test_one_leads_and_the_others_follow_when_it_has_its_connection(host: str) -> None:
-    """Of the first calls to a host one goes; when it is connected the others go, and later ones wait for nobody."""
-    hosts: Hosts[Call] = Hosts()
-    first, second, third = Call(host), Call(host), Call(host)
-    assert hosts.arrive(first, 0)
+    """One of the first calls to a host goes. When it is connected the others go, and later ones do not wait."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    first, second, third = FakeTransfer(host), FakeTransfer(host), FakeTransfer(host)
+    assert hosts.enter(first, 0)
     assert first.leads
-    assert not hosts.arrive(second, 0)
-    assert not hosts.arrive(third, 0)
-    hosts.learn(host, True)
-    assert hosts.reached(first) == [second, third]
+    assert not hosts.enter(second, 0)
+    assert not hosts.enter(third, 0)
+    hosts.set_protocol(host, True)
+    assert hosts.connected(first) == [second, third]
     assert hosts.waiting == 0
-    late = Call(host)
-    assert hosts.arrive(late, 1)
-    assert (late.leads, late.looks_up) == (False, False)
+    late = FakeTransfer(host)
+    assert hosts.enter(late, 1)
+    assert (late.leads, late.resolving) == (False, False)
     assert hosts.speaks_http2(host)
 
 
-def test_a_slow_lead_holds_up_nobody_but_strangers() -> None:
-    """Where a host is known to exist, calls go by themselves when the lead takes long; a stranger's wait on."""
-    for host, freed in (("fal.run", True), (STRANGER, False)):
-        hosts: Hosts[Call] = Hosts()
-        lead, waiter = Call(host), Call(host)
-        hosts.arrive(lead, 0)
-        hosts.arrive(waiter, 0)
-        assert hosts.too_slow(lead) == ([waiter] if freed else [])
+def test_a_slow_leader_delays_calls_to_unproven_hosts_only() -> None:
+    """Calls to a proven host go by themselves when the leader takes long, and calls to an unproven one wait on."""
+    for host, freed in (("fal.run", True), (UNPROVEN, False)):
+        hosts: Hosts[FakeTransfer] = Hosts()
+        leader, waiter = FakeTransfer(host), FakeTransfer(host)
+        hosts.enter(leader, 0)
+        hosts.enter(waiter, 0)
+        assert hosts.lead_timed_out(leader) == ([waiter] if freed else [])
         assert hosts.waiting == (0 if freed else 1)
 
 
-def test_strangers_wait_for_strangers_only() -> None:
-    """No more strangers than MAX_LOOKUPS go at once, whoever else calls goes, and each that is done lets the next go."""
-    hosts: Hosts[Call] = Hosts()
-    calls = strangers(MAX_LOOKUPS + 3)
-    assert [hosts.arrive(call, 0) for call in calls] == [True] * MAX_LOOKUPS + [False] * 3
-    assert all(hosts.arrive(Call(host), 0) for host in WELL_KNOWN_HOSTS)
-    assert hosts.reached(calls[0]) == [calls[MAX_LOOKUPS]]
+def test_unproven_hosts_wait_for_each_other_only() -> None:
+    """At most MAX_LOOKUPS calls to unproven hosts go at once, other calls go, and each that ends lets the next go."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    calls = unproven(MAX_LOOKUPS + 3)
+    assert [hosts.enter(call, 0) for call in calls] == [True] * MAX_LOOKUPS + [False] * 3
+    assert all(hosts.enter(FakeTransfer(host), 0) for host in WELL_KNOWN_HOSTS)
+    assert hosts.connected(calls[0]) == [calls[MAX_LOOKUPS]]
     assert hosts.leave(calls[1], 0, hangs=False) == [calls[MAX_LOOKUPS + 1]]
-    assert hosts.leave(calls[MAX_LOOKUPS + 2], 0, hangs=False) == []  # its caller left while it waited
+    assert hosts.leave(calls[MAX_LOOKUPS + 2], 0, hangs=False) == []  # its client left while it waited
     assert hosts.waiting == 0
     for call in calls:
         hosts.leave(call, 0, hangs=False)
-    assert hosts._looking_up == 0
+    assert hosts._lookups == 0
 
 
-def test_a_look_up_that_may_hang_keeps_its_place() -> None:
-    """A call that gives up lets no other look-up begin before its own has had its time."""
-    hosts: Hosts[Call] = Hosts()
-    calls = strangers(MAX_LOOKUPS + 1)
+def test_a_lookup_that_may_hang_still_counts() -> None:
+    """A call that is aborted lets no other lookup begin before its own has had its time."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    calls = unproven(MAX_LOOKUPS + 1)
     for call in calls:
-        hosts.arrive(call, 0)
+        hosts.enter(call, 0)
     assert hosts.leave(calls[0], 10, hangs=True) == []
-    assert hosts.look_up_ended() == [calls[MAX_LOOKUPS]]
+    assert hosts.lookup_ended() == [calls[MAX_LOOKUPS]]
 
 
-def test_those_that_wait_for_a_stranger_fail_with_it() -> None:
-    """They are told, for each of them would take a look-up of its own. Where a host exists nobody need fail."""
-    hosts: Hosts[Call] = Hosts()
-    lead, waiter = Call(STRANGER), Call(STRANGER)
-    hosts.arrive(lead, 0)
-    hosts.arrive(waiter, 0)
-    assert hosts.waiting_for(lead) == [waiter]
+def test_calls_that_wait_for_an_unproven_host_fail_with_its_leader() -> None:
+    """Each of them would take a lookup of its own, so they all fail. Calls to a proven host need not fail."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    leader, waiter = FakeTransfer(UNPROVEN), FakeTransfer(UNPROVEN)
+    hosts.enter(leader, 0)
+    hosts.enter(waiter, 0)
+    assert hosts.waiting_for(leader) == [waiter]
     assert hosts.waiting_for(waiter) == []
-    lead, waiter = Call("fal.run"), Call("fal.run")
-    hosts.arrive(lead, 0)
-    hosts.arrive(waiter, 0)
-    assert hosts.waiting_for(lead) == []
-    assert hosts.leave(lead, 0, hangs=False) == [waiter]
+    leader, waiter = FakeTransfer("fal.run"), FakeTransfer("fal.run")
+    hosts.enter(leader, 0)
+    hosts.enter(waiter, 0)
+    assert hosts.waiting_for(leader) == []
+    assert hosts.leave(leader, 0, hangs=False) == [waiter]
 
 
-def test_when_the_lead_leaves_the_next_one_leads() -> None:
-    """A caller that goes away before its look-up has ended leaves it to the next; the last one leaves nothing."""
-    hosts: Hosts[Call] = Hosts()
-    first, second, third = Call(STRANGER), Call(STRANGER), Call(STRANGER)
+def test_when_the_leader_leaves_the_next_call_leads() -> None:
+    """A call that is cancelled before its lookup has ended leaves it to the next, and the last one leaves nothing."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    first, second, third = FakeTransfer(UNPROVEN), FakeTransfer(UNPROVEN), FakeTransfer(UNPROVEN)
     for call in (first, second, third):
-        hosts.arrive(call, 0)
+        hosts.enter(call, 0)
     assert hosts.leave(first, 0, hangs=False) == [second]
     assert second.leads
     assert hosts.waiting_for(second) == [third]
@@ -104,46 +104,46 @@ def test_when_the_lead_leaves_the_next_one_leads() -> None:
     assert not hosts._hosts
 
 
-def test_a_host_once_reached_is_no_stranger() -> None:
-    """Its calls go whatever strangers do."""
-    hosts: Hosts[Call] = Hosts()
-    lead = Call(STRANGER)
-    hosts.arrive(lead, 0)
-    hosts.reached(lead)
-    for call in strangers(MAX_LOOKUPS + 1):
-        hosts.arrive(call, 0)
-    assert hosts.arrive(Call(STRANGER), 0)
+def test_a_connection_proves_its_host() -> None:
+    """Calls to a host that was reached once go, however many calls to unproven hosts there are."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    leader = FakeTransfer(UNPROVEN)
+    hosts.enter(leader, 0)
+    hosts.connected(leader)
+    for call in unproven(MAX_LOOKUPS + 1):
+        hosts.enter(call, 0)
+    assert hosts.enter(FakeTransfer(UNPROVEN), 0)
 
 
 def test_suspicion_and_the_protocol_pass_with_time() -> None:
-    """A broken connection makes its host suspect for a while; one not called for long may have become another."""
-    hosts: Hosts[Call] = Hosts()
-    lead = Call("fal.run")
-    hosts.arrive(lead, 0)
-    hosts.learn("fal.run", True)
-    hosts.reached(lead)
+    """A broken connection makes its host suspect for a while. A host that was not called for long may have changed."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    leader = FakeTransfer("fal.run")
+    hosts.enter(leader, 0)
+    hosts.set_protocol("fal.run", True)
+    hosts.connected(leader)
     hosts.suspect("fal.run", 5)
     assert hosts.is_suspect("fal.run", 5)
     assert not hosts.is_suspect("fal.run", 5 + SUSPICION_S)
     assert not hosts.is_suspect("unknown.fal.run", 5)
     assert hosts.speaks_http2("fal.run") is None
-    hosts.learn("fal.run", True)
-    again = Call("fal.run")
-    assert hosts.arrive(again, IDLE_CONNECTION_S + 1)
+    hosts.set_protocol("fal.run", True)
+    again = FakeTransfer("fal.run")
+    assert hosts.enter(again, IDLE_CONNECTION_S + 1)
     assert again.leads
 
 
-def test_no_more_hosts_are_remembered_than_there_may_be() -> None:
-    """Neither hosts that exist nor those that do not make it grow, and fal's own are never forgotten."""
-    hosts: Hosts[Call] = Hosts()
+def test_the_hosts_that_are_remembered_are_limited() -> None:
+    """Neither hosts that exist nor those that do not exceed the limit, and fal's own are never forgotten."""
+    hosts: Hosts[FakeTransfer] = Hosts()
     for host in [*WELL_KNOWN_HOSTS, *(f"real-{number}.fal.run" for number in range(MAX_HOSTS + 100))]:
-        call = Call(host)
-        assert hosts.arrive(call, 0)
-        hosts.learn(host, True)
-        hosts.reached(call)
+        call = FakeTransfer(host)
+        assert hosts.enter(call, 0)
+        hosts.set_protocol(host, True)
+        hosts.connected(call)
     assert len(hosts._hosts) <= MAX_HOSTS
     assert all(hosts.speaks_http2(host) for host in WELL_KNOWN_HOSTS)
-    for call in strangers(3 * MAX_HOSTS):
-        hosts.arrive(call, 0)
+    for call in unproven(3 * MAX_HOSTS):
+        hosts.enter(call, 0)
         hosts.leave(call, 0, hangs=False)
     assert len(hosts._hosts) <= MAX_HOSTS

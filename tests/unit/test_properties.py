@@ -14,13 +14,13 @@ INPUTS = sorted(str(path.relative_to(CORPUS)) for path in CORPUS.rglob("*") if p
 
 
 def test_every_target_has_inputs() -> None:
-    """And there are none for a target that is no more."""
+    """Every target has inputs, and there are none for a target that was removed."""
     assert {name.partition("/")[0] for name in INPUTS} == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_corpus(name: str) -> None:
-    """What was found once, and what finding starts from, holds."""
+    """The properties are true for each input that once showed a fault, and for each that fuzzing starts from."""
     TARGETS[name.partition("/")[0]].run((CORPUS / name).read_bytes())
 
 
@@ -68,7 +68,7 @@ VALUES = st.sampled_from(["", "x-fal-a, accept", "close", "a\r\nb: c", "a\0", "\
 @examples(1000)
 @given(pairs=st.lists(st.tuples(NAMES, VALUES), max_size=8))
 def test_request(pairs: list[tuple[str, str]]) -> None:
-    """No header of a caller's makes a second line, takes the key's place, or gets past Connection."""
+    """No header of a client's makes a second line, replaces the key, or gets past Connection."""
     properties.request(pairs)
 
 
@@ -84,7 +84,7 @@ LINES = st.builds(
 @examples(1000)
 @given(status=st.sampled_from([b"HTTP/1.1 200 OK\r\n", b"HTTP/2 404 \r\n", b"HTTP/1.0 099\r\n"]), lines=st.lists(LINES))
 def test_response(status: bytes, lines: list[bytes]) -> None:
-    """No line of the target's splits the answer, frames it, or is one that Tornado would not take."""
+    """No line of the target's splits the response, frames it, or is one that Tornado would not take."""
     event("read" if properties.response([status, *lines]) else "malformed")
 
 
@@ -112,7 +112,7 @@ TOKENS = st.builds(
 @examples(1000)
 @given(text=JSON | TOKENS, encoding=st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32"]))
 def test_token(text: str, encoding: str) -> None:
-    """Whichever of several JSON readers reads a body that passes, it asks for allowed apps and a short life."""
+    """A body that passes asks for allowed apps and a short life, whichever of several JSON readers reads it."""
     event("given" if properties.token(text.encode(encoding)) else "refused")
 
 
@@ -128,11 +128,11 @@ ORIGINS = st.builds(
 @examples(1000)
 @given(text=ORIGINS | st.text(max_size=40))
 def test_origin(text: str) -> None:
-    """What may call is what a browser sends for a page of an allowed origin, and no header of it has a line break."""
+    """A text that may call is what a browser sends for a page of an allowed origin, and no header has a line break."""
     try:
         text.encode("latin-1")
     except UnicodeEncodeError:
-        return  # no header can hold it
+        return  # no header can carry it
     event("allowed" if properties.origin(text) else "not allowed")
 
 
@@ -148,8 +148,8 @@ def test_chunks(pieces: list[tuple[bytes, bool]]) -> None:
 @examples(500)
 @given(text=st.text("é日🌊a\n", max_size=12), data=st.data())
 def test_chunks_of_text(text: str, data: st.DataObject) -> None:
-    """Wherever it is cut."""
+    """A text arrives whole, wherever its pieces begin and end."""
     whole = text.encode()
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)))))
-    ends = zip([0, *cuts], [*cuts, len(whole)], strict=True)
+    splits = sorted(data.draw(st.sets(st.integers(0, len(whole)))))
+    ends = zip([0, *splits], [*splits, len(whole)], strict=True)
     properties.chunks([(whole[start:end], data.draw(st.booleans())) for start, end in ends])

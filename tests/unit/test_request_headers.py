@@ -10,11 +10,11 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.rules.headers import request_headers
 
-# What goes upstream. The authorization is a constant here, for the rules never look into it.
+# Headers that go upstream. The authorization is a constant here, because the rules never read it.
 
 AUTHORIZATION = b"authorization: Key a:b"
 
-# A header of the caller's, and the line that it becomes.
+# A header of the client's, and the line that it becomes.
 RELAYED = [
     (("accept", "application/json, text/event-stream"), b"accept: application/json, text/event-stream"),
     (("content-type", "application/json; charset=utf-8"), b"content-type: application/json; charset=utf-8"),
@@ -31,7 +31,7 @@ RELAYED = [
     (("x-fal-empty", ""), b"x-fal-empty;"),
     (("accept", ""), b"accept;"),
 ]
-# Headers of the caller's that stay here.
+# Headers of the client's that stay here.
 WITHHELD = [
     *[(name, "Key theirs") for name in ("authorization", "proxy-authorization", "x-api-key", "cookie", "cookie2")],
     ("x-fal-target-url", "https://fal.run/"),
@@ -83,7 +83,7 @@ WITHHELD = [
     ("x-fal-a", "\x1b[0m"),
     ("x-fal-a", "\x7f"),
     ("x-fal-a", "\u0100"),
-    ("x-fal-a", "\u560d\u560a"),  # CR LF, if cut to a byte each
+    ("x-fal-a", "\u560d\u560a"),  # CR LF, if truncated to a byte each
     ("user-agent", "a\r\nb: c"),
     ("accept", "a\x00"),
     ("content-type", "application/json\r\n"),
@@ -92,8 +92,8 @@ WITHHELD = [
 SILENCED = {b"accept:", b"content-type:", b"user-agent:"}
 
 
-def test_of_a_bare_call_go_the_key_and_the_proxys_name() -> None:
-    """libcurl adds none of its own accept, content-type, user-agent and Expect; the version is the package's."""
+def test_a_call_without_headers_sends_the_key_and_the_proxys_name() -> None:
+    """libcurl adds no accept, content-type, user-agent and Expect of its own. The version is the package's."""
     lines = request_headers([], AUTHORIZATION)
     assert (
         set(lines)
@@ -103,26 +103,26 @@ def test_of_a_bare_call_go_the_key_and_the_proxys_name() -> None:
 
 
 def relayed(*headers: tuple[str, str]) -> list[bytes]:
-    """The lines that these headers of a caller add."""
+    """Return the lines that these headers of a client add."""
     constant = request_headers([], AUTHORIZATION)
     return [line for line in request_headers(headers, AUTHORIZATION) if line not in constant]
 
 
 @pytest.mark.parametrize(("header", "line"), RELAYED)
-def test_what_fal_reads_is_relayed(header: tuple[str, str], line: bytes) -> None:
-    """As it came, and in place of the line that silences libcurl's own."""
+def test_headers_that_fal_reads_are_relayed(header: tuple[str, str], line: bytes) -> None:
+    """A header that fal reads is relayed as it came, in place of the line that silences libcurl's own."""
     assert relayed(header) == [line]
     assert f"{header[0]}:".encode() not in request_headers([header], AUTHORIZATION)
 
 
 @pytest.mark.parametrize("header", WITHHELD)
 def test_nothing_else_is_relayed(header: tuple[str, str]) -> None:
-    """With the header the lines are the same as without it."""
+    """With any other header the lines are the same as without it."""
     assert sorted(request_headers([header], AUTHORIZATION)) == sorted(request_headers([], AUTHORIZATION))
 
 
 def test_all_together_are_relayed_as_each_alone() -> None:
-    """Order and duplicates stay, and what is withheld changes nothing about what is not."""
+    """Order and duplicates stay, and the headers that are withheld change nothing about the others."""
     headers = [
         pair for pairs in itertools.zip_longest([case[0] for case in RELAYED], WITHHELD) for pair in pairs if pair
     ]
@@ -130,8 +130,8 @@ def test_all_together_are_relayed_as_each_alone() -> None:
     assert relayed(*headers) == [b"x-fal-twice: 1", *[case[1] for case in RELAYED], b"x-fal-twice: 2"]
 
 
-def test_what_connection_lists_stays_here() -> None:
-    """RFC 9110 section 7.6.1: such a header was meant for the proxy. It cannot take the key away."""
+def test_headers_that_connection_lists_stay_here() -> None:
+    """A header that Connection lists is for the proxy (RFC 9110 section 7.6.1). The key cannot be taken away so."""
     listed = ("connection", "close, X-Fal-A ,x-fal-client-proxy,authorization")
     lines = request_headers(
         [("x-fal-a", "1"), listed, ("x-fal-b", "2"), ("connection", "accept"), ("accept", "c")], AUTHORIZATION
@@ -153,8 +153,8 @@ def test_what_connection_lists_stays_here() -> None:
         ([("x-fal-target-url", "b" * 60_000)] * 100, True),
     ],
 )
-def test_what_is_relayed_is_bounded(headers: list[tuple[str, str]], fits: bool) -> None:
-    """In number and in size, with 32 bytes more for each; what stays here does not count."""
+def test_relayed_headers_are_limited(headers: list[tuple[str, str]], fits: bool) -> None:
+    """Relayed headers are limited in number and in size, with 32 bytes more for each. Others do not count."""
     if fits:
         request_headers(headers, AUTHORIZATION)
     else:
@@ -162,7 +162,7 @@ def test_what_is_relayed_is_bounded(headers: list[tuple[str, str]], fits: bool) 
             request_headers(headers, AUTHORIZATION)
 
 
-def test_no_line_holds_more_than_one_header() -> None:
-    """Of all that is tried above nothing puts a line break, or a header's end, into what libcurl gets."""
+def test_no_line_has_more_than_one_header() -> None:
+    """No header of the tables above puts a line break, or the end of a header, into the lines for libcurl."""
     for line in request_headers([*(case[0] for case in RELAYED), *WITHHELD], AUTHORIZATION):
         assert not set(line) & {0, 10, 13}

@@ -11,7 +11,7 @@ from tornado_fal_proxy.rules.headers import parse_response_head
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
-# A status line, and the status and protocol that it says.
+# A status line, and its status and protocol.
 STATUS_LINES = [
     (b"HTTP/1.1 200 OK\r\n", 200, "1.1"),
     (b"HTTP/1.1 200 OK\n", 200, "1.1"),
@@ -58,24 +58,24 @@ BAD_STATUS_LINES = [
 
 
 @pytest.mark.parametrize(("line", "status", "protocol"), STATUS_LINES)
-def test_a_status_line_says_status_and_protocol(line: bytes, status: int, protocol: str) -> None:
-    """Its reason is nobody's business and may be anything."""
+def test_a_status_line_has_status_and_protocol(line: bytes, status: int, protocol: str) -> None:
+    """The reason in a status line is ignored and may be anything."""
     head = parse_response_head([line])
     assert (head.status, head.protocol, head.headers, head.length) == (status, protocol, [], None)
     assert head.has_body is (status not in (204, 304))
 
 
 @pytest.mark.parametrize("line", BAD_STATUS_LINES)
-def test_anything_else_is_a_malformed_answer(line: bytes) -> None:
-    """502 to the caller, and at most 80 bytes of the line to the log."""
+def test_anything_else_is_a_malformed_response(line: bytes) -> None:
+    """Any other line is a 502 to the client, and the log gets at most 80 bytes of it."""
     with pytest.raises(MalformedResponse) as caught:
         parse_response_head([line, b"content-type: application/json\r\n"])
     assert caught.value.status == 502
     assert repr(line[:80]) in caught.value.detail
 
 
-def test_no_head_at_all_is_a_malformed_answer() -> None:
-    """And a very long line does not fill the log."""
+def test_no_head_at_all_is_a_malformed_response() -> None:
+    """A missing head is malformed, and so is a very long line, which does not fill the log."""
     for lines in ([], [b"x" * 100_000]):
         with pytest.raises(MalformedResponse) as caught:
             parse_response_head(lines)
@@ -84,12 +84,12 @@ def test_no_head_at_all_is_a_malformed_answer() -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_two_statuses_have_no_body(status: int) -> None:
-    """RFC 9110 sections 15.3.5 and 15.4.5."""
+    """A response with status 204 or 304 has no body (RFC 9110 sections 15.3.5 and 15.4.5)."""
     assert not parse_response_head([b"HTTP/1.1 %d \r\n" % status]).has_body
 
 
-# The lines of an answer, and the headers that the caller gets.
-ANSWERS: list[tuple[list[bytes], list[tuple[str, str]]]] = [
+# The lines of a response, and the headers that the client gets.
+HEADERS: list[tuple[list[bytes], list[tuple[str, str]]]] = [
     ([b"Content-Type: application/json\r\n"], [("content-type", "application/json")]),
     ([b"content-type:application/json\n"], [("content-type", "application/json")]),
     ([b"x-a: \t b c \t \r\n"], [("x-a", "b c")]),
@@ -106,7 +106,7 @@ ANSWERS: list[tuple[list[bytes], list[tuple[str, str]]]] = [
         [b"Set-Cookie: a=1\r\n", b"x-b: 1\r\n", b"Set-Cookie: c=2\r\n"],
         [("set-cookie", "a=1"), ("x-b", "1"), ("set-cookie", "c=2")],
     ),
-    # What the server sets itself.
+    # Headers that the server sets itself.
     ([b"Content-Length: 5\r\n", b"Content-Encoding: gzip\r\n", b"x-a: 1\r\n"], [("x-a", "1")]),
     # Hop by hop.
     (
@@ -154,13 +154,13 @@ ANSWERS: list[tuple[list[bytes], list[tuple[str, str]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("lines", "headers"), ANSWERS)
-def test_the_callers_headers_are_the_targets(lines: list[bytes], headers: list[tuple[str, str]]) -> None:
-    """But for what HTTP forbids to forward and what the server sets itself."""
+@pytest.mark.parametrize(("lines", "headers"), HEADERS)
+def test_the_clients_headers_are_the_targets(lines: list[bytes], headers: list[tuple[str, str]]) -> None:
+    """The client gets all headers except those that HTTP forbids to forward and those that the server sets."""
     assert parse_response_head([OK, *lines]).headers == headers
 
 
-# The lines of an answer, and the length that may be promised to the caller.
+# The lines of a response, and the length that may be promised to the client.
 LENGTHS: list[tuple[list[bytes], int | None]] = [
     ([], None),
     ([b"content-length: 0\r\n"], 0),
@@ -180,7 +180,7 @@ LENGTHS: list[tuple[list[bytes], int | None]] = [
 
 @pytest.mark.parametrize(("lines", "length"), LENGTHS)
 def test_a_length_counts_only_where_it_is_the_bodys(lines: list[bytes], length: int | None) -> None:
-    """An encoded body reaches the caller decoded; a transfer-encoding makes a length void (RFC 9112 section 6.3)."""
+    """An encoded body reaches the client decoded. A transfer-encoding makes a length void (RFC 9112 section 6.3)."""
     assert parse_response_head([OK, *lines]).length == length
 
 
@@ -194,14 +194,14 @@ def test_a_length_counts_only_where_it_is_the_bodys(lines: list[bytes], length: 
         (b"", False),
     ],
 )
-def test_an_event_stream_is_known_by_its_type(value: bytes, event_stream: bool) -> None:
-    """As fal's client knows it: by how the content-type begins."""
+def test_an_event_stream_is_recognized_by_its_type(value: bytes, event_stream: bool) -> None:
+    """An event stream is recognized as fal's SDKs do it, by how the content-type begins."""
     assert parse_response_head([OK, b"content-type: %b\r\n" % value]).event_stream is event_stream
 
 
 @pytest.mark.parametrize("value", [b" " * 100_000 + b"\x01", b"a " * 50_000 + b"\x01", b" \t" * 50_000, b"a" * 100_000])
 def test_a_hostile_line_costs_no_time(value: bytes) -> None:
-    """libcurl lets lines of 100 kB through; one may not stop the process while a pattern backtracks."""
+    """A line of 100 kB, which libcurl lets through, does not stop the process while a pattern backtracks."""
     started = time.process_time()
     parse_response_head([OK, b"x-a:" + value + b"\r\n"])
     assert time.process_time() - started < 1

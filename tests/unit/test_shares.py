@@ -21,5 +21,5 @@ SHARES = [
 
 @pytest.mark.parametrize(("mine", "fewest", "share"), SHARES)
 def test_share(mine: int, fewest: int | None, share: int) -> None:
-    """A worker takes a quarter more than the one that has fewest, and one; alone it takes what comes."""
+    """A worker takes up to a quarter and one more than the worker that has fewest. Alone it takes all."""
     assert max(0, fair_share(mine, fewest)) == share

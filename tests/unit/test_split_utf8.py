@@ -1,8 +1,8 @@
-"""A character that is cut by the end of a chunk waits for its rest."""
+"""A character that the end of a chunk splits waits for its rest."""
 
 import pytest
 
-import tornado_fal_proxy.handler
+from tornado_fal_proxy.relay.response import split_utf8
 
 SPLITS: list[tuple[bytes, bytes]] = [
     (b"", b""),
@@ -24,5 +24,5 @@ SPLITS: list[tuple[bytes, bytes]] = [
 
 @pytest.mark.parametrize(("whole", "rest"), SPLITS)
 def test_split_utf8(whole: bytes, rest: bytes) -> None:
-    """What is held back is exactly a character's beginning at the end."""
-    assert tornado_fal_proxy.handler.split_utf8(whole + rest) == (whole, rest)
+    """Only the beginning of a character at the end of a chunk is kept back."""
+    assert split_utf8(whole + rest) == (whole, rest)

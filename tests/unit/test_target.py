@@ -1,4 +1,4 @@
-"""The target: URLs of fal's beside what is refused, as tables."""
+"""The target: URLs of fal's beside those that are refused, as tables."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tornado_fal_proxy.rules.target import Target, parse_target
 LABEL_63 = "a" * 63
 HOST_253 = ".".join([LABEL_63] * 3 + ["a" * (253 - 3 * 64 - len(".fal.run")), "fal.run"])
 
-# URL, and the host, path and query that go upstream: byte for byte those of the caller.
+# URL, and the host, path and query that go upstream: byte for byte those of the client.
 ACCEPTED = [
     # Hosts.
     ("https://fal.run", "fal.run", "/", None),
@@ -36,7 +36,7 @@ ACCEPTED = [
     ("https://fal.run:443", "fal.run", "/", None),
     ("https://fal.run:443/a?b", "fal.run", "/a", "b"),
     ("https://queue.fal.run:443?b", "queue.fal.run", "/", "b"),
-    # What fal's clients send.
+    # URLs that fal's SDKs send.
     ("https://fal.run/fal-ai/flux/dev", "fal.run", "/fal-ai/flux/dev", None),
     (
         "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=https%3A%2F%2Fapp.example%2Fhook%3Fa%3Db",
@@ -154,7 +154,7 @@ REFUSED = [
     "url:https://fal.run/",
     "https+unix://fal.run/",
     "https://https://fal.run/",
-    # Upper case, which no client of fal's writes.
+    # Upper case, which none of fal's SDKs writes.
     "HTTPS://fal.run/",
     "Https://fal.run/",
     "https://FAL.RUN/",
@@ -393,14 +393,14 @@ REFUSED = [
 
 
 def test_the_tables_are_as_large_as_they_should_be() -> None:
-    """No case of the tables stands there twice."""
+    """The tables have enough cases, and none of them twice."""
     assert len(REFUSED) == len(set(REFUSED)) >= 150
     assert len(ACCEPTED) == len({case[0] for case in ACCEPTED}) >= 40
 
 
 @pytest.mark.parametrize(("url", "host", "path", "query"), ACCEPTED)
 def test_a_url_of_fals_is_taken_apart_and_changed_in_nothing(url: str, host: str, path: str, query: str | None) -> None:
-    """The parts are the caller's bytes, and the URL rebuilt from them is accepted as the same target."""
+    """The parts are the client's bytes, and the URL rebuilt from them is accepted as the same target."""
     target = parse_target(url)
     assert target == Target(host, path, query)
     assert parse_target(target.url) == target
@@ -409,7 +409,7 @@ def test_a_url_of_fals_is_taken_apart_and_changed_in_nothing(url: str, host: str
 
 @pytest.mark.parametrize("url", REFUSED)
 def test_anything_else_is_refused(url: str) -> None:
-    """412, alone and also with something behind it that would make it look like fal's."""
+    """Any other URL is refused, alone and with something behind it that would make it look like fal's."""
     for variant in (url, f"{url}#https://fal.run/", f"{url}#.fal.ai"):
         with pytest.raises(TargetRefused):
             parse_target(variant)

@@ -8,8 +8,8 @@ from tornado_fal_proxy.errors import TargetRefused
 from tornado_fal_proxy.rules.target import parse_target
 
 
-def test_every_character_of_ascii_has_one_place() -> None:
-    """In a path, a query and a fragment all printable ASCII passes but the backslash, and no other character does."""
+def test_printable_ascii_passes_in_path_query_and_fragment() -> None:
+    """All printable ASCII except the backslash passes in all three, and no other character does."""
     for code in range(256):
         character = chr(code)
         passes = "!" <= character <= "~" and character != "\\"
@@ -23,7 +23,7 @@ def test_every_character_of_ascii_has_one_place() -> None:
 
 
 def test_in_a_host_only_lower_case_letters_digits_and_inner_hyphens_pass() -> None:
-    """Any other character makes the URL refused; those that end a host leave one that is not fal's."""
+    """A URL with any other character is refused, because one that ends the host leaves a host that is not fal's."""
     for code in range(0x3000):
         character = chr(code)
         url = f"https://a{character}b.fal.run/"
@@ -39,7 +39,7 @@ def test_in_a_host_only_lower_case_letters_digits_and_inner_hyphens_pass() -> No
     ["https://" + "a-" * 50_000 + ".fal.run", "https://" + "a." * 50_000, "https://fal.run/" + "/" * 65_536 + " "],
 )
 def test_a_hostile_target_costs_no_time(url: str) -> None:
-    """Nor may a caller's."""
+    """A hostile target is refused as fast as any other."""
     started = time.process_time()
     with pytest.raises(TargetRefused):
         parse_target(url)

@@ -19,14 +19,14 @@ def accepted(url: str) -> Target | None:
 @examples(2000)
 @given(url=mutated_urls() | st.text() | TAILS.map("https://".__add__))
 def test_other_parsers_read_the_same_host_and_path(url: str) -> None:
-    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address."""
+    """The client's own string and the rebuilt URL are one and the same address to urllib and to a WHATWG parser."""
     event("accepted" if properties.target(url) else "refused")
 
 
 @examples(1000)
 @given(url=mutated_urls())
-def test_what_is_accepted_is_rebuilt_into_itself(url: str) -> None:
-    """The rebuilt URL is accepted again, as the same target: there is one spelling, and taking it apart finds it."""
+def test_an_accepted_url_is_rebuilt_into_itself(url: str) -> None:
+    """The rebuilt URL is accepted again as the same target, because there is one spelling."""
     target = accepted(url)
     if target is not None:
         assert accepted(target.url) == target

@@ -1,4 +1,4 @@
-"""Fields of a call's record: the class of its endpoint, the client's address, and how a log line is written."""
+"""The facts of a call: the kind of its target, the client's address, and how a line of the log is written."""
 
 import json
 import logging
@@ -32,17 +32,17 @@ from tornado_fal_proxy.telemetry import Call
         ("GET", "https://v3.fal.ai/x", "other"),
     ],
 )
-def test_endpoint_class(method: str, url: str, kind: str) -> None:
-    """Each kind of call that fal's clients make has a name, and there are no others."""
+def test_kind_of(method: str, url: str, kind: str) -> None:
+    """Each kind of call that fal's SDKs make has a name, and there are no others."""
     assert kind_of(parse_target(url)) == kind
 
 
 @pytest.mark.parametrize(
-    ("peer", "forwarded", "caller"),
+    ("peer", "forwarded", "client"),
     [
-        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),  # a stranger may say what it likes
+        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),  # an untrusted peer may send any text
         ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
-        ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),  # what the caller itself sent stands before
+        ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),  # the client's own text comes first
         ("127.0.0.1", ["1.1.1.1", "198.51.100.1 , 10.1.2.3"], "198.51.100.1"),
         ("127.0.0.1", ["10.0.0.1, 10.0.0.2"], "10.0.0.1"),  # trusted ones only: the first of them
         ("127.0.0.1", [], "127.0.0.1"),
@@ -58,33 +58,33 @@ def test_endpoint_class(method: str, url: str, kind: str) -> None:
         ("127.0.0.1", [", ".join(["198.51.100.1", *["10.0.0.1"] * 40])], "10.0.0.1"),
     ],
 )
-def test_callers_behind_proxies(peer: str, forwarded: list[str], caller: str) -> None:
-    """The address that the last proxy that is not the operator's own had before it."""
-    assert TrustedProxies(("127.0.0.1", "10.0.0.0/8", "unix")).caller(peer, forwarded) == caller
-    assert TrustedProxies().caller(peer, forwarded) == peer
+def test_clients_behind_proxies(peer: str, forwarded: list[str], client: str) -> None:
+    """The client is the last address that is not one of the operator's own proxies."""
+    assert TrustedProxies(("127.0.0.1", "10.0.0.0/8", "unix")).client(peer, forwarded) == client
+    assert TrustedProxies().client(peer, forwarded) == peer
 
 
 def test_fields_are_plain() -> None:
-    """As text, and as JSON."""
-    fields = Fields(caller="a\x7f\x85\n b", why=None, status=200)
-    assert str(fields) == r'caller="a\u007f\u0085\n b" why=- status=200'
+    """A line of the log is plain as text and as JSON."""
+    fields = Fields(client="a\x7f\x85\n b", error=None, status=200)
+    assert str(fields) == r'client="a\u007f\u0085\n b" error=- status=200'
     record = logging.LogRecord("x", logging.INFO, "", 0, Lines([(0.25, fields), (1.5, fields)]), (), None)
     lines = JsonFormatter().format(record).split("\n")
     assert all(line.isascii() and line.isprintable() for line in lines)
-    assert [json.loads(line)["caller"] for line in lines] == [fields["caller"]] * 2
+    assert [json.loads(line)["client"] for line in lines] == [fields["client"]] * 2
     assert [json.loads(line)["time"][-15:] for line in lines] == ["00:00.250+00:00", "00:01.500+00:00"]
     text = PlainFormatter("%(asctime)s %(message)s").format(record).split("\n")
     assert [line[-len(str(fields)) - 7 :] for line in text] == [f"00,250 {fields}", f"01,500 {fields}"]
 
 
 def test_lines_fit_into_one_write() -> None:
-    """Such as JSON makes of the longest that there may be: processes that share a pipe would mix longer ones."""
+    """The longest lines fit into one write as JSON, because processes that share a pipe would mix longer ones."""
     longest = Call("OPTIONS", "i" * 128)
     longest.target = Target(f"{'h' * 63}.fal.run", "/" + "p" * 1000)
     longest.head = ResponseHead(200, "1.1", [("x-fal-request-id", "f" * 128)], None, event_stream=False, coding="")
     longest.status, longest.sent_bytes = 200, 10**12
     longest.first_byte_s = longest.seconds = 86_399.123456
-    longest.outcome, longest.why, longest.detail = "upstream_error", "UnsupportedMediaType", "d" * 1000
+    longest.outcome, longest.error, longest.detail = "client_disconnected", "UnsupportedMediaType", "d" * 1000
     lines = Lines([(1e9, Fields(longest.fields("ffff:" * 7 + "ffff")))] * LINES_AT_ONCE)
     record = logging.LogRecord("tornado_fal_proxy.access", logging.INFO, "", 0, lines, (), None)
     assert len(JsonFormatter().format(record)) < select.PIPE_BUF

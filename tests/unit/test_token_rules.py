@@ -79,7 +79,7 @@ TOKENS_REFUSED = [
             *(b"9" * 30, b"9" * 3900, b"0120", b"+120", b"0x78", b"[120]", b"-0", b""),
         )
     ),
-    # What two parsers could read differently, or what is no such request.
+    # Bodies that two parsers could read differently, or that are no such request.
     b'{"allowed_apps":["whole"],"token_expiration":120,"token_expiration":9999}',
     b'{"allowed_apps":["other"],"allowed_apps":["whole"],"token_expiration":120}',
     b'{"allowed_apps":["whole"],"\\u0061llowed_apps":["other"],"token_expiration":120}',
@@ -117,7 +117,7 @@ def token_rules(**more: Any) -> AccessRules:
 
 @pytest.mark.parametrize("url", TOKEN_URLS)
 def test_a_token_is_judged_by_its_body(url: str) -> None:
-    """The head passes; where endpoints are restricted the body must be seen, and else it need not be."""
+    """The head passes. The body must be checked where endpoints are restricted, and nowhere else."""
     access = token_rules()
     assert refusal(access, "POST", url) is None
     assert access.needs_body(parse_target(url))
@@ -127,13 +127,13 @@ def test_a_token_is_judged_by_its_body(url: str) -> None:
 
 @pytest.mark.parametrize("body", TOKENS_GIVEN)
 def test_token_given(body: bytes) -> None:
-    """For applications that are allowed as a whole, within their time."""
+    """A token is given for apps that are allowed as a whole, with a life that is allowed."""
     token_rules().check_body(body)
 
 
 @pytest.mark.parametrize("body", TOKENS_REFUSED)
 def test_token_refused(body: bytes) -> None:
-    """For all else, and the refusal shows nothing of the body."""
+    """Any other token is refused, and the refusal shows nothing of the body."""
     with pytest.raises(TokenNotAllowed) as caught:
         token_rules().check_body(body)
     assert caught.value.status == 403
@@ -142,7 +142,7 @@ def test_token_refused(body: bytes) -> None:
 
 
 def test_the_life_of_a_token_can_be_set() -> None:
-    """max_token_expiration_s, 300 by default, is the longest."""
+    """The longest life of a token is max_token_expiration_s."""
     for longest in (1, 60, 86_400):
         access = token_rules(max_token_expiration_s=longest)
         access.check_body(b'{"allowed_apps":["app"],"token_expiration":%d}' % longest)

@@ -59,7 +59,7 @@ WEBHOOKS_REFUSED = [
         "fal_webhook=%20https://hooks.example/",
         "fal_webhook=javascript:1",
     ),
-    # Once, and spelled like this.
+    # The parameter may be there once, in one spelling.
     "fal_webhook=https://hooks.example/&fal_webhook=https://hooks.example/",
     "fal_webhook=https://hooks.example/&fal_webhook=https://evil.example/",
     "fal_webhook=https://hooks.example/;fal_webhook=https://evil.example/",
@@ -69,7 +69,7 @@ WEBHOOKS_REFUSED = [
     "fal_webhook=https://hooks.example;@evil.example/",
     "fal_webhook=https%3A%2F%2Fhooks.example;.evil.example%2F",
     "a;fal_webhook=https://hooks.example/",
-    # What is decoded before it is separated has one more parameter.
+    # A query that is decoded before it is separated has one more parameter.
     "fal_webhook=https://hooks.example/%26fal_webhook=https://evil.example/",
     "fal_webhook=https://hooks.example/%2526fal_webhook=https://evil.example/",
     "prompt=x%26fal_webhook%3Dhttps://evil.example/",
@@ -105,7 +105,7 @@ WEBHOOKS_REFUSED = [
 
 @pytest.mark.parametrize("query", WEBHOOKS_ALLOWED)
 def test_webhook_allowed(query: str) -> None:
-    """Of one of the origins, for every host and method."""
+    """A webhook of an allowed origin passes, for every host and method."""
     access = rules(allowed_webhooks=HOOKS)
     for method, host in itertools.product(("GET", "POST"), (RUN, QUEUE, "https://rest.fal.ai")):
         assert refusal(access, method, f"{host}/x/y?{query}") is None
@@ -116,7 +116,7 @@ def test_webhook_allowed(query: str) -> None:
 
 @pytest.mark.parametrize("query", WEBHOOKS_REFUSED)
 def test_webhook_refused(query: str) -> None:
-    """Of any other, or where a server might read it in another way; without the rule it passes."""
+    """A webhook of any other origin, or one that a server may read differently, passes only without the rule."""
     assert refusal(rules(allowed_webhooks=HOOKS), "POST", f"{QUEUE}/x/y?{query}") is WebhookNotAllowed
     assert refusal(rules(allowed_webhooks=()), "POST", f"{QUEUE}/x/y?{query}") is WebhookNotAllowed
     assert refusal(rules(allowed_hosts=("*.fal.run",)), "POST", f"{QUEUE}/x/y?{query}") is None
@@ -126,7 +126,7 @@ def test_webhook_refused(query: str) -> None:
 @given(
     query=st.text("fal_webhookFAL%5f5F&;=+?/:.@-[]0 ".replace(" ", "") + "s", max_size=40).map(lambda text: "a&" + text)
 )
-def test_what_a_server_decodes_to_it_is_seen(query: str) -> None:
+def test_a_webhook_is_found_however_a_server_decodes(query: str) -> None:
     """Where nothing is allowed, no query passes in which urllib, splitting in either way, finds the parameter."""
     with_separators = [urllib.parse.parse_qsl(query, keep_blank_values=True, separator=separator) for separator in "&;"]
     names = {name.strip().lower() for pairs in with_separators for name, _ in pairs}
@@ -149,13 +149,13 @@ def test_what_a_server_decodes_to_it_is_seen(query: str) -> None:
     ],
 )
 def test_bad_webhook_origin(origin: str) -> None:
-    """Exact, https, and spelled as it is compared."""
+    """An allowed origin must be exact, https, and spelled as it is compared."""
     with pytest.raises(ConfigError, match=r"\Aallowed_webhooks: "):
         access_rules(allowed_webhooks=(origin,))
 
 
 def test_no_query_takes_long() -> None:
-    """Nor does looking for webhooks in one of the largest that a head can have."""
+    """The search for webhooks is fast, also in the largest queries that a head can have."""
     access = rules(allowed_webhooks=HOOKS)
     began = time.perf_counter()
     for query in (

@@ -1,8 +1,9 @@
-"""An upstream in a process of its own for tests.support.recovery: it can be killed, stopped, and told to misbehave.
+"""An upstream in a process of its own for tests.support.recovery: it can be killed, stopped, and made to misbehave.
 
-A line on stdin names what it does from then on, one of :data:`MODES`, and is answered when that has begun. The number
-of each request goes to a file as soon as the request is whole, for a job could run then; so what was executed is known
-whatever becomes of this process. On SIGTERM it closes its connections properly and ends.
+A line on stdin names how it acts from then on, one of :data:`MODES`. The same line on stdout confirms that this has
+begun. The number of each request goes to a file as soon as the request is whole, because from then on a job could run.
+So the executed requests are known even if this process is killed. On SIGTERM it closes its connections properly and
+ends.
 """
 
 import asyncio
@@ -24,37 +25,39 @@ POLL_S = 0.4
 EVENTS, EVENT_S = 6, 0.1
 EVENT = b'data: {"n": %d}\n\n'
 BYTE_S = 1.0
-# Of the connections one in so many is reset after so many requests, for libcurl by itself sends again what a connection
-# that was used before took along; the others serve more, and then another takes their place.
+# One connection in RESET_EACH is reset after RESET_AFTER requests, because libcurl repeats by itself a request that was
+# lost on a connection used before. The others serve REQUESTS_EACH requests, and then new connections replace them.
 RESET_EACH, RESET_AFTER, REQUESTS_EACH = 3, 1, 6
-MOST_STREAMS = 2**31 - 1
+MAX_STREAMS = 2**31 - 1
 
 
 class Faulty:
-    """The upstream, and what it does now."""
+    """The upstream and its mode."""
 
     def __init__(self, certificate: str, host: str, port: int, protocol: str, log: str) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate)
-        self.upstream = Upstream(self.answer, ssl_context=context, protocols=[protocol], host=host, port=port)
+        self.upstream = Upstream(self.respond, ssl_context=context, protocols=[protocol], host=host, port=port)
         self._executed: set[asyncio.Task[None]] = set()
         self._mode = "fine"
         self._changed = asyncio.Event()
         self._requests = 0  # since then
         self._old = 0  # connections that there were before
-        self._told: set[int] = set()
+        self._notified: set[int] = set()
 
     def do(self, mode: str) -> None:
+        """Act in that mode from now on."""
         self._mode = mode
         self._requests = 0
         self._old = self.upstream.connections
-        self._told.clear()
+        self._notified.clear()
         self.upstream.max_concurrent_streams = 1 if mode == "one stream" else 100
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def answer(self, exchange: Exchange) -> None:
+    async def respond(self, exchange: Exchange) -> None:
+        """Note the request as executed when it is whole, and act as the mode has it."""
         executed = asyncio.create_task(self._execute(exchange))
         self._executed.add(executed)
         executed.add_done_callback(self._executed.discard)
@@ -66,12 +69,12 @@ class Faulty:
             await exchange.body()
             os.write(self._log, b"%b %b\n" % (exchange.method.encode(), number_of(exchange)))
 
-    def is_told_now(self, exchange: Exchange) -> bool:
-        """Whether the connection is an old one that has not been told yet of what changed. From now on it is."""
+    def must_notify(self, exchange: Exchange) -> bool:
+        """Tell whether the connection is older than the mode and not notified of the change. From now on it is."""
         number = exchange.connection_number
-        if number >= self._old or number in self._told:
+        if number >= self._old or number in self._notified:
             return False
-        self._told.add(number)
+        self._notified.add(number)
         return True
 
     async def fine(self, exchange: Exchange, *more: tuple[str, str]) -> None:
@@ -95,18 +98,18 @@ class Faulty:
         elif exchange.number_on_connection < REQUESTS_EACH:
             await self.fine(exchange)
         elif exchange.protocol == "h2":
-            exchange.goaway(MOST_STREAMS)
+            exchange.goaway(MAX_STREAMS)
             await self.fine(exchange)
         else:
             await self.fine(exchange, ("connection", "close"))
 
     async def goes_away(self, exchange: Exchange) -> None:
-        if self.is_told_now(exchange):
-            exchange.goaway(MOST_STREAMS)
+        if self.must_notify(exchange):
+            exchange.goaway(MAX_STREAMS)
         await self.fine(exchange)
 
     async def goes_away_and_closes(self, exchange: Exchange) -> None:
-        if self.is_told_now(exchange):
+        if self.must_notify(exchange):
             exchange.goaway()
             await exchange.close_connection()
         else:
@@ -124,12 +127,12 @@ class Faulty:
         exchange.reset()
 
     async def one_stream(self, exchange: Exchange) -> None:
-        if self.is_told_now(exchange):
+        if self.must_notify(exchange):
             exchange.limit_streams(1)
         await self.fine(exchange)
 
     async def trickles(self, exchange: Exchange) -> None:
-        """A byte a second, and the rest when that is over."""
+        """Send a byte a second, and the rest when the mode changes."""
         await exchange.body()
         if exchange.target.startswith(b"/stream"):
             kind, data = "text/event-stream", b"".join(EVENT % n for n in range(EVENTS))
@@ -145,14 +148,14 @@ class Faulty:
         await exchange.send(data)
         await exchange.end()
 
-    async def answers_early(self, exchange: Exchange) -> None:
-        """Refuse a body unseen, as servers do that find it too large."""
+    async def responds_early(self, exchange: Exchange) -> None:
+        """Refuse a body before it is read, as servers do with a body that is too large."""
         if exchange.method == "GET":
             await self.fine(exchange)
             return
         await exchange.respond(413, b'{"detail": "too large"}', [*JSON, ("x-served-by", self.upstream.host)])
         if exchange.protocol == "h2":
-            with suppress(StreamClosedError):  # the body has come all the same
+            with suppress(StreamClosedError):  # the whole body has arrived nevertheless
                 exchange.reset(0)
         else:
             await exchange.close_connection()
@@ -166,7 +169,7 @@ MODES: dict[str, Callable[[Faulty, Exchange], Awaitable[None]]] = {
     "stream resets": Faulty.resets_streams,
     "one stream": Faulty.one_stream,
     "trickle": Faulty.trickles,
-    "early answer": Faulty.answers_early,
+    "early response": Faulty.responds_early,
 }
 
 
@@ -180,14 +183,14 @@ async def main(certificate: str, host: str, port: str, protocol: str, log: str) 
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     faulty = Faulty(certificate, host, int(port), protocol, log)
     await faulty.upstream.start()
-    told = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
+    commands = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
 
     async def obey() -> None:
-        while line := (await told.readline()).decode().strip():
+        while line := (await commands.readline()).decode().strip():
             faulty.do(line)
             print(line, flush=True)  # noqa: T201
-        ended.set()  # nobody is left who could tell
+        ended.set()  # no process is left that could send commands
 
     print(faulty.upstream.port, flush=True)  # noqa: T201
     obeying = asyncio.create_task(obey())

@@ -1,6 +1,6 @@
 """``recovery PROTOCOL FAULT...``: run these faults one after the other, and print a line of JSON for each.
 
-Faults that need a network run in one of their own: :mod:`tests.support.recovery` has the strategy.
+Faults that need a network must run in one of their own. The strategy is in :mod:`tests.support.recovery`.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from tests.support.recovery.faults import FAULTS
 from tests.support.recovery.load import REAL_TIME
 from tests.support.recovery.stand import Report, Stand
 
-# For all faults of a protocol; far more than they take.
-MOST_S = 1800 if REAL_TIME else 180
+# Limits all faults of a protocol together: far more than they take.
+MAX_S = 1800 if REAL_TIME else 180
 
 
 async def main(protocol: str, names: list[str]) -> None:
@@ -26,7 +26,7 @@ async def main(protocol: str, names: list[str]) -> None:
                 name = waiting.pop(0)
                 try:
                     report = await stand.suffer(name, FAULTS[name])
-                except Exception:  # noqa: BLE001  (the test says it; the other faults have a stand of their own)
+                except Exception:  # noqa: BLE001  (the test shows it; the other faults get a new stand)
                     report = Report(name, protocol, error=traceback.format_exc())
                     report.seen = dict(Counter(call.seen for call in stand.load.calls))
                 print(json.dumps(asdict(report)), flush=True)  # noqa: T201
@@ -35,4 +35,4 @@ async def main(protocol: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(asyncio.wait_for(main(sys.argv[1], sys.argv[2:]), MOST_S))
+    asyncio.run(asyncio.wait_for(main(sys.argv[1], sys.argv[2:]), MAX_S))

@@ -1,7 +1,8 @@
-"""Run by test_unproven_hosts.py in a network of its own: name servers that fail or hang, and which calls wait.
+"""Measure which calls wait while name servers fail or hang. Run by test_unproven_hosts.py in a network of its own.
 
-Here fal.run and new.fal.run are 127.0.0.1, where the test's upstream listens on port 443; names below fail.fal.run do
-not exist; and about those below hang.fal.run the name server says nothing. It prints what happened as JSON.
+Here fal.run and new.fal.run are 127.0.0.1, where the test's upstream listens on port 443. Names below fail.fal.run do
+not exist, and the name server does not respond to questions about names below hang.fal.run. The program prints its
+result as JSON.
 """
 
 import asyncio
@@ -24,14 +25,14 @@ from tests.support.raw_client import call
 from tests.support.scripted_upstream import Exchange, Upstream
 from tests.support.service_process import ServiceProcess
 
-STRANGERS, PACE_S = 2000, 0.004
-LOOK_UP_S = 1  # until resolv.conf's time is over
+UNPROVEN_HOSTS, PACE_S = 2000, 0.004
+LOOKUP_S = 1  # the time-out in resolv.conf
 
 
 def use_name_server(directory: str) -> None:
-    """127.0.0.1 is asked for all names, once and not for long."""
+    """Send each lookup to 127.0.0.1, once and with a short time-out."""
     for path, text in (
-        ("/etc/resolv.conf", f"nameserver 127.0.0.1\noptions timeout:{LOOK_UP_S} attempts:1\n"),
+        ("/etc/resolv.conf", f"nameserver 127.0.0.1\noptions timeout:{LOOKUP_S} attempts:1\n"),
         ("/etc/hosts", "127.0.0.1 localhost\n"),
         ("/etc/nsswitch.conf", "hosts: files dns\n"),
     ):
@@ -41,7 +42,7 @@ def use_name_server(directory: str) -> None:
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Enough of one."""
+    """As much of a name server as the resolver needs. ``asked`` counts the questions."""
 
     def __init__(self) -> None:
         self.asked: dict[str, int] = {"hang": 0, "fail": 0, "other": 0}
@@ -60,10 +61,10 @@ class NameServer(asyncio.DatagramProtocol):
         if kind == "hang":
             return
         is_a = question[-4:-2] == b"\0\1"
-        answers = 1 if is_a and kind == "other" else 0
-        head = data[:2] + struct.pack(">HHHHH", 0x8580 | (3 if kind == "fail" else 0), 1, answers, 0, 0)
+        records = 1 if is_a and kind == "other" else 0
+        head = data[:2] + struct.pack(">HHHHH", 0x8580 | (3 if kind == "fail" else 0), 1, records, 0, 0)
         record = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + socket.inet_aton("127.0.0.1")
-        self._transport.sendto(head + question + record * answers, address)
+        self._transport.sendto(head + question + record * records, address)
 
 
 async def fine(exchange: Exchange) -> None:
@@ -113,19 +114,19 @@ async def measure() -> dict[str, Any]:
         before = [await timed(port) for _ in range(100)]
         at_rest = usage(running.pid)
 
-        strangers = await asyncio.create_subprocess_exec(
+        crowd = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.support.programs.unproven_hosts", str(port), stdout=asyncio.subprocess.PIPE
-        )  # by itself, or its crowd would delay the calls that are timed here
-        answered = asyncio.create_task(strangers.communicate())
+        )  # a process of its own, because the crowd would delay the calls that are timed here
+        answered = asyncio.create_task(crowd.communicate())
         during: list[float] = []
-        await asyncio.sleep(STRANGERS * PACE_S / 2)
+        await asyncio.sleep(UNPROVEN_HOSTS * PACE_S / 2)
         cold = [await timed(port, host) for host in ("queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai")]
         while not answered.done():
             during.append(await timed(port))
             await asyncio.sleep(0.02)
-        stranger = await call(port, "GET", target="https://new.fal.run/x")
+        unproven = await call(port, "GET", target="https://new.fal.run/x")
         after = [await timed(port) for _ in range(20)]
-        await asyncio.sleep(LOOK_UP_S)
+        await asyncio.sleep(LOOKUP_S)
         result = {
             "before_ms": spread(before),
             "during_ms": spread(during),
@@ -136,7 +137,7 @@ async def measure() -> dict[str, Any]:
             "asked": server.asked,
             "at_rest": at_rest,
             "afterwards": usage(running.pid),
-            "unproven": stranger.status,
+            "unproven": unproven.status,
         }
         running.process.terminate()
         await running.process.wait()
@@ -147,14 +148,14 @@ async def measure() -> dict[str, Any]:
 
 
 async def call_all(port: int) -> dict[int, int]:
-    """Call every stranger. How many were answered with which status."""
+    """Call every unproven host. Return how many responses had which status."""
 
     async def one(number: int) -> int:
         await asyncio.sleep(number * PACE_S)
         kind = ("hang", "fail")[number % 2]
         return (await call(port, "GET", target=f"https://s{number}.{kind}.fal.run/x")).status
 
-    return Counter(await asyncio.gather(*map(one, range(STRANGERS))))
+    return Counter(await asyncio.gather(*map(one, range(UNPROVEN_HOSTS))))
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

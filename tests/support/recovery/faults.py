@@ -1,4 +1,4 @@
-"""The faults: what happens, what clients may see of it, and how soon it is over."""
+"""The faults: how each is caused, its allowed effect on clients, and how soon it is over."""
 
 import asyncio
 import signal
@@ -13,15 +13,11 @@ from tests.support.waiting import TIMEOUT_S
 __all__ = ["FAULTS", "Fault"]
 
 BOTH = ("h2", "http/1.1")
-# For so long at most a connection takes new calls, where a fault does not say otherwise.
+# Limits how long a connection takes new calls, unless a fault has a limit of its own.
 LIFETIME_S = 1
-HASTE = """
-import tornado_fal_proxy.upstream as upstream
-upstream.CONNECTION_LIFETIME_S, upstream.ADDRESS_LIFETIME_S = %d, 1
-"""
-# Enough for a slow machine to greet all callers at once, which is how they come back from some faults.
+# Limits a handshake: after some faults all clients connect at once, and a slow machine needs this long for them.
 CONNECT_S = 5
-# How long a server misbehaves, at least.
+# The time for which a server misbehaves at least.
 FAULT_S = 1.5
 
 
@@ -43,7 +39,7 @@ async def is_stopped(stand: Stand) -> None:
 
 
 def does(mode: str, count: int = 0, body: bytes = b"{}") -> Callable[[Stand], Awaitable[None]]:
-    """The server misbehaves in that way for a while, and until so many calls have ended."""
+    """Return a fault in which the server misbehaves in that way for a while, and until so many calls have ended."""
 
     async def happens(stand: Stand) -> None:
         stand.load.body = body
@@ -59,7 +55,7 @@ def does(mode: str, count: int = 0, body: bytes = b"{}") -> Callable[[Stand], Aw
 async def vanishes(stand: Stand) -> None:
     assert stand.wire is not None
     stand.recovery_began = time.monotonic()
-    stand.wire.cut()
+    stand.wire.silence()
 
 
 async def is_far_and_lossy(stand: Stand) -> None:
@@ -99,9 +95,10 @@ async def moves_back(stand: Stand) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """``bad`` is what callers may see of it, ``felt`` that of which they do see some; all else is answered rightly.
+    """One fault, which ``happens`` causes.
 
-    ``within_s`` is how soon it is over. Then ``is_undone`` makes things as they were, where that is needed.
+    Calls may end as in ``bad``, and some must end as in ``felt``; all others must get the right response. The fault is
+    over ``within_s`` seconds. Then ``is_undone`` restores the former state, where that is needed.
     """
 
     happens: Callable[[Stand], Awaitable[None]]
@@ -109,16 +106,16 @@ class Fault:
     felt: frozenset[str] = frozenset()
     within_s: float = 2.0
     protocols: tuple[str, ...] = BOTH
-    network: str = ""  # of its own, and what must be there: "names" or "wire"
+    network: str = ""  # needs a network of its own, in which this differs: "names" or "wire"
     idle_s: int = IDLE_S
     connect_s: int = CONNECT_S
     lifetime_s: int = LIFETIME_S
     is_undone: Callable[[Stand], Awaitable[None]] | None = None
 
 
-BROKEN = frozenset({"POST 500", "GET 502", "stream 500", "stream cut"})
+BROKEN = frozenset({"POST 500", "GET 502", "stream 500", "stream aborted"})
 NOT_SENT = frozenset({"POST 502", "stream 502"})
-TOO_SLOW = frozenset({"POST 500", "POST 504", "GET 504", "stream 500", "stream 504", "stream cut"})
+TOO_SLOW = frozenset({"POST 500", "POST 504", "GET 504", "stream 500", "stream 504", "stream aborted"})
 
 FAULTS = {
     "killed": Fault(is_killed, BROKEN | NOT_SENT, NOT_SENT),
@@ -128,17 +125,17 @@ FAULTS = {
     "GOAWAY, streams go on": Fault(does("goaway"), protocols=("h2",)),
     "GOAWAY and close": Fault(does("goaway and close"), BROKEN, BROKEN, protocols=("h2",)),
     "RST_STREAM for every third": Fault(
-        does("stream resets", 40), BROKEN, frozenset({"POST 500", "stream cut"}), protocols=("h2",)
+        does("stream resets", 40), BROKEN, frozenset({"POST 500", "stream aborted"}), protocols=("h2",)
     ),
     "one stream at a time": Fault(does("one stream", 40), protocols=("h2",)),
     "a byte a second": Fault(does("trickle")),
-    "answer before the body": Fault(
-        does("early answer", 40, b"{%b}" % (b" " * 400_000)),
-        # Over HTTP/1.1 the answer is lost when the connection is reset before libcurl has read it.
+    "response before the body": Fault(
+        does("early response", 40, b"{%b}" % (b" " * 400_000)),
+        # Over HTTP/1.1 the response is lost when the connection is reset before libcurl has read it.
         frozenset({"POST 413", "POST 500", "POST 502", "stream 413", "stream 500", "stream 502"}),
         frozenset({"POST 413"}),
     ),
-    # The connection would take calls for far longer than it may, were it not ended.
+    # The lifetime is long, so the connection ends because the proxy notices the silence, and not because of its age.
     "half-open": Fault(
         vanishes,
         BROKEN | TOO_SLOW,

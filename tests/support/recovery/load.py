@@ -1,4 +1,4 @@
-"""Thirty clients, and all calls that they have made."""
+"""Run thirty clients, and record all calls that they make."""
 
 import asyncio
 import os
@@ -13,21 +13,21 @@ from tests.support.programs.faulty_upstream import EVENT, EVENTS
 from tests.support.raw_client import RawClient
 from tests.support.waiting import TIMEOUT_S
 
-__all__ = ["IDLE_S", "KINDS", "PATIENT_S", "REAL_TIME", "Call", "Load", "is_right", "recovery"]
+__all__ = ["IDLE_S", "KINDS", "PATIENT_S", "REAL_TIME", "Load", "LoadCall", "is_right", "recovery"]
 
 REAL_TIME = bool(os.environ.get("TORNADO_FAL_PROXY_REAL_TIME"))
-# Seconds without a byte, after which a call is ended.
+# Limits the time without a byte, after which the service ends a call.
 IDLE_S = 40 if REAL_TIME else 3
-# Where packets get lost the same one may be lost three times.
+# Limits the same where packets get lost: the same packet may be lost three times.
 PATIENT_S = 30
-# Callers of each kind, and how long those with short calls wait between two.
+# Clients of each kind, and the pause of clients with short calls between two of these.
 KINDS = {"short POST": 8, "short GET": 6, "poll POST": 4, "poll GET": 4, "stream": 6}
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 0.3
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 0.3
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of the load: what became of it, the server that answered it, and when."""
+class LoadCall:
+    """A call of the load: its result ``what``, the server that responded (``by``), and its times."""
 
     kind: str
     number: int
@@ -38,103 +38,110 @@ class Call:
 
     @property
     def seen(self) -> str:
-        """As it is counted: ``POST 500``, ``GET 502``, ``stream cut``."""
+        """Return the name under which the call is counted: ``POST 500``, ``GET 502``, ``stream aborted``."""
         return f"{self.kind.split()[-1]} {self.what}"
 
 
 class Load:
-    """The callers, and all calls that they have made. Stop it to let each finish its call."""
+    """The clients, and all calls that they have made."""
 
     def __init__(self, port: int) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[LoadCall] = []
         self.body = b"{}"
         self._port = port
         self._stopped = False
         self._numbers = iter(range(time.monotonic_ns() // 1000, sys.maxsize))
-        self._tasks = [asyncio.create_task(self._life(kind)) for kind, callers in KINDS.items() for _ in range(callers)]
+        self._tasks = [asyncio.create_task(self._life(kind)) for kind, clients in KINDS.items() for _ in range(clients)]
 
-    async def until(self, holds: Callable[[], Any], seconds: float = TIMEOUT_S) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = TIMEOUT_S) -> None:
+        """Wait until ``condition()`` is true."""
         async with asyncio.timeout(seconds):
-            while not holds():
+            while not condition():
                 await asyncio.sleep(0.02)
 
     async def more(self, count: int) -> None:
-        """Until so many more calls have ended."""
+        """Wait until so many more calls have ended."""
         wanted = len(self.calls) + count
         await self.until(lambda: len(self.calls) >= wanted)
 
     async def each_kind(self, since: float, by: str, seconds: float) -> None:
-        """Until callers of each kind have had a right answer from that server, to a call made since then."""
+        """Wait until clients of each kind have had a right response from that server, to a call begun since then."""
         await self.until(
             lambda: {call.kind for call in self.calls if call.began >= since and is_right(call, by)} == set(KINDS),
             seconds,
         )
 
     async def goes_wrong(self) -> None:
-        """Until callers of each kind have felt the fault."""
+        """Wait until a call of each kind has failed."""
         await self.until(
             lambda: {call.kind for call in self.calls if call.what != "200"} == set(KINDS), IDLE_S + TIMEOUT_S
         )
 
     async def stop(self) -> None:
+        """Let each client finish its call and stop."""
         self._stopped = True
         await asyncio.gather(*self._tasks)
 
     def cancel(self) -> None:
+        """Stop all clients at once."""
         for task in self._tasks:
             task.cancel()
 
     async def _life(self, kind: str) -> None:
-        caller: RawClient | None = None
+        client: RawClient | None = None
         while not self._stopped:
-            if caller is not None and caller.reader.at_eof():  # closed between two calls, as may always be
-                await caller.close()
-                caller = None
-            if caller is None:
-                caller = await RawClient.open(self._port)
+            if client is not None and client.reader.at_eof():  # closed between two calls, as may always be
+                await client.close()
+                client = None
+            if client is None:
+                client = await RawClient.open(self._port)
             number, began = next(self._numbers), time.monotonic()
-            what, by, keep = await self._call(caller, kind, number)
-            self.calls.append(Call(kind, number, what, by, began, time.monotonic()))
+            what, by, keep = await self._call(client, kind, number)
+            self.calls.append(LoadCall(kind, number, what, by, began, time.monotonic()))
             if not keep:
-                caller.leave()
-                caller = None
+                client.leave()
+                client = None
             if kind.startswith("short") or what != "200":
-                await asyncio.sleep(random.uniform(LEAST_PAUSE_S, MOST_PAUSE_S))
-        if caller is not None:
-            await caller.close()
+                await asyncio.sleep(random.uniform(MIN_PAUSE_S, MAX_PAUSE_S))
+        if client is not None:
+            await client.close()
 
-    async def _call(self, caller: RawClient, kind: str, number: int) -> tuple[str, str, bool]:
+    async def _call(self, client: RawClient, kind: str, number: int) -> tuple[str, str, bool]:
         path = kind.split()[0]
         try:
             async with asyncio.timeout(IDLE_S + PATIENT_S + TIMEOUT_S):
-                await caller.send(
+                await client.send(
                     "GET" if kind.endswith("GET") else "POST", self.body, target=f"https://fal.run/{path}?id={number}"
                 )
-                answer = await caller.head()
+                response = await client.head()
         except TimeoutError:
             return "without end", "", False
         except (OSError, EOFError) as exc:
-            return f"without answer ({exc!r})", "", False
-        by = answer.header("x-served-by") or ""
+            return f"no response ({exc!r})", "", False
+        by = response.header("x-served-by") or ""
         try:
             async with asyncio.timeout(IDLE_S + PATIENT_S + TIMEOUT_S):
-                await caller.rest(answer)
+                await client.rest(response)
         except TimeoutError:
             return "without end", by, False
         except (OSError, EOFError, ValueError):
-            return "cut", by, False
+            return "aborted", by, False
         right = b"".join(EVENT % n for n in range(EVENTS)) if path == "stream" else b"[%d]" % number
-        if answer.status == 200 and answer.body != right:
-            return f"wrong ({answer.body!r})", by, False
-        return str(answer.status), by, answer.header("connection") != "close"
+        if response.status == 200 and response.body != right:
+            return f"wrong ({response.body!r})", by, False
+        return str(response.status), by, response.header("connection") != "close"
 
 
-def is_right(call: Call, by: str) -> bool:
+def is_right(call: LoadCall, by: str) -> bool:
+    """Tell whether that server gave the call the right response."""
     return call.what == "200" and call.by == by
 
 
-def recovery(calls: list[Call], since: float, wanted: str) -> float:
-    """How long after that time the last call ended that went wrong, or the first right one of the slowest kind."""
+def recovery(calls: list[LoadCall], since: float, wanted: str) -> float:
+    """Return the seconds after ``since`` until no call fails any more.
+
+    The last call that failed counts, or the first right one of the kind that had it last.
+    """
     later = [call for call in calls if call.began >= since]
     wrong = [call.ended for call in later if not is_right(call, wanted)]
     short = [kind for kind in KINDS if kind.startswith("short")]

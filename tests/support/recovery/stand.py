@@ -1,4 +1,4 @@
-"""The service, and in front of it one server, or two and a network of their own, which go through faults."""
+"""The service, and one server that goes through faults, or two servers in a network of their own."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tests.support.certificates import Authority
 from tests.support.namespaces import lift_loopback
 from tests.support.raw_client import call
-from tests.support.recovery.load import KINDS, REAL_TIME, Call, Load, is_right, recovery
+from tests.support.recovery.load import KINDS, REAL_TIME, Load, LoadCall, is_right, recovery
 from tests.support.service_process import ServiceProcess
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
@@ -29,18 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["REST_S", "Report", "Stand", "is_at_rest"]
 
-# The times of the package that are shortened, as its sitecustomize.py sets them in the service's process.
-HASTE = """
-import tornado_fal_proxy.upstream as upstream
-upstream.CONNECTION_LIFETIME_S, upstream.ADDRESS_LIFETIME_S = %d, 1
+# The sitecustomize.py of the service's process, which shortens two of the package's times.
+SHORTER_TIMES = """
+import tornado_fal_proxy.upstream.handles as handles
+handles.CONNECTION_LIFETIME_S, handles.ADDRESS_LIFETIME_S = %d, 1
 """
-# How long it may take until all is as it was: pooled connections that are too many are closed when they are old.
+# Limits how long the service takes to return to its former state: surplus pooled connections are closed when they are
+# old.
 REST_S = 75 if REAL_TIME else 30
 
 
 @dataclass
 class Report:
-    """What came of a fault. ``before`` and ``after`` are what the service held when there was nothing to do."""
+    """The result of a fault. ``before`` and ``after`` count the service's resources while it had nothing to do."""
 
     fault: str
     protocol: str
@@ -48,7 +49,7 @@ class Report:
     recovered_s: float = 0.0
     slowest_s: float = 0.0
     twice: list[int] = field(default_factory=list)  # POSTs that reached the upstream more than once
-    deceived: list[str] = field(default_factory=list)  # POSTs that did and whose caller is told to repeat them
+    deceived: list[str] = field(default_factory=list)  # POSTs that reached it, although the client may repeat them
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
     how: str = ""
@@ -56,7 +57,7 @@ class Report:
 
 
 class Server:
-    """A process in fal's place. It keeps its port when it is started again."""
+    """A process in fal's place, which has the same port when it is started again."""
 
     def __init__(self, stand: "Stand", host: str, port: int = 0) -> None:
         self.host = host
@@ -72,16 +73,16 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self.port = int(await self._says())
+        self.port = int(await self._read_line())
 
     async def do(self, mode: str) -> None:
-        """What it does from now on: one of faulty.MODES."""
+        """Make the server act so from now on: ``mode`` is one of faulty_upstream.MODES."""
         assert self._process.stdin is not None
         self._process.stdin.write(mode.encode() + b"\n")
-        assert await self._says() == mode
+        assert await self._read_line() == mode
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """End it. Its exit code says whether anything was wrong with it, or with the HTTP that it was spoken to."""
+        """End the process. Its exit code shows faults of its own, and of the HTTP that it received."""
         self.signal(number)
         assert await self._process.wait() == (0 if number == signal.SIGTERM else -number)
 
@@ -89,14 +90,14 @@ class Server:
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
 
-    async def _says(self) -> str:
+    async def _read_line(self) -> str:
         assert self._process.stdout is not None
         async with asyncio.timeout(TIMEOUT_S):
             return (await self._process.stdout.readline()).decode().strip()
 
 
 class Stand:
-    """The service, and in front of it one server, or two and a network of their own."""
+    """The service, and one server in fal's place, or two in a network of their own."""
 
     service: ServiceProcess
     server: Server
@@ -114,13 +115,14 @@ class Stand:
         self._hosts = directory / "hosts"
         self._sitecustomize = directory / "sitecustomize.py"
         self._directory = directory
-        self.wanted = ""  # the server that ought to answer
+        self.wanted = ""  # the server that ought to respond
         self.recovery_began: float | None = None
         self.how = ""
 
     @classmethod
     @asynccontextmanager
     async def set_up(cls, protocol: str, fault: "Fault") -> AsyncIterator["Stand"]:
+        """Start all that the fault needs, and end it with the context."""
         with tempfile.TemporaryDirectory() as directory:
             stand = cls(protocol, Path(directory))
             network = bool(fault.network)
@@ -130,7 +132,7 @@ class Stand:
                 stand.server = Server(stand, "127.0.0.1")
             await stand.server.start()
             stand.wanted = stand.server.host
-            stand._sitecustomize.write_text("" if REAL_TIME else HASTE % fault.lifetime_s)
+            stand._sitecustomize.write_text("" if REAL_TIME else SHORTER_TIMES % fault.lifetime_s)
             await stand._start_service(
                 *(() if network else (f"--connect-to=127.0.0.1:{stand.server.port}",)),
                 f"--idle-timeout-s={fault.idle_s}",
@@ -153,11 +155,11 @@ class Stand:
         subprocess.run(["mount", "--bind", self._hosts, "/etc/hosts"], check=True)
 
     def name(self, address: str) -> None:
-        """fal.run is at that address from now on."""
+        """Give fal.run that address."""
         self._hosts.write_text(f"127.0.0.1 localhost\n{address} fal.run\n")
 
     def home(self) -> None:
-        """Where it was in the beginning."""
+        """Give fal.run its first address again."""
         self.name(FAR if self.wire else self.server.host)
 
     async def _start_service(self, *argv: str) -> None:
@@ -183,7 +185,7 @@ class Stand:
         await self.load.stop()
         assert all(is_right(call, self.wanted) for call in self.load.calls), self.load.calls
         async with asyncio.timeout(REST_S):
-            while (rest := await self.holds())["connections"] > 1:
+            while (rest := await self.count_resources())["connections"] > 1:
                 await asyncio.sleep(0.1)
         self.rest = rest
 
@@ -203,11 +205,11 @@ class Stand:
         assert "Traceback" not in log, log
 
     async def serves(self) -> str | None:
-        """The server that answers now."""
+        """Return the server that responds now."""
         return (await call(self.service.port, target="https://fal.run/short?id=0")).header("x-served-by")
 
-    async def holds(self) -> dict[str, int]:
-        """What the service holds, just after a call, with which libcurl closes what is too old."""
+    async def count_resources(self) -> dict[str, int]:
+        """Count the service's resources just after a call, because libcurl closes old connections during calls."""
         port, pid = self.service.port, self.service.pid
         assert (await call(port, "GET", target="https://fal.run/short?id=0")).status == 200
         inside = json.loads((await call(port, "GET", target="https://fal.run/inside")).message)
@@ -221,7 +223,7 @@ class Stand:
         }
 
     async def suffer(self, name: str, fault: "Fault") -> Report:
-        """Go through that fault."""
+        """Cause that fault, and report on it."""
         report = Report(name, self.protocol, before=self.rest)
         self.recovery_began, self.how = None, ""
         load = self.load = Load(self.service.port)
@@ -229,7 +231,7 @@ class Stand:
         await fault.happens(self)
         since = self.recovery_began or time.monotonic()
         await load.each_kind(since, self.wanted, fault.within_s + TIMEOUT_S)
-        # Whatever was on its way then has ended when each caller has made another call.
+        # All calls that were running at that time have ended when each client has made another call.
         await load.more(3 * sum(KINDS.values()))
         await load.stop()
         report.recovered_s = recovery(load.calls, since, self.wanted)
@@ -242,40 +244,40 @@ class Stand:
         report.after = await self._come_to_rest()
         return report
 
-    def _judge(self, report: Report, calls: list[Call]) -> None:
+    def _judge(self, report: Report, calls: list[LoadCall]) -> None:
         lines = [line.split() for line in self.executed.read_text().splitlines()]
         executed = Counter(int(number) for method, number in lines if method == "POST")
         posts = [call for call in calls if not call.kind.endswith("GET")]
         report.twice = [call.number for call in posts if executed[call.number] > 1]
-        # An event stream that broke off after its head is not repeated by fal's clients.
+        # fal's SDKs do not repeat an event stream that broke off after its head.
         final = ("200", "413", "500")
         report.deceived = [
             f"{call.kind} {call.number}: {call.what}"
             for call in posts
-            if executed[call.number] and call.what not in final and (call.kind, call.what) != ("stream", "cut")
+            if executed[call.number] and call.what not in final and (call.kind, call.what) != ("stream", "aborted")
         ]
 
     async def _come_to_rest(self) -> dict[str, int]:
         give_up = time.monotonic() + REST_S
-        while not is_at_rest(after := await self.holds(), self.rest) and time.monotonic() < give_up:
+        while not is_at_rest(after := await self.count_resources(), self.rest) and time.monotonic() < give_up:
             await asyncio.sleep(0.1)
         return after
 
 
 def is_at_rest(now: dict[str, int], before: dict[str, int]) -> bool:
-    """Whether nothing is held that was not, but for what memory is kept for the next calls."""
+    """Tell whether no resource has grown, except memory that is kept for the next calls."""
     return all(now[what] <= before[what] for what in ("tasks", "calls", "transfers", "waiting", "files", "connections"))
 
 
 def files(pid: int) -> Iterator[str]:
-    """What that process has open."""
+    """Return the files that the process has open."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
             yield os.readlink(link)
 
 
 def connections(pid: int, port: int, links: list[str]) -> list[str]:
-    """Connections to that port among the files of a process."""
+    """Return the connections to that port among the files of a process."""
     remote = f":{port:04X}"
     lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     return [fields[9] for fields in lines if fields[2].endswith(remote) and f"socket:[{fields[9]}]" in links]

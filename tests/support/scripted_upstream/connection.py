@@ -39,21 +39,22 @@ class Connection(asyncio.Protocol):
         self._writable.set()
 
     def begin(self, exchange: Exchange) -> None:
+        """Count a new exchange and run its handler."""
         self.exchanges_begun += 1
         self.unfinished.add(exchange)
         self.upstream.received(exchange)
 
     def finish(self, exchange: Exchange) -> None:
-        """From here on the caller may leave without being missed."""
+        """Note that the exchange is complete: the client may leave from now on."""
         self.unfinished.discard(exchange)
 
     def leave(self) -> None:
-        """Tell every unfinished exchange that its caller is gone."""
+        """End every unfinished exchange, because the client has left."""
         while self.unfinished:
             self.unfinished.pop().leave()
 
     async def write(self, data: bytes) -> None:
-        """Write, slowly enough for the caller to keep up."""
+        """Write no faster than the client reads."""
         for offset in range(0, len(data), SLICE_BYTES):
             self.transport.write(data[offset : offset + SLICE_BYTES])
             await self.drain()
@@ -62,13 +63,14 @@ class Connection(asyncio.Protocol):
         await self._writable.wait()
 
     def reset(self) -> None:
+        """Abort the connection with a TCP RST."""
         with suppress(OSError):  # the socket is closed already
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
         self.transport.abort()
         self.leave()
 
     async def close(self, grace_s: float) -> None:
-        """Send close_notify, give the caller `grace_s` to take what was written and to answer, then send FIN."""
+        """Send close_notify, give the client `grace_s` to read what was written and to respond, then send FIN."""
         if not self.transport.is_closing():  # closing a TLS transport twice disables its abort()
             self.transport.close()
         with suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""One request, and every way to respond to it, whatever the protocol."""
+"""One request, and every way to respond to it over either protocol."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -14,21 +14,21 @@ __all__ = ["BODILESS", "Exchange", "Gone", "Headers", "content_length", "header_
 
 Headers = Iterable[tuple[str | bytes, str | bytes]]
 
-# How long a connection that is closed waits for the client's close_notify: an idle pool sends none, and a client that
-# reads sends it within milliseconds.
+# Limits the wait of a connection that is closed for the client's close_notify: an idle pool sends none, and a client
+# that reads sends it within milliseconds.
 CLOSE_GRACE_S = 0.1
 BODILESS = (204, 304)  # RFC 9110 section 8.6: these end with their head
 
 
 class Gone(ConnectionError):
-    """The caller left while the handler still wanted something of it. A handler may let it pass."""
+    """Report that the client left before the handler was done. A handler need not catch it."""
 
 
 class Exchange(ABC):
-    """One request, and every way to answer it.
+    """One request, and every way to respond to it.
 
     Header names and values go out exactly as given, so lower-case names suit both protocols. A `content-length` or
-    `transfer-encoding` among them replaces the framing that would have been added. Whatever writes raises `Gone`
+    `transfer-encoding` among them replaces the framing that would have been added. Methods that write raise `Gone`
     once `gone` is set.
     """
 
@@ -43,7 +43,7 @@ class Exchange(ABC):
         self.target = target
         self.authority = authority
         self.headers = headers
-        #: Set when the caller cancelled, or the connection ended (by whoever), before the answer was complete.
+        #: Set when the client cancelled, or either side ended the connection, before the response was complete.
         self.gone = asyncio.Event()
         #: `loop.time()` of that.
         self.gone_at: float | None = None
@@ -57,12 +57,12 @@ class Exchange(ABC):
         return f"<Exchange {place} {self.protocol} {self.method} {self.authority} {self.target!r}>"
 
     def header(self, name: str) -> bytes | None:
-        """The first value of the request's header of that name."""
+        """Return the first value of the request's header of that name."""
         wanted = name.lower().encode()
         return next((value for key, value in self.headers if key.lower() == wanted), None)
 
     async def body(self) -> bytes:
-        """The whole request body; `Gone` if it broke off. The handler itself starts as soon as the head is there."""
+        """Return the whole request body, or raise `Gone` if it broke off. The handler starts before that."""
         await self._settled.wait()
         if not self._whole:
             raise Gone(f"{self!r}: body broke off after {len(self._received)} bytes")
@@ -70,23 +70,23 @@ class Exchange(ABC):
 
     @abstractmethod
     async def respond(self, status: int, body: bytes = b"", headers: Headers = ()) -> None:
-        """The whole answer, in one write if it is small."""
+        """Send the whole response, in one write if it is small."""
 
     @abstractmethod
     async def informational(self, status: int, headers: Headers = ()) -> None:
-        """An interim answer (1xx) before the real one."""
+        """Send an interim response (1xx) before the real one."""
 
     @abstractmethod
     async def start(self, status: int, headers: Headers = (), length: int | None = None) -> None:
-        """The head alone. Without `length`, HTTP/1.1 sends the body in chunks."""
+        """Send the head alone. Without `length`, HTTP/1.1 sends the body in chunks."""
 
     @abstractmethod
     async def send(self, data: bytes) -> None:
-        """A piece of the body; returns once the caller's flow control and the socket have taken it."""
+        """Send a piece of the body, and return once the client's flow control and the socket have taken it."""
 
     @abstractmethod
     async def end(self, trailers: Headers = ()) -> None:
-        """The end of the answer, as the framing has it. A shorter body than announced is not completed."""
+        """End the response as its framing requires. A body that is shorter than announced is not filled up."""
 
     @abstractmethod
     def reset(self, code: int = h2.errors.ErrorCodes.INTERNAL_ERROR) -> None:
@@ -97,7 +97,7 @@ class Exchange(ABC):
         self._connection.reset()
 
     async def close_connection(self) -> None:
-        """Close the connection properly (close_notify, then FIN), whatever is unfinished on it."""
+        """Close the connection properly (close_notify, then FIN), also while exchanges are unfinished."""
         await self._connection.close(CLOSE_GRACE_S)
 
     def goaway(self, last_stream_id: int | None = None, code: int = 0) -> None:
@@ -109,11 +109,11 @@ class Exchange(ABC):
         raise NotImplementedError(f"{self.protocol} has no streams")
 
     async def raw(self, data: bytes) -> None:
-        """Arbitrary bytes in place of an answer (HTTP/1.1 only); after `end` the connection serves the next request."""
+        """Send any bytes in place of a response (HTTP/1.1 only). After `end` the connection serves the next request."""
         raise NotImplementedError(f"{self.protocol} is not raw bytes")
 
     def leave(self) -> None:
-        """Note that the caller is gone."""
+        """Note that the client has left."""
         self.gone.set()
         self.gone_at = asyncio.get_running_loop().time()
         self._settled.set()
@@ -133,7 +133,7 @@ class Exchange(ABC):
 
 
 def header_fields(headers: Headers, length: int | None = None) -> list[tuple[bytes, bytes]]:
-    """Headers as bytes, plus a content-length unless they frame the body themselves."""
+    """Return the headers as bytes, with a content-length unless they frame the body themselves."""
     fields = [(_raw(name), _raw(value)) for name, value in headers]
     framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in fields)
     if length is not None and not framed:
@@ -146,4 +146,5 @@ def _raw(text: str | bytes) -> bytes:
 
 
 def content_length(status: int, body: bytes) -> int | None:
+    """Return the content-length of a whole response, None if it has no body."""
     return None if status in BODILESS else len(body)

@@ -17,9 +17,9 @@ MAX_HEAD_BYTES = 1024 * 1024  # a client's over-long head is for the test to jud
 
 
 class Http1:
-    """Reads HTTP/1.1 requests, one after the other.
+    """A reader of HTTP/1.1 requests, one after the other.
 
-    Each gets a fresh h11 parser: a used one starts its next request only if the answer went through it too.
+    Each request gets a new h11 parser: a used one starts its next request only if the response went through it too.
     """
 
     def __init__(self, connection: "Connection") -> None:
@@ -43,7 +43,7 @@ class Http1:
                     return None
 
     def turn(self) -> None:
-        """Go on to the next request once the current one is both received and answered."""
+        """Go on to the next request once the current one is received and answered."""
         received = self.parser.their_state in (h11.DONE, h11.MUST_CLOSE)
         if received and self._exchange not in self.connection.unfinished:
             early, _ = self.parser.trailing_data

@@ -34,7 +34,7 @@ class Http2:
         self.state.initiate_connection()
         self._exchanges: dict[int, Http2Exchange] = {}
         self._last_stream_id: int | None = None  # once GOAWAY was sent
-        # As an update, for h2 holds the caller to it only once the caller has acknowledged it.
+        # Sent as an update, because h2 enforces the limit only once the client has acknowledged it.
         self.limit_streams(max_concurrent_streams)
 
     def receive(self, data: bytes) -> None:
@@ -46,7 +46,7 @@ class Http2:
         self.connection.transport.write(self.state.data_to_send())
 
     def goaway(self, last_stream_id: int | None, code: int) -> None:
-        # By hand, for h2's close_connection() forbids to finish the open streams.
+        # By hand, because h2's close_connection() does not let the open streams finish.
         self._last_stream_id = self.state.highest_inbound_stream_id if last_stream_id is None else last_stream_id
         frame = GoAwayFrame(last_stream_id=self._last_stream_id, error_code=code)
         self.connection.transport.write(frame.serialize())

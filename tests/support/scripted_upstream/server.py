@@ -19,7 +19,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class Upstream:
-    """The server. `start()` after `close()` listens on the same port again, as a restart does.
+    """The server. `start()` after `close()` listens on the same port, as a restart does.
 
     `ssl_context` belongs to this server: its ALPN is set to `protocols` (none offered means HTTP/1.1).
     `handler` may be replaced at any time.
@@ -43,9 +43,9 @@ class Upstream:
         self.port = port
         #: TLS connections ever completed.
         self.connections = 0
-        #: Everything ever received, in order.
+        #: All requests ever received, in order.
         self.exchanges: list[Exchange] = []
-        #: What handlers raised, and where callers broke HTTP. Clear it if that was the point of the test.
+        #: Exceptions of handlers, and violations of HTTP by clients. A test that causes them clears this.
         self.failures: list[BaseException] = []
         self._ssl_context = ssl_context
         self._open: set[Connection] = set()
@@ -67,7 +67,7 @@ class Upstream:
         self._acceptor = self._spawn(self._accept())
 
     async def close(self) -> None:
-        """End everything without waiting for anyone; raise the first failure, if there was one."""
+        """End everything without waiting for clients; raise the first failure, if there was one."""
         self._acceptor.cancel()
         await asyncio.wait([self._acceptor])  # by then every handshake task has begun, and owns its socket
         self._listener.close()
@@ -93,7 +93,7 @@ class Upstream:
         self._spawn(self._handle(exchange))
 
     async def _accept(self) -> None:
-        # Not loop.create_server(), which hides connections until their handshake is over: close() could not end those.
+        # Not loop.create_server(), which hides connections until their handshake is over: close() could not end them.
         loop = asyncio.get_running_loop()
         while True:
             accepted, _ = await loop.sock_accept(self._listener)
@@ -102,7 +102,7 @@ class Upstream:
     async def _handshake(self, accepted: socket.socket) -> None:
         # asyncio sets this only on sockets that it made itself.
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A caller that breaks off here or refuses the certificate is a case, not a failure.
+        # A client that leaves here or refuses the certificate is a case of a test, not a failure.
         with suppress(OSError):
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: Connection(self, accepted),
@@ -116,7 +116,7 @@ class Upstream:
             await self.handler(exchange)
         except Exception:
             if not exchange.gone.is_set():
-                exchange.abort_connection()  # or the caller would wait for its time-out
+                exchange.abort_connection()  # otherwise the client would wait for its time-out
             raise
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
