@@ -594,3 +594,11 @@ async def test_the_admin_address_is_no_callers(setup: Setup) -> None:
     assert (await call(running.port, "GET", target=None, path="/healthz")).status == 200
     assert (await call(admin)).status == 404
     await running.end()
+
+
+@pytest.mark.parametrize("text", ["nginx", "10.0.0.1/8", "10.0.0.0/33", "", "Unix", "*"])
+def test_what_is_no_trusted_proxy(text: str) -> None:
+    """A trusted proxy is an address, a network or a socket file, and the error quotes anything else."""
+    with pytest.raises(ValueError, match="is no address, no network such as 10") as caught:
+        TrustedProxies(("127.0.0.1", text))
+    assert str(caught.value).startswith(repr(text))
