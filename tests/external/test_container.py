@@ -6,6 +6,7 @@ Docker does not run here. The files are validated, and their commands are run wi
 import asyncio
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,10 @@ def image() -> Iterator[Path]:
         workdir = root / the("WORKDIR").strip("/")
         workdir.mkdir()
         (root / "bin").mkdir()
-        (root / "bin/python").symlink_to(Path(sys.executable).resolve())
+        # A script, because a Python that is called by a link of its own may not find its library.
+        python = root / "bin/python"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).resolve()))} "$@"\n')
+        python.chmod(0o755)
         for name, rest in instructions():
             if name == "COPY" and not rest.startswith("--from"):
                 for source in rest.split()[:-1]:

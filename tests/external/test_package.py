@@ -84,7 +84,7 @@ def test_metadata(wheel: Path) -> None:
     metadata: Message = BytesParser().parsebytes(contents(wheel)[DIST_INFO + "METADATA"])
     assert (metadata["Name"], metadata["Version"]) == ("tornado-fal-proxy", __version__)
     assert metadata.get("License-Expression", metadata["License"]) == "MIT"
-    assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
+    assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {"sandbox", "metrics", "br", "fuzz", "test"}
     required = {
         requirement.partition(">")[0].partition("<")[0]
@@ -105,7 +105,7 @@ def test_sdist(project: set[str], sdist: Path, wheel: Path, tmp_path: Path) -> N
     files = {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
     made = {name for name in files if name == "PKG-INFO" or name.startswith("tornado_fal_proxy.egg-info/")}
     assert files - made <= project
-    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", "soak/", ".ci/")
+    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", "soak/", ".ci/", "scripts/")
     single = {"CHANGELOG.md", "LICENSE", "README.md", "ruff.toml", "setup.cfg", "setup.py"}
     assert {name for name in project if name.startswith(folders) or name in single} <= files
 
