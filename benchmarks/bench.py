@@ -24,7 +24,7 @@ SPARE_FILES = 500
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. Names that end in ``_s`` are seconds."""
+    """The amount that is measured. Names that end in ``_s`` are seconds."""
 
     rounds: int
     memory_rounds: int

@@ -1,4 +1,4 @@
-"""``python -m fuzz [--seconds=5] [TARGET ...]``: try the properties with inputs that atheris makes up.
+"""Try the properties with inputs that atheris makes up: ``python -m fuzz [--seconds=5] [TARGET ...]``.
 
 Each target runs in a process of its own, one after the other, from its inputs in ``corpus``. ``--seconds=260`` for each
 of the seven takes half an hour. A finding is kept as ``fuzz/found/TARGET-crash-...``, and makes the exit code 1;
@@ -16,10 +16,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FOUND = HERE / "found"
-# Far longer than any input that a head of 64 kB leaves room for would need to show a fault.
+# Limits the length of an input: far longer than a fault needs to show itself.
 MAX_BYTES = 2048
-# Of what atheris says, at its end: the traceback, the input and the file's name.
-MOST_SHOWN = 8000
+# Limits how much of the end of atheris' output is shown: the traceback, the input and the file's name fit.
+MAX_SHOWN_CHARS = 8000
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def run(name: str, seconds: int, replay: str | None) -> int:
-    """Fuzz one target in a process of its own. 1 when it found something."""
+    """Fuzz one target in a process of its own. Return 1 when it found something, else 0."""
     command = [sys.executable, "-m", "fuzz", "--child", f"--seconds={seconds}", name]
     if replay:
         command.append(f"--replay={replay}")
@@ -49,12 +49,12 @@ def run(name: str, seconds: int, replay: str | None) -> int:
     inputs, edges = (re.findall(r"^#(\d+)\s.*?cov: (\d+)", output, re.MULTILINE) or [("no", "no")])[-1]
     print(f"{name}: {inputs} inputs, {edges} edges{'' if code == 0 else ', FAILED'}", flush=True)
     if code:
-        print(output[-MOST_SHOWN:])
+        print(output[-MAX_SHOWN_CHARS:])
     return 0 if code == 0 else 1
 
 
 def entry(word: bytes) -> str:
-    """A line of libFuzzer's dictionary."""
+    """Return a line of libFuzzer's dictionary."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n'
 
 

@@ -1,8 +1,8 @@
-"""Properties of the proxy's decisions, each a function that returns when it holds and raises AssertionError otherwise.
+"""Properties of the proxy's decisions, each a function that raises an exception where the property is not true.
 
-Strategy: no property repeats what the code under test does. Each asks somebody else: another parser, another reading of
-the same bytes, or a model of the rules that is shorter than they are because it may be wider. ``targets`` makes their
-arguments from the bytes of a fuzzer.
+Strategy: no property repeats the steps of the code under test. Each compares the result with another source: another
+parser, another reading of the same bytes, or a model of the rules that is shorter than they are because it may be
+wider. ``targets`` makes their arguments from the bytes of a fuzzer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import ada_url
@@ -33,7 +33,7 @@ from tornado_fal_proxy.rules.endpoints import INITIATE, INITIATE_MULTIPART, REQU
 from tornado_fal_proxy.rules.headers import Pairs, ResponseHead, parse_response_head, request_headers
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import Target, parse_target
-from tornado_fal_proxy.upstream.transfer import Transfer, TransferDelegate
+from tornado_fal_proxy.upstream.body import Body
 
 __all__ = [
     "CORS",
@@ -52,24 +52,24 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
 HOP_BY_HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 
 
-# The target: whoever reads it reads the same address.
+# The target: every parser reads the same address.
 
-# What a WHATWG parser encodes in paths and queries that are written with these characters raw.
+# The raw characters that a WHATWG parser encodes in paths and queries.
 ENCODED_IN_PATH = set('"<>^`{}')
 ENCODED_IN_QUERY = set("\"<>'")
 DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?=/|\Z)", re.IGNORECASE)
 
 
 def is_fals(host: str) -> bool:
-    """Said in other words than the pattern's."""
+    """Tell whether a host is one of fal's, without the pattern of the package."""
     return host.split(".")[-2:] in (["fal", "ai"], ["fal", "run"])
 
 
 def target(url: str) -> Target | None:
-    """The caller's own string and the rebuilt URL, to urllib and to a WHATWG parser, are one and the same address.
+    """Check that urllib and a WHATWG parser read one address in the client's string and in the rebuilt URL.
 
-    A WHATWG parser rewrites what it reads: it encodes some characters and resolves dot segments. Where a path has
-    neither, it must be left as it is; otherwise decoding both makes them the same, but for the segments.
+    A WHATWG parser encodes some characters and resolves dot segments. A path without dot segments must be the same in
+    both, except for the characters that the parser encodes.
     """
     try:
         found = parse_target(url)
@@ -93,11 +93,11 @@ def target(url: str) -> Target | None:
 
 
 def _same_text(parsed: str, ours: str, encoded: set[str]) -> bool:
-    """Whether a WHATWG parser left the text as it is, but for the characters that it writes in percent-encoding."""
+    """Tell whether a WHATWG parser left the text as it is, except for the characters that it percent-encodes."""
     return parsed == "".join(f"%{ord(character):02X}" if character in encoded else character for character in ours)
 
 
-# The access rules: in whatever way a server may read a path, what it then serves is allowed.
+# The access rules: in whatever way a server may read a path, the endpoint that it serves is allowed.
 
 
 def _rules(**fields: Any) -> AccessRules:
@@ -123,7 +123,7 @@ Habit = Callable[[str], str]
 
 
 def _without_dots(path: str) -> str:
-    """RFC 3986 section 5.2.4."""
+    """Return the path without its dot segments (RFC 3986 section 5.2.4)."""
     kept: list[str] = []
     for segment in path.split("/")[1:]:
         if segment == "..":
@@ -133,7 +133,7 @@ def _without_dots(path: str) -> str:
     return "/" + "/".join(kept)
 
 
-# What servers, and what stands before them, do to a path before they look it up. Any of them in any order.
+# Changes that servers, and the proxies in front of them, make to a path before they use it: any of them, in any order.
 HABITS: tuple[Habit, ...] = (
     unquote,
     lambda path: unquote(path, "latin-1"),
@@ -149,13 +149,14 @@ HABITS: tuple[Habit, ...] = (
     lambda path: re.sub(r"[. ]+(?=/|\Z)", "", path),
     lambda path: unicodedata.normalize("NFKC", path),
 )
-MOST_READINGS = 256
+# Limits the readings of one path that are tried: as many as a path with one of each oddity has.
+MAX_READINGS = 256
 
 
 def readings(path: str) -> set[str]:
-    """All that a server may take ``path`` for, but for the case of its letters."""
+    """Return the paths that a server may read in ``path``, except for the case of their letters."""
     found, new = {path}, [path]
-    while new and len(found) < MOST_READINGS:
+    while new and len(found) < MAX_READINGS:
         path = new.pop()
         for habit in HABITS:
             if (reading := habit(path)) not in found:
@@ -165,7 +166,7 @@ def readings(path: str) -> set[str]:
 
 
 def access(number: int, method: str, url: str) -> Target | None:
-    """A call that the rules of RULES[number] let pass, read by a server of any habit, is one that they allow."""
+    """Check that a call which passes the rules of RULES[number] is allowed by them, however a server reads it."""
     patterns, rules = RULES[number % len(RULES)]
     try:
         found = decide(method, [("x-fal-target-url", url)], max_body_bytes=1, access=rules)
@@ -183,7 +184,7 @@ def access(number: int, method: str, url: str) -> Target | None:
 def _is_allowed(
     patterns: Sequence[str], rules: AccessRules, method: str, found: Target, path: str, folded: bool
 ) -> bool:
-    """Whether a server that reads ``path`` serves an allowed endpoint. Wider than the rules: * takes any letter."""
+    """Tell whether a server that reads ``path`` serves an allowed endpoint. Unlike in the rules, * takes any letter."""
     if found.host in REST_HOSTS:
         upload = path in (INITIATE, INITIATE_MULTIPART)
         return method == "POST" and (
@@ -220,7 +221,7 @@ def _matches(pattern: Sequence[str], segments: Sequence[str]) -> bool:
 
 
 def webhooks(query: str) -> list[str]:
-    """The values that some server may take for fal_webhook's."""
+    """Return the values that some server may take for those of fal_webhook."""
     found = []
     for text in (query, unquote(query), unquote(unquote(query))):
         for separated in (text, text.replace(";", "&")):
@@ -232,13 +233,13 @@ def webhooks(query: str) -> list[str]:
     return found
 
 
-# Headers: no line breaks, and nothing that only concerns one hop.
+# Headers: no line breaks, and no header that only concerns one hop.
 
 AUTHORIZATION = b"authorization: Key an-id:a-secret"
 
 
 def request(pairs: Pairs) -> list[bytes]:
-    """The lines for fal are whole lines with names from the list, and one authorization, which is the proxy's."""
+    """Check that the lines for fal are whole, with names from the list, and one authorization, which is the proxy's."""
     try:
         lines = request_headers(pairs, AUTHORIZATION)
     except HeadersTooLarge:
@@ -269,7 +270,7 @@ def request(pairs: Pairs) -> list[bytes]:
 
 
 def response(lines: Sequence[bytes]) -> ResponseHead | None:
-    """The caller's headers are names and values that Tornado takes, without line breaks, framing or hop-by-hop ones."""
+    """Check that Tornado takes the client's headers, without line breaks, framing or hop-by-hop ones among them."""
     try:
         head = parse_response_head(lines)
     except MalformedResponse as exc:
@@ -301,7 +302,7 @@ def _first_key_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _any_case(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """As Go's encoding/json takes names."""
+    """Return the fields as Go's encoding/json does, which ignores the case of names."""
     return {name.lower(): value for name, value in pairs}
 
 
@@ -317,7 +318,7 @@ READERS: tuple[Callable[[bytes], Any], ...] = (
 
 
 def token(body: bytes) -> bool:
-    """Whether a token is given. Then each reader finds allowed apps, a life of 1 to 300 s, and nothing else."""
+    """Tell whether a token is given. If so, check that each reader finds allowed apps and a life of 1 to 300 s only."""
     try:
         TOKEN_RULES.check_body(body)
     except AccessRefused as exc:
@@ -332,14 +333,14 @@ def token(body: bytes) -> bool:
     return True
 
 
-# CORS: what is allowed is what a browser sends for a page of an allowed origin.
+# CORS: an allowed text is one that a browser sends for a page of an allowed origin.
 
 EXACT = ("https://app.example.com", "http://localhost:3000", "http://[::1]:8080")
 CORS = cors_rules((*EXACT, "https://*.example.org", "https://*.example.net:8443"))
 
 
 def origin(text: str) -> bool:
-    """Whether pages of ``text`` may call. The headers have no control character, whatever was asked for."""
+    """Tell whether pages of ``text`` may call. Check that no header has a control character, whatever was asked for."""
     assert CORS is not None
     allowed = CORS.allows(text)
     headers = CORS.response_headers(text)
@@ -367,28 +368,25 @@ def origin(text: str) -> bool:
 # A stream: whole characters in each chunk, and not a byte lost.
 
 
-class _NoOwner:
-    """A client that does nothing, for a transfer without libcurl."""
-
-    def __getattr__(self, name: str) -> Callable[..., float]:
-        return lambda *_: 0.0
+class _Body(Body):
+    def resume(self) -> None:
+        """Do nothing, because no server waits."""
 
 
 def chunks(pieces: Sequence[tuple[bytes, bool]]) -> list[bytes]:
-    """What the caller gets of an event stream, by the same steps as the handler's.
+    """Return the chunks that the client gets of an event stream, by the same steps as the handler's. Check them.
 
-    Each piece comes with whether all that is there is read before the next one comes.
+    Each piece comes with whether all that has arrived is read before the next piece.
     """
-    transfer = Transfer(
-        cast(TransferDelegate, _NoOwner()), cast(pycurl.Curl, object()), None, host="fal.run", repeatable=True
-    )
-    transfer.high_water = sum(len(piece) for piece, _ in pieces) + 1
+    body = _Body()
+    body.high_water = sum(len(piece) for piece, _ in pieces) + 1
     written, undecoded = [], b""
     for number, (piece, read) in enumerate(pieces, 1):
         if piece:
-            assert transfer.on_body(piece) is None
-        while transfer._chunks and (read or number == len(pieces)):
-            chunk = transfer.read_rest_of_line(_now(transfer.read()))
+            assert not body.is_full
+            body.put(piece)
+        while (read or number == len(pieces)) and (chunk := body.next_piece()):
+            chunk = body.read_rest_of_line(chunk)
             chunk, undecoded = split_utf8(undecoded + chunk)
             assert len(undecoded) < 4
             if chunk:
@@ -403,12 +401,3 @@ def chunks(pieces: Sequence[tuple[bytes, bool]]) -> list[bytes]:
         return written
     assert "".join(chunk.decode() for chunk in written) == text
     return written
-
-
-def _now(coroutine: Any) -> bytes:
-    """The result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return bytes(stop.value)
-    raise AssertionError("it waits")

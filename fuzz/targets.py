@@ -1,4 +1,4 @@
-"""What a fuzzer tries: each property by name, with a function that makes its arguments from bytes."""
+"""The properties that a fuzzer tries, by name, each with a function that makes its arguments from bytes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["TARGETS", "FuzzTarget"]
 
 
 class FuzzTarget(NamedTuple):
-    """``run`` is given a fuzzer's bytes; ``words`` are what it may put together."""
+    """A target: ``run`` takes a fuzzer's bytes, and ``words`` are pieces that the fuzzer may put together."""
 
     run: Callable[[bytes], object]
     words: tuple[bytes, ...]
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Not split at line breaks, so that lines may have some."""
+    """Return the parts between record separators. They are not split at line breaks, and may have some."""
     return data.split(b"\x1e")
 
 
@@ -33,7 +33,7 @@ def _access(data: bytes) -> object:
 
 
 def _chunks(data: bytes) -> object:
-    """The first byte says how many follow that are lengths of pieces, with a bit for whether to read then."""
+    """Try a stream. The first byte is the number of bytes that follow, each with a piece's length and a bit to read."""
     count, data = (data[0] % 16, data[1:]) if data else (0, data)
     lengths, data = data[:count], data[count:]
     pieces = []

@@ -1,7 +1,7 @@
-"""``python -m soak [--seconds=60] [--rate=40] [--processes=1] [--seed=NUMBER]``: see docs/design.md.
+"""Soak the service: ``python -m soak [--seconds=60] [--rate=40] [--processes=1] [--seed=NUMBER]``, see docs/design.md.
 
-The exit code is 0 when all is well; else it is 1, and what is wrong is said, a line each. Ctrl-C ends the calls, and
-what is left of them is looked at all the same; a second one ends at once.
+The exit code is 0 when all is well. Otherwise it is 1, and each problem is a line of the output. Ctrl-C ends the calls
+early, and the service is still checked for what they left. A second Ctrl-C ends the soak at once.
 """
 
 from __future__ import annotations

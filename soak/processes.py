@@ -1,4 +1,4 @@
-"""The two processes of a soak, what they say, and what the kernel and the service's window tell of them. Linux only."""
+"""The two processes of a soak: their output, their counts from the service's window, and the kernel's. Linux only."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ __all__ = ["IDLE_TIMEOUT_S", "MAX_BODY_BYTES", "CannotStart", "Service", "Upstre
 KEY = "id-of-a-soak:secret-of-a-soak"
 IDLE_TIMEOUT_S = 4
 MAX_BODY_BYTES = 2_000_000
-START_S = 30.0
-# Of the service's log so many lines are kept from where it says something that it must never say.
-NOTED_LINES = 40
-# And so many are remembered, for some seconds.
+# Limits each step of a process, such as its start: long enough for a busy machine.
+STEP_TIMEOUT_S = 30.0
+# Limits the lines that are kept from a line on that the log must never have: a traceback fits.
+BAD_LINES = 40
+# Limits the lines that are remembered to explain a bad call: those of some seconds.
 LAST_LINES = 500
 _BAD = re.compile(rf"Traceback|Uncaught|{re.escape(KEY.partition(':')[2])}")
-# Memory that belongs to processes alone: program text, which others on the machine share or not, would be noise.
+# Memory that only these processes use. Program text, which others on the machine may share, would be noise.
 _ANONYMOUS = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
 
 
 class CannotStart(Exception):
-    """One of the processes does not."""
+    """Report that one of the processes did not start."""
 
 
 async def _start(*command: str, **environ: str) -> asyncio.subprocess.Process:
@@ -48,23 +49,24 @@ async def _start(*command: str, **environ: str) -> asyncio.subprocess.Process:
 
 async def _first_line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
-    async with asyncio.timeout(START_S):
+    async with asyncio.timeout(STEP_TIMEOUT_S):
         if line := (await process.stdout.readline()).decode():
             return line
         raise CannotStart((await process.communicate())[1].decode().strip())
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    """It and its workers, unless it has ended."""
+    """Kill the process and its workers, unless it has ended."""
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
 
 class Upstream:
-    """The stand-in for fal. ``executed`` counts how often each POST ran; ``failures`` is what it complains of.
+    """The stand-in for fal. ``executed`` counts how often each POST ran, and ``failures`` are its lines about errors.
 
-    ``trouble`` are the times, of time.monotonic(), between which calls may fail, for it is not there, or was not.
+    ``trouble`` has pairs of times, of time.monotonic(), between which calls may fail because it does not run, or did
+    not run just before.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,7 +80,7 @@ class Upstream:
     async def start(self) -> None:
         self._process = await _start("soak.upstream", str(self.port), str(self.generation), str(self._directory))
         self.port = int(await _first_line(self._process))
-        self._readers = [asyncio.create_task(self._read_numbers()), asyncio.create_task(self._read_complaints())]
+        self._readers = [asyncio.create_task(self._read_stdout()), asyncio.create_task(self._read_stderr())]
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         self._process.send_signal(how)
@@ -86,18 +88,18 @@ class Upstream:
         await asyncio.gather(*self._readers)
 
     async def restart(self, how: signal.Signals, settle_s: float) -> None:
-        """With that signal, and as another generation. Calls until so long afterwards may feel it."""
-        gone, entry = time.monotonic(), len(self.trouble)
-        self.trouble.append((gone, float("inf")))
+        """Stop it with that signal, and start its next generation. Calls may fail until ``settle_s`` later."""
+        stopped, entry = time.monotonic(), len(self.trouble)
+        self.trouble.append((stopped, float("inf")))
         await self.stop(how)
         self.generation += 1
         await self.start()
-        self.trouble[entry] = (gone, time.monotonic() + settle_s)
+        self.trouble[entry] = (stopped, time.monotonic() + settle_s)
 
     async def kill(self) -> None:
         await _kill(self._process)
 
-    async def _read_numbers(self) -> None:
+    async def _read_stdout(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             if line.startswith(b"!"):
@@ -105,19 +107,19 @@ class Upstream:
             else:
                 self.executed[int(line)] += 1
 
-    async def _read_complaints(self) -> None:
+    async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
-        if complaints := (await self._process.stderr.read()).decode().strip():
-            self.failures.append(complaints)
+        if text := (await self._process.stderr.read()).decode().strip():
+            self.failures.append(text)
 
 
 class Service:
-    """The command under test. ``noted`` is where its log says what it must never say, with the lines that follow."""
+    """The command under test. ``bad_lines`` are lines that its log must never have, with the lines behind them."""
 
     port: int
 
     def __init__(self, process: asyncio.subprocess.Process, window: Path, processes: int) -> None:
-        self.noted: list[str] = []
+        self.bad_lines: list[str] = []
         self.log_lines = 0
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self._process, self._window, self._processes = process, window, processes
@@ -142,18 +144,18 @@ class Service:
         return self._process.pid
 
     def serving(self) -> list[int]:
-        """The processes that serve calls."""
+        """Return the ids of the processes that serve calls."""
         if self._processes == 1:
             return [self.pid]
         return list(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
 
     async def counts(self) -> dict[str, int]:
-        """What lives in the processes that serve, and the files that they have open, by kind."""
+        """Count the objects of the processes that serve, and the files that they have open, by kind."""
         total = Counter[str]()
         for pid in self.serving():
             path = self._window / str(pid)
             os.kill(pid, signal.SIGUSR2)
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(STEP_TIMEOUT_S):
                 while not path.exists():
                     await asyncio.sleep(0.01)
             total.update(json.loads(path.read_text()))
@@ -165,7 +167,7 @@ class Service:
         return dict(total)
 
     def memory_kb(self) -> int:
-        """Of all its processes, without program text. What forked processes share counts once."""
+        """Return the memory of all its processes, without program text. Pages that they share count once."""
         total = 0
         for pid in {self.pid, *self.serving()}:
             with suppress(OSError):  # it was killed just now
@@ -174,21 +176,21 @@ class Service:
         return total
 
     def cpu_s(self) -> float:
-        """What its processes, living and ended, have used."""
+        """Return the CPU time of its processes, also of those that have ended."""
         ticks = 0
         for pid in {self.pid, *self.serving()}:
             # utime and stime, and the same of children that were waited for (proc_pid_stat(5)).
             ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def said(self, pattern: str) -> list[str]:
-        """The last lines of the log that match."""
+    def log_lines_with(self, pattern: str) -> list[str]:
+        """Return those of the last lines of the log in which ``pattern`` is found."""
         return [line for line in self._last if re.search(pattern, line)]
 
     async def stop(self) -> int:
-        """The exit code."""
+        """Stop it, and return its exit code."""
         self._process.terminate()
-        async with asyncio.timeout(START_S):
+        async with asyncio.timeout(STEP_TIMEOUT_S):
             code = await self._process.wait()
         await self._reader
         return code
@@ -198,13 +200,13 @@ class Service:
 
     async def _read_log(self) -> None:
         assert self._process.stderr is not None
-        wanted = 0
+        remaining = 0
         async for data in self._process.stderr:
             line = data.decode(errors="replace").rstrip()
             self.log_lines += 1
             self._last.append(line)
-            if _BAD.search(line) and len(self.noted) < 10 * NOTED_LINES:
-                wanted = NOTED_LINES
-            if wanted:
-                wanted -= 1
-                self.noted.append(line)
+            if _BAD.search(line) and len(self.bad_lines) < 10 * BAD_LINES:
+                remaining = BAD_LINES
+            if remaining:
+                remaining -= 1
+                self.bad_lines.append(line)

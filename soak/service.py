@@ -1,7 +1,8 @@
-"""The command, with a window: ``python -m soak.service`` in the place of ``python -m tornado_fal_proxy``.
+"""Run the command with a window: ``python -m soak.service`` in the place of ``python -m tornado_fal_proxy``.
 
-Strategy: the service runs as it is. On SIGUSR2 a process of it collects its garbage, counts what lives in it between
-two turns of its loop, and leaves that as JSON in the directory that SOAK_WINDOW names, in a file with its number.
+Strategy: the service runs as it is. On SIGUSR2 a process of the service collects its garbage and counts its objects
+between two turns of its loop. It writes the counts as JSON to a file that has the process id as its name, in the
+directory that SOAK_WINDOW names.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.iostream import BaseIOStream
 
 from tornado_fal_proxy.handler import FalProxyHandler
+from tornado_fal_proxy.relay.backend import Backend
 from tornado_fal_proxy.service import main
-from tornado_fal_proxy.upstream.client import UpstreamClient
 from tornado_fal_proxy.upstream.transfer import Transfer
 
 KINDS = {
@@ -42,25 +43,25 @@ def _on_collection(phase: str, info: dict[str, int]) -> None:
 
 
 def counts() -> dict[str, int]:
-    """What lives in this process. ``handles`` are those of libcurl's that serve a call, ``kept`` those that wait."""
+    """Count the objects of this process. ``handles`` are libcurl's that serve a call, ``kept`` those that wait."""
     gc.collect()
     objects = gc.get_objects()
     result = {name: sum(issubclass(type(item), kind) for item in objects) for name, kind in KINDS.items()}
-    clients = [item for item in objects if type(item) is UpstreamClient]
-    kept = sum(len(pool) for client in clients for pool in client._handles.values())
-    fetching = sum(len(client._curls) for client in clients)  # fetch()'s, which the proxy does not use
+    backends = [item for item in objects if type(item) is Backend]
+    kept = sum(len(pool) for backend in backends for pool in backend.client._handles._idle.values())
+    fetching = sum(len(backend.client._curls) for backend in backends)  # fetch()'s, which the proxy does not use
     curls = sum(type(item) is pycurl.Curl for item in objects)
-    objects.clear()  # among them, before Python 3.12, is what holds this list
+    objects.clear()  # before Python 3.12 the frame that refers to this list is in the list
     return result | {
         "handles": curls - kept - fetching,
-        "in flight": sum(client.in_flight for client in clients),
+        "in flight": sum(backend.slots.in_use for backend in backends),
         "tasks": len(asyncio.all_tasks()),
         "kept": kept,
         "garbage": _found["garbage"],
     }
 
 
-def _leave_counts() -> None:
+def _write_counts() -> None:
     path = Path(os.environ["SOAK_WINDOW"], str(os.getpid()))
     new = path.with_suffix(".new")
     new.write_text(json.dumps(counts()))
@@ -68,8 +69,8 @@ def _leave_counts() -> None:
 
 
 def _on_signal(*_signal: Any) -> None:
-    # Not now, for this may run inside libcurl.
-    asyncio.get_running_loop().call_soon_threadsafe(_leave_counts)
+    # Not now, because this may run inside libcurl.
+    asyncio.get_running_loop().call_soon_threadsafe(_write_counts)
 
 
 if __name__ == "__main__":

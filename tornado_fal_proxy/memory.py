@@ -7,7 +7,11 @@ heap, where all of their size counts. Setting the threshold, even to its default
 
 **Garbage.** No call leaves a cycle behind (a test holds that), so there is next to nothing to collect. But Python looks
 through all objects whenever a quarter more of them has grown old, and calls that are held for long do grow old: with
-6,000 of them it stops everything for 0.24 s, as often as 1,500 have come. Here that is a hundred times rarer.
+6,000 of them it stops everything for 0.24 s, as often as 1,500 have come. Here that is a hundred times rarer. Measured:
+the first full collection comes after 24 million new objects that stay, in Python 3.11, 3.13, 3.14.8 and 3.15.0 alike;
+with Python's own thresholds it comes after 0.27 million (0.09 million in 3.11). Python 3.14.0 to 3.14.4 have another
+collector, which goes through the old objects in small steps. According to Python's documentation that collector ignores
+the third threshold, so there only the freezing of :func:`collect_rarely` has an effect. This was not measured.
 
 Both are for the whole process, so an embedding application decides. It calls :func:`map_large_blocks` before the first
 call, or sets MALLOC_MMAP_THRESHOLD_=131072 in the environment, or accepts 12 kB more for each POST that waits. It calls
@@ -50,7 +54,10 @@ def are_mapped() -> bool:
 
 
 def collect_rarely() -> None:
-    """Look at what is here now no more, and seldom at what grows old. Before a fork, its pages stay shared."""
+    """Leave what exists now out of every later collection, and collect old objects rarely.
+
+    Call it before a fork, and the pages of what exists now stay shared.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)

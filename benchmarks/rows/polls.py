@@ -16,7 +16,7 @@ __all__ = ["held"]
 
 # Polls that are opened at once: fewer than the listening backlog of every peer.
 BATCH = 100
-# How long the upstream holds a poll: longer than any row, because the command "release" ends it.
+# Seconds that the upstream holds a poll: longer than any row, because the command "release" ends it.
 POLL_S = 900
 OPEN_TIMEOUT_S = 240.0
 RESPONSE_TIMEOUT_S = 120.0

@@ -1,6 +1,6 @@
-"""The sandbox's page does in a real Chromium what it promises: pictures through the queue, streams, errors, Cancel.
+"""The sandbox's page works in a real Chromium: pictures through the queue, streams, errors, Cancel.
 
-And a page of another origin may call the proxy just where allowed_origins says so.
+A page of another origin may call the proxy only if allowed_origins has that origin.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from tests.support.tools import tool
 
 PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
 
-PLACES = ["Submitting …", "In the queue, 2 ahead", "In the queue, 1 ahead", "In the queue, 0 ahead", "In progress"]
+POSITIONS = ["Submitting …", "In the queue, 2 ahead", "In the queue, 1 ahead", "In the queue, 0 ahead", "In progress"]
 LOG = ["Loading the model", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "Done"]
 TEXT = (
     "Grüße aus dem Sandkasten! 🌊 Übermut! 日本語のテキスト。 👩‍🚀 中文也可以。 Привет! Ça va? 🎉"
     "(Say something in many scripts)"
 )
-# The error that was chosen in the list, and what is shown.
+# The status that is chosen in the list, and the text that is shown.
 ERRORS = [(422, "422: body.prompt: This error was asked for")]
 ERRORS += [(status, f"{status}: This error was asked for: {responses[status]}") for status in (429, 500)]
 
 
 @pytest.fixture(scope="module")
 def page(authority: Authority) -> Any:
-    """One run of ``page.mjs``, which the tests below look at."""
+    """Run ``page.mjs`` once, and return its outcome for the tests below."""
     chromium = tool("chromium")
 
     async def make() -> Any:
@@ -47,11 +47,14 @@ def page(authority: Authority) -> Any:
     ("name", "prompt"), [("run", "A lighthouse in a snow storm"), ("run_again", "Ein Kätzchen 🐱")]
 )
 def test_run_form(page: Any, name: str, prompt: str) -> None:
-    """Places in the queue, then the log line by line, then the picture, decoded; also after errors and a cancel."""
+    """The form shows positions in the queue, the log line by line, and the picture, also after errors and a cancel."""
     seen = page["seen"][name]
     shown = seen["queue-position"]
-    assert shown == [*(place for place in PLACES if place in shown), "Completed"]  # a slow machine misses some
-    assert shown[0] == PLACES[0]
+    assert shown == [
+        *(position for position in POSITIONS if position in shown),
+        "Completed",
+    ]  # a slow machine misses some
+    assert shown[0] == POSITIONS[0]
     assert len(shown) > 2
     lines = seen["logs"][-1].splitlines()
     assert [line.partition("  ")[2] for line in lines] == LOG
@@ -60,7 +63,7 @@ def test_run_form(page: Any, name: str, prompt: str) -> None:
 
 
 def test_stream_form(page: Any) -> None:
-    """The text grows, never with a torn character, and is whole at the end."""
+    """The text grows, never ends with part of a character, and is whole at the end."""
     seen = page["seen"]["stream"]
     shown = seen["stream-output"]
     assert len(shown) > 2
@@ -71,23 +74,23 @@ def test_stream_form(page: Any) -> None:
 
 @pytest.mark.parametrize("form", ["run", "stream"])
 @pytest.mark.parametrize(("status", "text"), ERRORS)
-def test_errors_are_told(page: Any, form: str, status: int, text: str) -> None:
-    """An error of fal's is shown with its status and its words, and the form can be used again."""
+def test_errors_are_shown(page: Any, form: str, status: int, text: str) -> None:
+    """An error of fal's is shown with its status and its text, and the form can be used again."""
     seen = page["seen"][f"{form}_{status}"]
     assert (seen["error"], seen["idle"]) == (text, True)
 
 
 @pytest.mark.parametrize(("form", "output", "whole"), [("run", "logs", LOG[-1]), ("stream", "stream-output", TEXT)])
 def test_cancel(page: Any, form: str, output: str, whole: str) -> None:
-    """Cancel ends the call that is under way, says so, and leaves the form ready."""
+    """Cancel cancels the running call, is reported, and leaves the form ready."""
     seen = page["seen"][f"{form}_cancelled"]
     assert (seen["error"], seen["idle"]) == ("Cancelled.", True)
     assert whole not in seen[output][-1]
     assert form == "stream" or seen["picture"] is None
 
 
-def test_the_page_stays_at_home(page: Any) -> None:
-    """No request leaves the proxy's own origin, and no script failed."""
+def test_the_page_calls_no_other_origin(page: Any) -> None:
+    """All requests of the page go to the proxy's own origin, and no script fails."""
     (origin,) = page["origins"]
     assert origin.startswith("http://127.0.0.1:")
     assert page["problems"] == []
@@ -100,7 +103,7 @@ class Page(RequestHandler):
 
 @pytest.fixture(scope="module")
 def pages(authority: Authority) -> Any:
-    """One run of ``cors.mjs``: the same page as of two origins, of which the proxy allows the first."""
+    """Run ``cors.mjs`` once: the same page at two origins, of which the proxy allows the first."""
     chromium = tool("chromium")
 
     async def make() -> Any:
@@ -119,7 +122,7 @@ def pages(authority: Authority) -> Any:
 
 
 def test_a_page_of_an_allowed_origin(pages: Any) -> None:
-    """It calls, with any headers, and reads the result, fal's request id, and why a call was refused; no more."""
+    """The page may send any headers. It reads the result, fal's request id and why a call was refused, and no more."""
     run, refused = pages["allowed"]["run"], pages["allowed"]["refused"]
     assert run["status"] == 200
     assert run["body"]["images"]

@@ -1,12 +1,12 @@
-"""deploy/docker: the files are valid, agree with the proxy, and start what they say.
+"""deploy/docker: the files are valid, agree with the proxy, and start a proxy that works.
 
-Docker does not run here: the files are validated, and what they start is started by hand, by their own words with the
-paths replaced.
+Docker does not run here. The files are validated, and their commands are run without it, with the paths replaced.
 """
 
 import asyncio
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +41,7 @@ from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, par
 
 
 def argv(text: str) -> list[str]:
-    """A command in exec form: one in shell form would put a shell between the engine's signals and the proxy."""
+    """Return a command in exec form: one in shell form would put a shell between the engine's signals and the proxy."""
     found = yaml.safe_load(text)
     assert isinstance(found, list)
     return found
@@ -54,7 +54,7 @@ def compose() -> dict[str, Any]:
 
 
 def test_dockerfile_is_right() -> None:
-    """A linter finds nothing to say about it."""
+    """A linter finds no fault in it."""
     assert run(tool("hadolint"), DOCKERFILE) == ""
 
 
@@ -71,7 +71,7 @@ def test_dockerfile_agrees() -> None:
 
 
 def test_dockerignore() -> None:
-    """The engine is sent what the Dockerfile copies, and neither git's files nor a key beside them."""
+    """The engine gets the files that the Dockerfile copies, and neither git's files nor a key beside them."""
     rules = (ROOT / ".dockerignore").read_text().split()
     assert rules[0] == "*"
     sent = {rule[1:] for rule in rules if rule.startswith("!")}
@@ -82,21 +82,24 @@ def test_dockerignore() -> None:
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Path]:
-    """What the first stage of the Dockerfile makes, below a directory that all may read."""
+    """Yield the result of the Dockerfile's first stage, below a directory that all may read."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         os.chmod(root, 0o755)
         workdir = root / the("WORKDIR").strip("/")
         workdir.mkdir()
         (root / "bin").mkdir()
-        (root / "bin/python").symlink_to(Path(sys.executable).resolve())
+        # A script, because a Python that is called by a link of its own may not find its library.
+        python = root / "bin/python"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).resolve()))} "$@"\n')
+        python.chmod(0o755)
         for name, rest in instructions():
             if name == "COPY" and not rest.startswith("--from"):
                 for source in rest.split()[:-1]:
                     copy(ROOT / source, workdir / source)
         borrowed = sysconfig.get_path("purelib")
         environ = {"PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": borrowed, "HOME": directory}
-        # What it requires is here already, and what builds it.
+        # Its requirements and its build tools are installed here already.
         environ |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_WARN_SCRIPT": "1"}
         run("sh", "-ec", the("RUN").replace(INSTALLED, f"{root}{INSTALLED}"), cwd=workdir, env=environ)
         (site,) = (root / INSTALLED[1:]).glob("lib/python*/site-packages")
@@ -112,7 +115,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def as_user(user: str) -> list[str]:
-    """A command to run another as that user, without rights but to read where the tests' Python is."""
+    """Return a command that runs another as that user, with no right except to read the tests' Python."""
     if os.geteuid() != 0:
         return []
     uid, _, gid = user.partition(":")
@@ -125,7 +128,7 @@ def as_user(user: str) -> list[str]:
 
 @pytest.mark.gen_test
 async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the Dockerfile installs serves as it says, for a user without rights; its health check tells; it drains."""
+    """The installed proxy serves as a user without rights, its health check works, and it drains."""
     service = compose()["services"]["proxy"]
     secret, temporary = image / "secret", image / "tmp"
     secret.write_text(KEY)
@@ -137,7 +140,7 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
     name, address = the("ENV").split("=")
     upstream = await setup.upstream(respond)
     environ = service["environment"] | {name: address, "FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
-    environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary)}
+    environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary), "PYTHONPATH": ""}
     running = await start(setup, upstream, *service["command"], cwd=image, **environ)
     if os.geteuid() == 0:
         assert Path(f"/proc/{running.pid}").stat().st_uid == int(the("USER").split(":")[0])
@@ -151,7 +154,7 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def healthy(image: Path, port: int) -> bool:
-    """What the health check of the Dockerfile says of the proxy on that port."""
+    """Return whether the Dockerfile's health check passes for the proxy on that port."""
     options, _, command = the("HEALTHCHECK").partition("CMD ")
     (seconds,) = re.findall(r"--timeout=(\d+)s", options)
     text = command.replace(INSTALLED, f"{image}{INSTALLED}")
@@ -164,12 +167,12 @@ async def healthy(image: Path, port: int) -> bool:
 
 
 def test_compose_is_right() -> None:
-    """It is what the specification of compose files describes."""
+    """The file conforms to the specification of compose files."""
     run(tool("check-jsonschema"), "--builtin-schema=vendor.compose-spec", COMPOSE)
 
 
 def test_compose_agrees() -> None:
-    """Files that it names are there, both services may take the time of a drain, and neither may more than it needs."""
+    """The files that it names exist. Both services get the time of a drain, and no more rights than they need."""
     content = compose()
     proxy, nginx = content["services"]["proxy"], content["services"]["nginx"]
     assert (COMPOSE.parent / proxy["build"]["context"]).resolve() == ROOT
@@ -181,7 +184,7 @@ def test_compose_agrees() -> None:
         assert float(service["stop_grace_period"].removesuffix("s")) > LONGEST_END_S
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
-    # Both are on one loopback, where the file of nginx looks for the proxy; only nginx's port is published.
+    # Both share one loopback, on which nginx's file expects the proxy; only nginx's port is published.
     assert (nginx["network_mode"], proxy["environment"]["FAL_PROXY_ADDRESS"]) == ("service:proxy", DEFAULT_ADDRESS)
     assert proxy["ports"] == ["443:443"]
     settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY": KEY})

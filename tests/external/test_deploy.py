@@ -1,4 +1,4 @@
-"""deploy/: no file goes untested, and they agree with each other and with the proxy."""
+"""deploy/: every file is tested, and the files agree with each other and with the proxy."""
 
 import re
 
@@ -26,14 +26,14 @@ from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT
 
 
 def test_all_files_are_known() -> None:
-    """No file goes untested."""
+    """Every file of deploy/ is one that a test reads."""
     known = {NGINX, NGINX.with_name("auth-request.conf"), UNIT, SOCKET, DOCKERFILE, COMPOSE, KUBERNETES}
     known |= {PROMETHEUS, PROMETHEUS.with_name("alerts.yaml"), PROMETHEUS.with_name("alerts_test.yaml"), GRAFANA}
     assert {file for file in DEPLOY.rglob("*") if file.is_file() and file.name != "fal_key"} == known
 
 
 def test_the_admin_port_is_one() -> None:
-    """Prometheus looks where the files here put it."""
+    """Prometheus scrapes the port at which the other files put the metrics."""
     (scrape,) = yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
     assert scrape["static_configs"] == [{"targets": [f"{DEFAULT_ADDRESS}:{ADMIN_PORT}"]}]
     for file in (UNIT, COMPOSE):
@@ -41,7 +41,7 @@ def test_the_admin_port_is_one() -> None:
 
 
 def test_nginx_agrees() -> None:
-    """Route, port and bounds are the proxy's defaults, and its time limits lie behind the proxy's."""
+    """Route, port and sizes are the proxy's defaults, and its time limits are longer than the proxy's."""
     text = NGINX.read_text()
 
     def values(pattern: str) -> list[str]:

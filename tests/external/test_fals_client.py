@@ -1,7 +1,7 @@
-"""fal's own JavaScript client, unchanged and in Node, gets through the proxy whatever it gets from fal, and pays once.
+"""fal's own JavaScript SDK, unchanged and in Node, gets the same through the proxy as from fal, and pays once.
 
-Two upstreams: the sandbox's stand-in for all that works, and a scripted one for what goes wrong after a job was taken.
-A client repeats a call that it takes for failed, so "executed once" is counted where the bill is written: upstream.
+There are two upstreams: the sandbox for all that works, and a scripted one for faults after fal took a job. The SDK
+repeats a call that seems to have failed, so executions are counted where they are billed: upstream.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from tests.support.stub_handlers import EVENT_STREAM, JSON
 PACE = 0.5  # a run takes 0.6 s, a queued job 2 s: long enough to be polled at each of its steps
 
 LOG = ["Loading the model", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "Done"]
-# What a subscriber sees of a job: status, place in the queue, and the log so far.
+# The updates that a subscriber gets of a job: status, position in the queue, and the log so far.
 LIFE: list[list[str | int | None]] = [
     ["IN_QUEUE", 2],
     ["IN_QUEUE", 1],
@@ -43,7 +43,7 @@ INVALID = {"detail": [{"type": "value_error", "loc": ["body", "prompt"], "msg": 
 CLOSED = "This endpoint is not allowed by this proxy's allowed_endpoints."
 UPLOADS_CLOSED = "Uploads are not allowed by this proxy's allow_uploads."
 
-# The call; then what the client makes of its answer: the error's name, status, message and body.
+# The call, and the error that the SDK makes of its response: name, status, message and body.
 REFUSED = [
     ("invalid", "ValidationError", 422, responses[422], INVALID),
     ("stream_refused", "ValidationError", 422, responses[422], INVALID),
@@ -61,8 +61,8 @@ REFUSED = [
 
 
 @dataclass
-class Calls:
-    """What ``calls.mjs`` printed, and what the stand-in noted meanwhile."""
+class SdkCalls:
+    """The output of ``calls.mjs``, and the sandbox's records of the same calls."""
 
     outcomes: dict[str, Any]
     executions: Counter[str]
@@ -77,59 +77,59 @@ class Calls:
 
 @pytest.fixture(scope="module", autouse=True)
 def node() -> None:
-    """Without Node nothing here begins, nor expects a line of the log."""
+    """Skip a test without Node before it expects a line of the log."""
     find_node()
 
 
 @pytest.fixture(scope="module")
-def calls(authority: Authority) -> Calls:
-    """One run of ``calls.mjs``, which the tests below look at, each from its side."""
+def calls(authority: Authority) -> SdkCalls:
+    """Run ``calls.mjs`` once. Each test below checks a part of the outcome."""
 
-    async def make() -> Calls:
+    async def make() -> SdkCalls:
         async with serve_sandbox(Setup(authority), PACE) as sandbox:
             url = sandbox.public_url
             outcomes = await run_script("calls.mjs", url + ROUTE, url + WRONG_KEY_ROUTE, url + RULES_ROUTE)
             sizes = {name: len(body) for name, (_, body) in sandbox.files.items()}
-            return Calls(outcomes, sandbox.executions, sizes, url)
+            return SdkCalls(outcomes, sandbox.executions, sizes, url)
 
     return asyncio.run(make())
 
 
 def is_result(result: dict[str, Any]) -> bool:
-    """Whether it is the stand-in's picture, with the id by which fal knows the call."""
+    """Return whether it is the sandbox's picture, with fal's id of the call."""
     (image,) = result["data"]["images"]
     return (image["width"], image["url"].rpartition("/")[2]) == (512, f"{result['requestId']}.png")
 
 
 @pytest.mark.parametrize("name", ["run", "run_by_get", "run_429", "run_502", "run_503", "run_504"])
-def test_run_answers_the_result(calls: Calls, name: str) -> None:
-    """A run gives the result and its request id, also after an answer that the client rightly repeats."""
+def test_run_returns_the_result(calls: SdkCalls, name: str) -> None:
+    """A run returns the result and its request id, also after an error for which the SDK rightly repeats the call."""
     assert is_result(calls.value(name))
 
 
-def test_a_run_is_answered_at_once(calls: Calls) -> None:
-    """A run that takes the model no time is not held up by one that began before it."""
+def test_a_run_is_answered_at_once(calls: SdkCalls) -> None:
+    """A run that takes the model no time is not delayed by one that began before it."""
     assert calls.value("first_answered") == "a run that takes no time"
 
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
-def test_subscribe_follows_the_queue(calls: Calls, mode: str) -> None:
-    """A subscriber sees places in the queue, the log as it grows, and then the result."""
+def test_subscribe_follows_the_queue(calls: SdkCalls, mode: str) -> None:
+    """A subscriber gets positions in the queue, the log as it grows, and then the result."""
     subscription = calls.value(f"subscribe_{mode}")
-    places = [LIFE.index(update) for update in subscription["updates"]]  # a slow machine misses some
-    assert places == sorted(places)
-    assert len(places) > 1
-    assert places[-1] == len(LIFE) - 1
+    steps = [LIFE.index(update) for update in subscription["updates"]]  # a slow machine misses some
+    assert steps == sorted(steps)
+    assert len(steps) > 1
+    assert steps[-1] == len(LIFE) - 1
     assert is_result(subscription["result"])
 
 
-def test_subscribe_survives_a_failed_status(calls: Calls) -> None:
-    """A status that fails once is asked for again; the job is not."""
+def test_subscribe_survives_a_failed_status(calls: SdkCalls) -> None:
+    """A status request that fails once is repeated, and the job is not."""
     assert is_result(calls.value("subscribe_despite_errors")["result"])
 
 
-def test_queue_step_by_step(calls: Calls) -> None:
-    """Submit, a status, the stream of statuses and the result speak of one job, each in its own words."""
+def test_queue_step_by_step(calls: SdkCalls) -> None:
+    """Submit, a status, the stream of statuses and the result are all about one job."""
     queue = calls.value("queue")
     assert queue["early"]["error"]["body"] == {"detail": "Request is still in progress"}
     assert queue["status"]["request_id"] == queue["requestId"] == queue["result"]["requestId"]
@@ -140,8 +140,8 @@ def test_queue_step_by_step(calls: Calls) -> None:
     assert is_result(queue["result"])
 
 
-def test_stream_arrives_whole(calls: Calls) -> None:
-    """Events come one by one, characters of several bytes are never torn, and done() has the last event."""
+def test_stream_arrives_whole(calls: SdkCalls) -> None:
+    """Events come one by one, characters of several bytes are never split, and done() has the last event."""
     stream = calls.value("stream")
     assert len(stream["lengths"]) == 12
     assert stream["grows"]
@@ -153,16 +153,16 @@ def test_stream_arrives_whole(calls: Calls) -> None:
     ("name", "size", "kind"),
     [("upload", 700, "image/webp"), ("upload_in_parts", 12 + 91 * 2**20, "application/octet-stream")],
 )
-def test_upload(calls: Calls, name: str, size: int, kind: str) -> None:
-    """A file goes to the address that came through the proxy, and is the same when it is read back."""
+def test_upload(calls: SdkCalls, name: str, size: int, kind: str) -> None:
+    """A file is uploaded to the address that came through the proxy, and is the same when it is read back."""
     upload = calls.value(name)
     assert (upload["same"], upload["size"], upload["type"]) == (True, size, kind)
     assert upload["url"].startswith(f"{calls.public_url}/sandbox/files/")
     assert calls.file_sizes[upload["url"].rpartition("/")[2]] == size
 
 
-def test_realtime_token(calls: Calls) -> None:
-    """The token for a WebSocket comes through the proxy, and the client opens fal's own address with it."""
+def test_realtime_token(calls: SdkCalls) -> None:
+    """The token for a WebSocket comes through the proxy, and the SDK opens fal's own address with it."""
     assert re.fullmatch(
         r"wss://fal\.run/fal-ai/fast-lcm-diffusion/realtime\?fal_jwt_token=[\w-]+\.[\w-]+\.[\w-]+",
         calls.value("realtime"),
@@ -170,8 +170,8 @@ def test_realtime_token(calls: Calls) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind", "status", "message", "body"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_errors_are_readable(calls: Calls, name: str, kind: str, status: int, message: str, body: object) -> None:
-    """The client throws its own error, with fal's status and text or the proxy's."""
+def test_errors_are_readable(calls: SdkCalls, name: str, kind: str, status: int, message: str, body: object) -> None:
+    """The SDK throws its own error, with status and text of fal's response or of the proxy's."""
     outcome = calls.outcomes[name]
     error = outcome.get("error") or outcome["value"]["error"]
     assert (error["name"], error["status"], error["message"], error["body"]) == (kind, status, message, body)
@@ -179,22 +179,22 @@ def test_errors_are_readable(calls: Calls, name: str, kind: str, status: int, me
         assert error["fields"] == [[["body", "prompt"], ASKED_FOR]]
 
 
-def test_an_allowed_endpoint_is_whole(calls: Calls) -> None:
-    """Where endpoints are restricted, one that is allowed is submitted, asked for, read and streamed as ever."""
+def test_an_allowed_endpoint_works(calls: SdkCalls) -> None:
+    """If endpoints are restricted, an allowed one can be submitted, polled, read and streamed as usual."""
     assert is_result(calls.value("subscribe_allowed"))
     assert calls.value("stream_allowed")["partial"] is False
 
 
-def test_cancel_where_it_is_allowed(calls: Calls) -> None:
-    """queue.cancel reaches the job with allow_cancel, and its result is then none."""
+def test_cancel_where_it_is_allowed(calls: SdkCalls) -> None:
+    """With allow_cancel queue.cancel reaches the job, which then has no result."""
     outcome = calls.value("cancel_allowed")
     assert "error" not in outcome["cancelled"]
     assert outcome["status"]["status"] == "COMPLETED"
     assert outcome["result"]["error"]["status"] == 499
 
 
-def test_each_job_is_executed_once(calls: Calls) -> None:
-    """However often the client had to ask, no job ran twice; and what was refused never ran."""
+def test_each_job_is_executed_once(calls: SdkCalls) -> None:
+    """No job ran twice, however often the SDK repeated a call, and no refused job ran."""
     tags = ["run", "polling", "streaming", "status", "queue", "stream"]
     repeated = [f"{prefix}{status}" for prefix in ("", "submit ") for status in (429, 502, 503, 504)]
     untagged = Counter({"": calls.executions[""]})
@@ -215,14 +215,14 @@ async def stall(exchange: Exchange) -> None:
 
 
 async def in_result(exchange: Exchange, fault: Fault) -> None:
-    """The fault, after a head that promises more than the half that follows."""
+    """Cause the fault after a head that promises more than the half that follows."""
     await exchange.start(200, JSON, LENGTH)
     await exchange.send(HALF)
     await fault(exchange)
 
 
 async def in_endless_result(exchange: Exchange) -> None:
-    """The end of the connection where only the framing tells that the result is not complete."""
+    """End the connection where only the framing shows that the result is not complete."""
     await exchange.start(200, JSON)
     await exchange.send(HALF)
     await exchange.close_connection()
@@ -254,7 +254,7 @@ async def close_after(exchange: Exchange, raw: bytes) -> None:
     await exchange.close_connection()
 
 
-# How an upstream fails that has taken the job. Names go into host names.
+# Faults of an upstream that has taken the job. Their names become parts of host names.
 FAULTS: dict[str, Fault] = {
     "reset": reset,
     "close": close,
@@ -269,8 +269,8 @@ FAULTS_OF: dict[str, dict[str, Fault]] = {
     "h2": FAULTS
     | {
         "stream-reset": reset_stream,
-        "stream-refused": refuse_stream,  # a lie, for the job was executed
-        "goaway": go_away,  # likewise
+        "stream-refused": refuse_stream,  # untrue: the job was executed
+        "goaway": go_away,  # untrue too
         "result-stream-reset": lambda exchange: in_result(exchange, reset_stream),
     },
     "http/1.1": FAULTS
@@ -284,7 +284,7 @@ FAULTS_OF: dict[str, dict[str, Fault]] = {
 
 @pytest.mark.gen_test
 async def test_a_job_that_fal_took_is_paid_once(setup: Setup, protocol: str, logs: Logs) -> None:
-    """Whatever goes wrong after fal took a job, the client is told that it may have run, and does not send it again."""
+    """After any fault once fal took a job the SDK learns that the job may have run, and does not repeat it."""
     faults = FAULTS_OF[protocol]
     executions: Counter[str] = Counter()
     connections: dict[str, list[int]] = defaultdict(list)
@@ -318,10 +318,10 @@ async def test_a_job_that_fal_took_is_paid_once(setup: Setup, protocol: str, log
     outcomes = await run_script("faults.mjs", json.dumps(cases))
 
     hosts = [str(case["host"]) for case in cases]
-    told = {host: outcomes[host].get("error", outcomes[host]) for host in hosts}
+    errors = {host: outcomes[host].get("error", outcomes[host]) for host in hosts}
     assert {
         host: (error.get("name"), error.get("status"), str(error.get("message")).endswith(MAY_HAVE_RUN))
-        for host, error in told.items()
+        for host, error in errors.items()
     } == dict.fromkeys(hosts, ("ApiError", 500, True))
     assert executions == Counter(hosts)
     for host in hosts:
@@ -330,8 +330,8 @@ async def test_a_job_that_fal_took_is_paid_once(setup: Setup, protocol: str, log
 
 
 @pytest.mark.gen_test
-async def test_an_aborted_call_ends_upstream(setup: Setup, protocol: str) -> None:
-    """The client's abort of a run or a stream reaches fal, while the caller's process lives on."""
+async def test_an_aborted_call_is_cancelled_upstream(setup: Setup, protocol: str) -> None:
+    """The SDK's abort of a run or a stream cancels the call at fal, while the SDK's process lives on."""
     loop = asyncio.get_running_loop()
     calls: dict[str, asyncio.Future[Exchange]] = defaultdict(loop.create_future)
 
@@ -360,8 +360,8 @@ async def test_an_aborted_call_ends_upstream(setup: Setup, protocol: str) -> Non
 
 
 @pytest.mark.gen_test
-async def test_answers_that_break_off_or_come_in_pieces(setup: Setup, protocol: str, logs: Logs) -> None:
-    """A result that breaks off is read again, for that costs nothing. A stream is not, nor does it look complete.
+async def test_responses_that_break_off_or_come_in_pieces(setup: Setup, protocol: str, logs: Logs) -> None:
+    """A result that breaks off is read again, because that costs nothing. A stream is not, and is an error.
 
     A stream whose characters come byte by byte arrives whole.
     """
@@ -383,11 +383,11 @@ async def test_answers_that_break_off_or_come_in_pieces(setup: Setup, protocol: 
                 await exchange.start(200, EVENT_STREAM)
                 for byte in 'data: "Grüße 🌊 日本語"\n\n'.encode():
                     await exchange.send(bytes([byte]))
-                    await asyncio.sleep(0.003)  # for the proxy to meet it alone
+                    await asyncio.sleep(0.003)  # so long that the proxy reads each byte alone
                 await exchange.end()
 
-    logs.expect("200 GET https://queue.fal.run/broken/result/requests/1: .*; the answer was broken off$")
-    logs.expect("200 POST https://fal.run/broken/text/stream: .*; the answer was broken off$")
+    logs.expect("200 GET https://queue.fal.run/broken/result/requests/1: .*; the response was aborted$")
+    logs.expect("200 POST https://fal.run/broken/text/stream: .*; the response was aborted$")
     upstream = await setup.upstream(handler, protocol)
     outcomes = await run_script("broken.mjs", f"http://127.0.0.1:{setup.proxy(upstream)}{ROUTE}")
 

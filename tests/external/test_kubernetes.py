@@ -1,6 +1,6 @@
 """deploy/kubernetes: the objects are valid, agree with the proxy, and their probes work.
 
-Kubernetes does not run here: the file is validated, and what it starts is started by hand.
+Kubernetes does not run here. The file is validated, and its command is run without it.
 """
 
 import asyncio
@@ -20,24 +20,24 @@ from tests.support.tools import tool
 from tests.support.waiting import eventually
 from tornado_fal_proxy.service.options import DEFAULT_DRAIN_TIMEOUT_S, parse_settings
 
-# A release that is still served by clouds, and the newest whose schemas are there.
+# A release that clouds still offer, and the newest that has schemas.
 KUBERNETES_VERSIONS = ("1.29", "1.34")
 
 
 @pytest.fixture
 def kubernetes() -> dict[str, Any]:
-    """The objects, by kind."""
+    """Return the objects by kind."""
     return {found["kind"]: found for found in yaml.safe_load_all(KUBERNETES.read_text())}
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_kubernetes_is_right(version: str) -> None:
-    """Each object is what the schemas of Kubernetes describe, and has no field that they do not."""
+    """Each object conforms to the schemas of Kubernetes, and has no field beyond them."""
     run(tool("kubernetes-validate"), "--strict", "--quiet", f"--kubernetes-version={version}", KUBERNETES)
 
 
 def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
-    """All objects mean the same pods; ports, paths, options and times are the proxy's."""
+    """All objects select the same pods, and ports, paths, options and times are the proxy's."""
     pod = kubernetes["Deployment"]["spec"]["template"]
     (labels,) = {
         str(labels)
@@ -61,15 +61,15 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
     assert (settings.address, settings.admin_address, settings.admin_port) == ("0.0.0.0", "0.0.0.0", ADMIN_PORT)
     (served,) = kubernetes["Service"]["spec"]["ports"]
     assert served["targetPort"] == "http"
-    (callers, callers_ports), (watchers, watchers_ports) = (
+    (clients, clients_ports), (watchers, watchers_ports) = (
         (rule["from"], rule["ports"]) for rule in kubernetes["NetworkPolicy"]["spec"]["ingress"]
     )
-    assert callers != watchers
-    assert (callers_ports, watchers_ports) == ([{"port": "http"}], [{"port": "admin"}])
+    assert clients != watchers
+    assert (clients_ports, watchers_ports) == ([{"port": "http"}], [{"port": "admin"}])
     probes = {name: container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     assert {probe["port"] for probe in probes.values()} == {"admin"}
     assert [probe["path"] for probe in probes.values()] == ["/healthz", "/readyz", "/healthz"]
-    # Its file system is read-only, and several processes would write to count together.
+    # Several processes would write files to count together, and the file system is read-only.
     assert settings.processes == 1
     (trusted,) = settings.trusted_proxies.texts
     assert ip_network(trusted).prefixlen >= 16
@@ -87,7 +87,7 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
 
 @pytest.mark.gen_test
 async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
-    """A pod that was told to end is alive and not ready while its last calls are answered."""
+    """A pod that is being stopped is alive and not ready while its last calls are finished."""
     (container,) = kubernetes["Deployment"]["spec"]["template"]["spec"]["containers"]
     arguments = [re.sub(r"port=\d+$", "port=0", argument) for argument in container["args"]]
     upstream = await setup.upstream(respond)
@@ -102,14 +102,14 @@ async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
     last = asyncio.create_task(call(running.port, target="https://fal.run/poll"))
     await eventually(lambda: upstream.exchanges)
     running.process.terminate()
-    await running.log_line("ending: 1 calls in flight")
+    await running.log_line("drain: 1 calls in flight")
     assert await statuses() == [200, 503]
     assert (await last).status == 200
     await running.ended()
 
 
 def test_pods_have_no_rights(kubernetes: dict[str, Any]) -> None:
-    """What the "restricted" pod security standard asks, a file system to read, and no token of the cluster's."""
+    """Pods meet the "restricted" pod security standard, cannot write files, and have no token of the cluster."""
     pod = kubernetes["Deployment"]["spec"]["template"]["spec"]
     assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
     assert pod["securityContext"]["runAsNonRoot"] is True

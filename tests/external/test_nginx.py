@@ -1,4 +1,4 @@
-"""nginx in front of the proxy, with README.md's file: results, streams, polls, and clients that go."""
+"""nginx in front of the proxy, with the file of deploy/: results, streams, polls, and clients that leave."""
 
 import asyncio
 import itertools
@@ -33,13 +33,13 @@ from tornado_fal_proxy.errors import BodyTooLarge
 
 @pytest.fixture(params=["HTTP/2", "HTTP/1.1"])
 def version(request: pytest.FixtureRequest) -> str:
-    """Runs the test once for callers of each protocol."""
+    """Run the test once for clients of each protocol."""
     return str(request.param)
 
 
 @pytest.mark.gen_test
 async def test_results(setup: Setup, version: str) -> None:
-    """A POST's result and a body of 20 MB pass as they are; one that is larger than allowed is answered 413 in JSON."""
+    """A POST's result and a body of 20 MB pass unchanged, and a body that is too large is answered 413 in JSON."""
 
     async def size(exchange: Exchange) -> None:
         await exchange.respond(201, b'{"size": %d}' % len(await exchange.body()), [*JSON, ("x-fal-request-id", "7")])
@@ -47,12 +47,12 @@ async def test_results(setup: Setup, version: str) -> None:
     upstream = await setup.upstream(size)
     running = await two_workers(setup, upstream)
     async with nginx((NAME,), deployed(running.port)) as front:
-        with calling(front, version) as caller:
+        with calling(front, version) as client:
             for length in (2, 20_000_000):
-                response = await caller.call(body=b'"' + b"x" * (length - 2) + b'"')
+                response = await client.call(body=b'"' + b"x" * (length - 2) + b'"')
                 assert (response.code, json.loads(response.body)) == (201, {"size": length})
                 assert response.headers["x-fal-request-id"] == "7"
-            response = await caller.call(body=b"x" * (32 * 1024 * 1024 + 1))
+            response = await client.call(body=b"x" * (32 * 1024 * 1024 + 1))
             assert (response.code, message(response)) == (413, BodyTooLarge.message)
             assert len(upstream.exchanges) == 2
     await running.end()
@@ -60,22 +60,22 @@ async def test_results(setup: Setup, version: str) -> None:
 
 @pytest.mark.gen_test
 async def test_only_the_route_is_public(setup: Setup) -> None:
-    """nginx passes on no other path, whatever it looks like."""
+    """nginx relays no other path, however similar it is."""
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     port = setup.proxy(upstream)
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, "HTTP/2") as caller:
+        with calling(front, "HTTP/2") as client:
             for path in ("/", "/healthz", "/readyz", "/metrics", ROUTE + "/", ROUTE + "x", "/api/fal", "/x" + ROUTE):
-                response = await caller.call(path=path)
+                response = await client.call(path=path)
                 assert response.code == 404, path
                 assert b"nginx" in response.body, path
             assert not upstream.exchanges
-            assert (await caller.call()).code == 200
+            assert (await client.call()).code == 200
 
 
 @pytest.mark.gen_test
 async def test_events(setup: Setup, version: str) -> None:
-    """Each event reaches the caller before the next one is sent, whatever the answer says of buffering."""
+    """Each event reaches the client before the next one is sent, even if the response asks for buffering."""
     arrived: asyncio.Queue[bytes] = asyncio.Queue()
     events = [b'data: {"n": %d}\n\n' % number for number in range(20)]
 
@@ -88,9 +88,9 @@ async def test_events(setup: Setup, version: str) -> None:
 
     running = await two_workers(setup, await setup.upstream(stream))
     async with nginx((NAME,), deployed(running.port)) as front:
-        with calling(front, version) as caller:
+        with calling(front, version) as client:
             for method in ("POST", "GET"):
-                response = await caller.call(method, target=RUN + "/stream", streaming_callback=arrived.put_nowait)
+                response = await client.call(method, target=RUN + "/stream", streaming_callback=arrived.put_nowait)
                 assert response.code == 200
                 assert response.headers["content-type"] == "text/event-stream"
                 assert "x-accel-buffering" not in response.headers
@@ -99,10 +99,10 @@ async def test_events(setup: Setup, version: str) -> None:
 
 @pytest.mark.gen_test
 async def test_all_else_is_buffered(setup: Setup) -> None:
-    """A result leaves the proxy at once though its caller does not read; with events the proxy goes at his pace."""
-    size = 7_000_000  # less than goes into nginx's file, and more than into its memory
+    """A result leaves the proxy at once although its client does not read. Events leave it as the client reads them."""
+    size = 7_000_000  # fits into nginx's file, and not into its memory
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         if exchange.target.endswith(b"/stream"):
             await exchange.start(200, EVENT_STREAM)
             with suppress(Gone):
@@ -113,9 +113,9 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
         else:
             await exchange.respond(200, b"{}", JSON)
 
-    port = setup.proxy(await setup.upstream(answer), max_in_flight=1)
+    port = setup.proxy(await setup.upstream(respond), max_in_flight=1)
 
-    async def place_is_free() -> None:
+    async def slot_is_free() -> None:
         async with asyncio.timeout(20):
             while (await call(port)).status != 200:
                 await asyncio.sleep(0.01)
@@ -128,12 +128,12 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
         assert (await call(port)).status == 503
         assert "temporary file" not in front.errors.read_text()
         slow.leave()
-        await place_is_free()
+        await slot_is_free()
 
         slow = await tls_client(front, "127.0.0.1", receive_buffer=16_384)
         await slow.send("GET", target=f"{RUN}/result")
         assert (await slow.head()).header("content-length") == str(size)
-        await place_is_free()
+        await slot_is_free()
         assert front.errors.read_text().count("an upstream response is buffered to a temporary file") == 1
         assert len(await slow.reader.readexactly(size)) == size
         slow.leave()
@@ -141,7 +141,7 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_long_poll(setup: Setup, version: str) -> None:
-    """A call that is silent for half as long again as nginx allows by default is answered."""
+    """A call may wait for its response half as long again as nginx allows by default."""
 
     async def poll(exchange: Exchange) -> None:
         seconds = json.loads(await exchange.body())["s"]
@@ -151,8 +151,8 @@ async def test_long_poll(setup: Setup, version: str) -> None:
     running = await two_workers(setup, await setup.upstream(poll))
     front_of = nginx((NAME,), deployed(running.port, second_ms=SCALED_MS), second_ms=SCALED_MS)
     async with front_of as front:
-        with calling(front, version) as caller:
-            assert (await caller.call(body=b'{"s": %d}' % (1.5 * DEFAULT_TIMEOUT_S))).code == 200
+        with calling(front, version) as client:
+            assert (await client.call(body=b'{"s": %d}' % (1.5 * DEFAULT_TIMEOUT_S))).code == 200
     await running.end()
 
 
@@ -161,7 +161,7 @@ async def test_long_poll(setup: Setup, version: str) -> None:
 async def test_broken_stream(
     setup: Setup, version: str, logs: Any, method: str, headers: list[tuple[str, str]]
 ) -> None:
-    """A stream that breaks at fal breaks for the caller, and does not end as if it were complete; buffered or not."""
+    """A stream that breaks at fal breaks for the client too, buffered or not, and does not seem to be complete."""
     arrived = asyncio.Event()
 
     async def stream(exchange: Exchange) -> None:
@@ -170,18 +170,18 @@ async def test_broken_stream(
         await arrived.wait()
         exchange.reset()
 
-    logs.expect("the answer was broken off")
+    logs.expect("upstream error: .*; the response was aborted$")
     port = setup.proxy(await setup.upstream(stream))
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, version) as caller:
+        with calling(front, version) as client:
             with pytest.raises(CurlError):
-                await caller.call(method, streaming_callback=lambda chunk: arrived.set())
+                await client.call(method, streaming_callback=lambda chunk: arrived.set())
             assert arrived.is_set()
 
 
 @pytest.mark.gen_test
-async def test_caller_leaves(setup: Setup, version: str) -> None:
-    """A caller that goes away ends its call at fal."""
+async def test_client_leaves(setup: Setup, version: str) -> None:
+    """A client that leaves cancels its call at fal."""
     arrived, gone = asyncio.Event(), asyncio.Event()
 
     async def stream(exchange: Exchange) -> None:
@@ -192,10 +192,10 @@ async def test_caller_leaves(setup: Setup, version: str) -> None:
 
     port = setup.proxy(await setup.upstream(stream))
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, version) as caller:
-            call = asyncio.create_task(caller.call(streaming_callback=lambda chunk: arrived.set()))
+        with calling(front, version) as client:
+            call = asyncio.create_task(client.call(streaming_callback=lambda chunk: arrived.set()))
             await arrived.wait()
-            caller.leave()
+            client.leave()
             await gone.wait()
             with pytest.raises(CurlError):
                 await call
@@ -203,9 +203,9 @@ async def test_caller_leaves(setup: Setup, version: str) -> None:
 
 @pytest.mark.gen_test
 async def test_post_is_sent_once(version: str) -> None:
-    """When the proxy ends under a POST nginx does not repeat it, and the answer is none that clients repeat.
+    """If the proxy dies during a POST nginx does not repeat it, and its response is none that fal's SDKs repeat.
 
-    On a fresh connection and on a used one. A GET is sent once more where the connection was a used one.
+    This holds on a fresh connection and on a used one. A GET is sent once more if the connection was a used one.
     """
     received: list[tuple[int, str]] = []  # the number of the connection, and the method
     connections = itertools.count(1)
@@ -226,11 +226,11 @@ async def test_post_is_sent_once(version: str) -> None:
 
     server = await asyncio.start_server(dying_proxy, "127.0.0.1", 0)
     async with server, nginx((NAME,), deployed(server.sockets[0].getsockname()[1])) as front:
-        with calling(front, version) as caller:
+        with calling(front, version) as client:
             for body in (DIE, LIVE, DIE, LIVE):
-                response = await caller.call(body=body)
+                response = await client.call(body=body)
                 assert response.code == (500 if body == DIE else 200)
                 assert body == LIVE or "may have run" in message(response)
-            response = await caller.call("GET")
+            response = await client.call("GET")
             assert (response.code, message(response)) == (502, "The proxy did not answer.")
     assert received == [(1, "post"), (2, "post"), (2, "post"), (3, "post"), (3, "get"), (4, "get")]

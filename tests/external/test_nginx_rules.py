@@ -1,4 +1,4 @@
-"""nginx in front of the proxy: who may call, what is limited, and what it does while proxies are down."""
+"""nginx in front of the proxy: addresses of clients, limits, authorization, and proxies that are down."""
 
 import asyncio
 import os
@@ -25,30 +25,30 @@ from tornado_fal_proxy.errors import Unauthorized
 
 @pytest.mark.gen_test
 async def test_proxies_that_are_down(setup: Setup) -> None:
-    """While one is up calls fail on none that is down; when all are, clients may send a POST again: it went nowhere."""
+    """No call fails while one proxy is up. If all are down, SDKs may repeat even a POST, because it went nowhere."""
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     down = [unused_port(), unused_port()]
     async with nginx((NAME,), deployed(*down, setup.proxy(upstream))) as front:
-        with calling(front, "HTTP/2") as caller:
+        with calling(front, "HTTP/2") as client:
             for method in ("POST", "GET") * 5:
-                assert (await caller.call(method)).code == 200
+                assert (await client.call(method)).code == 200
     assert len(upstream.exchanges) == 10
     async with nginx((NAME,), deployed(*down)) as front:
-        with calling(front, "HTTP/2") as caller:
+        with calling(front, "HTTP/2") as client:
             for method in ("POST", "GET"):
-                response = await caller.call(method)
+                response = await client.call(method)
                 assert (response.code, message(response)) == (502, "The proxy did not answer.")
 
 
 @pytest.mark.gen_test
 async def test_unix_socket(setup: Setup) -> None:
-    """nginx reaches the command over a Unix socket that systemd holds, which takes no ports."""
+    """nginx reaches the command over a Unix socket that systemd has opened, which takes no ports."""
     config = setup.config(await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON)))
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
         os.chmod(directory, 0o711)
         listener.bind(path := f"{directory}/socket")
         listener.listen()
-        os.chmod(path, 0o777)  # nginx is somebody else, where tests are root
+        os.chmod(path, 0o777)  # nginx is another user if the tests are root
         process = await create_subprocess_exec(
             *(sys.executable, "-c", ACTIVATE, str(listener.fileno()), *COMMAND),
             env=environment({"FAL_KEY": KEY, "FAL_PROXY_CONNECT_TO": str(config.connect_to)})
@@ -61,21 +61,21 @@ async def test_unix_socket(setup: Setup) -> None:
             servers = deployed(port)
             over = lambda listen, files: servers(listen, files).replace(f"127.0.0.1:{port};", f"unix:{path};")  # noqa: E731
             async with nginx((NAME,), over) as front:
-                with calling(front, "HTTP/2") as caller:
-                    assert (await caller.call()).code == 200
+                with calling(front, "HTTP/2") as client:
+                    assert (await client.call()).code == 200
         finally:
             process.terminate()
         assert await process.wait() == 0
 
 
 @pytest.mark.gen_test
-async def test_who_calls(setup: Setup) -> None:
-    """The proxy is told the address that nginx sees, once, and nothing that the caller says of itself; fal is not."""
-    told: list[tuple[str, str]] = []
+async def test_the_proxy_gets_the_clients_address(setup: Setup) -> None:
+    """The proxy gets the address that nginx sees, once, and nothing that the client claims. fal gets no address."""
+    seen: list[tuple[str, str]] = []
 
     class Handler(FalProxyHandler):
         async def authorize(self, target: Target) -> bool:
-            told.append((str(self.request.remote_ip), self.request.protocol))
+            seen.append((str(self.request.remote_ip), self.request.protocol))
             headers = self.request.headers
             for name in ("x-forwarded-for", "x-real-ip"):
                 assert headers.get_list(name) == ["127.0.0.1"]
@@ -88,45 +88,45 @@ async def test_who_calls(setup: Setup) -> None:
     spoofed = dict.fromkeys(("x-forwarded-for", "x-real-ip", "X-Client-IP", "true-client-ip"), "203.0.113.9")
     spoofed |= {"forwarded": "for=203.0.113.9", "x-scheme": "http", "x-forwarded-proto": "http"}
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, "HTTP/1.1") as caller:
+        with calling(front, "HTTP/1.1") as client:
             for headers in ({}, spoofed):
-                assert (await caller.call(headers=headers)).code == 200
-    assert told == [("127.0.0.1", "https")] * 2
+                assert (await client.call(headers=headers)).code == 200
+    assert seen == [("127.0.0.1", "https")] * 2
     for exchange in upstream.exchanges:
         assert not [name for name, _ in exchange.headers if b"forwarded" in name or b"-ip" in name]
 
 
 @pytest.mark.gen_test
-async def test_who_calls_is_logged(setup: Setup) -> None:
-    """The service's log has the address that nginx sees, and the id that the caller was told."""
+async def test_the_clients_address_is_logged(setup: Setup) -> None:
+    """The service's log has the address that nginx sees, and the id that the client gets."""
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     running = await ServiceProcess.in_front_of(setup, upstream, "--trusted-proxies=127.0.0.1")
     async with nginx((NAME,), deployed(running.port)) as front:
-        caller = await tls_client(front, "127.0.0.9")
-        await caller.send(headers=["x-forwarded-for: 203.0.113.9"])
-        answer = await caller.response()
-        await caller.close()
-    assert answer.status == 200
+        client = await tls_client(front, "127.0.0.9")
+        await client.send(headers=["x-forwarded-for: 203.0.113.9"])
+        response = await client.response()
+        await client.close()
+    assert response.status == 200
     _, log = await running.end()
     (line,) = (line for line in log.splitlines() if " tornado_fal_proxy.access: " in line)
-    assert " caller=127.0.0.9 " in line.replace("access:", " ")
-    assert f" request_id={answer.header('x-request-id')} " in line
+    assert " client=127.0.0.9 " in line.replace("access:", " ")
+    assert f" request_id={response.header('x-request-id')} " in line
 
 
-PAGE, STRANGE_PAGE = "https://app.example.com", "https://evil.example"
+PAGE, OTHER_PAGE = "https://app.example.com", "https://evil.example"
 
 
-@pytest.mark.parametrize(("origin", "allowed"), [(PAGE, PAGE), (STRANGE_PAGE, None), (None, None)])
+@pytest.mark.parametrize(("origin", "allowed"), [(PAGE, PAGE), (OTHER_PAGE, None), (None, None)])
 @pytest.mark.gen_test
 async def test_pages(setup: Setup, origin: str | None, allowed: str | None) -> None:
-    """An allowed page may read what nginx answers by itself, and the proxy's answers say who may read them once."""
+    """An allowed page may read responses that nginx makes by itself, and the proxy's have their CORS headers once."""
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     port = setup.proxy(upstream, allowed_origins=[PAGE], allow_credentials=True)
     headers = {} if origin is None else {"origin": origin}
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, "HTTP/2") as caller:
+        with calling(front, "HTTP/2") as client:
             for code, body in ((413, b"x" * (32 * 1024 * 1024 + 1)), (200, b"{}")):
-                response = await caller.call(body=body, headers=headers)
+                response = await client.call(body=body, headers=headers)
                 assert response.code == code
                 assert response.headers.get_list("access-control-allow-origin") == ([allowed] if allowed else [])
                 assert response.headers.get_list("access-control-allow-credentials") == (["true"] if allowed else [])
@@ -135,23 +135,23 @@ async def test_pages(setup: Setup, origin: str | None, allowed: str | None) -> N
 
 @pytest.mark.gen_test
 async def test_limits(setup: Setup) -> None:
-    """An address has a burst of calls and so many at once; beyond is 429, and fal hears nothing. Others have theirs."""
+    """An address may make a burst of calls, and so many at once. nginx answers 429 to more, and serves others."""
     text = DEPLOYED.read_text()
     (burst,), (at_once,) = re.findall(r"burst=(\d+) ", text), re.findall(r"limit_conn \w+ (\d+);", text)
     release = asyncio.Event()
 
-    async def held(exchange: Exchange) -> None:
+    async def respond_later(exchange: Exchange) -> None:
         await exchange.body()
         await release.wait()
         await exchange.respond(200, b"{}", JSON)
 
-    upstream = await setup.upstream(held)
+    upstream = await setup.upstream(respond_later)
     async with nginx((NAME,), deployed(setup.proxy(upstream))) as front:
         one, other = [[await tls_client(front, f"127.0.0.{n}") for _ in range(int(at_once) + 1)] for n in (2, 3)]
-        for caller in one:
-            await caller.send()
+        for client in one:
+            await client.send()
         done, waiting = await asyncio.wait(
-            [asyncio.create_task(caller.response()) for caller in one], return_when=asyncio.FIRST_COMPLETED
+            [asyncio.create_task(client.response()) for client in one], return_when=asyncio.FIRST_COMPLETED
         )
         refused = [task.result() for task in done]
         assert [(got.status, got.message, got.header("retry-after")) for got in refused] == [
@@ -170,32 +170,32 @@ async def test_limits(setup: Setup) -> None:
         await other[0].send()
         assert (await other[0].response()).status == 200
         assert len(upstream.exchanges) == int(at_once) + 2 + statuses.count(200)
-        for caller in (*one, *other):
-            caller.leave()
+        for client in (*one, *other):
+            client.leave()
 
 
 @pytest.mark.gen_test
 async def test_auth_request(setup: Setup) -> None:
-    """With auth-request.conf a service says who may call, is asked with cookie and target, and sees no body."""
+    """With auth-request.conf a service decides who may call. It gets cookie and target, and no body."""
     asked: list[HTTPServerRequest] = []
-    answers = {"let me in": 204, "out": 401, "never": 403, "fall over": 502}
+    statuses = {"let me in": 204, "out": 401, "never": 403, "fall over": 502}
 
     class Session(RequestHandler):
         def get(self) -> None:
             asked.append(self.request)
-            self.set_status(answers[self.get_cookie("user", "out") or ""])
+            self.set_status(statuses[self.get_cookie("user", "out") or ""])
 
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     auth = setup.serve(Application([("/session", Session)], log_function=lambda handler: None))
     port = setup.proxy(upstream, allowed_origins=[PAGE])
     async with nginx((NAME,), deployed(port, auth=auth)) as front:
-        with calling(front, "HTTP/2") as caller:
-            assert (await caller.call(headers={"cookie": "user=let me in"})).code == 200
+        with calling(front, "HTTP/2") as client:
+            assert (await client.call(headers={"cookie": "user=let me in"})).code == 200
             for user, code in (("out", 401), ("never", 403)):
-                response = await caller.call(headers={"cookie": f"user={user}", "origin": PAGE})
+                response = await client.call(headers={"cookie": f"user={user}", "origin": PAGE})
                 assert (response.code, message(response)) == (code, Unauthorized.message)
                 assert response.headers["access-control-allow-origin"] == PAGE
-            response = await caller.call(headers={"cookie": "user=fall over"})
+            response = await client.call(headers={"cookie": "user=fall over"})
             assert (response.code, message(response)) == (500, "The proxy failed.")
             assert len(upstream.exchanges) == 1
             for request in asked:
@@ -203,26 +203,26 @@ async def test_auth_request(setup: Setup) -> None:
                 assert request.headers.get_list("x-forwarded-for") == ["127.0.0.1"]
             asked.clear()
             may = {"origin": PAGE, "access-control-request-method": "POST"}
-            assert (await caller.call("OPTIONS", headers=may)).code == 204
-            assert (await caller.call(path="/auth")).code == 404
+            assert (await client.call("OPTIONS", headers=may)).code == 204
+            assert (await client.call(path="/auth")).code == 404
             assert not asked
 
 
 @pytest.mark.gen_test
-async def test_answers_give_no_orders(setup: Setup) -> None:
-    """nginx does not obey an answer's X-Accel headers, which come from whoever runs the model."""
+async def test_nginx_obeys_no_header_of_a_response(setup: Setup) -> None:
+    """nginx does not obey a response's X-Accel headers, which come from the model."""
     orders = [("x-accel-redirect", "/"), ("x-accel-limit-rate", "1"), ("x-accel-charset", "koi8-r")]
     port = setup.proxy(await setup.upstream(lambda exchange: exchange.respond(200, b"{}" * 5000, [*JSON, *orders])))
     async with nginx((NAME,), deployed(port)) as front:
-        with calling(front, "HTTP/2") as caller:
-            response = await caller.call()
+        with calling(front, "HTTP/2") as client:
+            response = await client.call()
             assert (response.code, len(response.body)) == (200, 10_000)
             assert response.headers["content-type"] == "application/json"
 
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_restart_under_load(setup: Setup) -> None:
-    """No call fails while the proxy is restarted behind nginx, and nginx takes its file anew: none 502, none broken."""
+    """No call fails or breaks off while the proxy is restarted behind nginx, and nginx reloads its file."""
     upstream = await setup.upstream(respond)
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)

@@ -32,13 +32,13 @@ server {{
 
 
 def in_fals_place(behind: str) -> Callable[[str, dict[str, str]], str]:
-    """A server that speaks HTTP/2 for the sandbox at ``behind``."""
+    """Return a function that makes the configuration of a server over HTTP/2 for the sandbox at ``behind``."""
     return lambda listen, files: FAL.format(listen=listen, behind=behind, **files)
 
 
 @pytest.mark.gen_test
 async def test_http2_to_fal(setup: Setup) -> None:
-    """Calls of every kind go over HTTP/2 to a server that is not of our making, one connection to each name."""
+    """Calls of every kind go over HTTP/2 to a server that is not ours, over one connection to each name."""
     sandbox = Sandbox(pace=0.01)
     sandbox.start()
     try:
@@ -47,7 +47,7 @@ async def test_http2_to_fal(setup: Setup) -> None:
             connections: dict[str, set[str]] = {}
 
             async def served(status: int, method: str, url: str) -> None:
-                """The next call that nginx logs is that one, over HTTP/2."""
+                """Check that the next call that nginx logs is that one, over HTTP/2."""
                 protocol, connection, *rest = await fal.logged()
                 host, path = urlsplit(url)[1:3]
                 assert [protocol, *rest] == ["HTTP/2.0", str(status), method, host, path]
@@ -60,27 +60,27 @@ async def test_http2_to_fal(setup: Setup) -> None:
             job = json.loads((await call(port, target=QUEUE)).body)
             await served(200, "POST", QUEUE)
             for url in (job["status_url"] + "/stream?logs=1", job["status_url"], job["response_url"]):
-                answer = await call(port, "GET", target=url)
+                response = await call(port, "GET", target=url)
                 await served(200, "GET", url)
-                assert answer.status == 200
-            assert json.loads(answer.body)["images"]
+                assert response.status == 200
+            assert json.loads(response.body)["images"]
 
             stream = await call(port, target=f"{RUN}/stream")
             await served(200, "POST", f"{RUN}/stream")
             assert stream.header("content-type") == "text/event-stream; charset=utf-8"
             assert stream.body.count(b"data: ") == 12
 
-            caller = await RawClient.open(port)
+            client = await RawClient.open(port)
             body = json.dumps({"sandbox": {"think_s": 600, "tag": "left"}}).encode()
-            await caller.send(body=body, target=f"{RUN}/slow")
+            await client.send(body=body, target=f"{RUN}/slow")
             while not sandbox.executions["left"]:
                 await asyncio.sleep(0.001)
-            caller.leave()
+            client.leave()
             await served(499, "POST", f"{RUN}/slow")
 
             # Some kernels keep no more than ten datagrams until they are read.
-            for answer in await asyncio.gather(*(call(port) for _ in range(8))):
-                assert answer.status == 200
+            for response in await asyncio.gather(*(call(port) for _ in range(8))):
+                assert response.status == 200
                 await served(200, "POST", RUN)
 
             assert {host: len(numbers) for host, numbers in connections.items()} == {"fal.run": 1, "queue.fal.run": 1}

@@ -1,7 +1,7 @@
-"""deploy/prometheus and deploy/grafana: they ask for what the service really tells, and alerts fire when they should.
+"""deploy/prometheus and deploy/grafana: they use series that the service has, and alerts fire when they should.
 
-promtool runs the alerts' own tests, on series that are made up there, and the dashboard's expressions on series made of
-a real scrape.
+promtool runs the alerts' own tests on series that are written there, and the dashboard's expressions on series from a
+real scrape.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ RULES = """
 def authorize(handler, target):
     if "x-bug" in handler.request.headers:
         raise ValueError
-    return "x-stranger" not in handler.request.headers
+    return "x-unknown" not in handler.request.headers
 """
-# One of each kind.
+# One target of each kind.
 TARGETS = [
     "https://fal.run/a/b",
     "https://fal.run/a/b/stream",
@@ -54,19 +54,19 @@ TARGETS = [
 ]
 
 
-async def answers(exchange: Exchange) -> None:
-    """What the target asks for."""
+async def respond(exchange: Exchange) -> None:
+    """Act as the last segment of the target names."""
     await exchange.body()
-    what = exchange.target.rpartition(b"/")[2]
-    if what == b"resets":
+    action = exchange.target.rpartition(b"/")[2]
+    if action == b"resets":
         exchange.reset()
-    elif what != b"silent":
-        await exchange.respond(int(what) if what.isdigit() and len(what) == 3 else 200, b"{}")
+    elif action != b"silent":
+        await exchange.respond(int(action) if action.isdigit() and len(action) == 3 else 200, b"{}")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A series of the service's, the value that it has, and the name of the metric that it is of."""
+    """A series of the service, its value, and the name of its metric."""
 
     name: str
     labels: dict[str, str]
@@ -75,9 +75,9 @@ class Series:
 
 
 async def scraped(setup: Setup, directory: Path) -> list[Series]:
-    """What the service says after calls of every kind, with every outcome."""
+    """Return all series of the service after calls of every kind, with every outcome."""
     (directory / "my_rules.py").write_text(RULES)
-    config = setup.config(upstream := await setup.upstream(answers))
+    config = setup.config(upstream := await setup.upstream(respond))
     running = await ServiceProcess.start(
         *("--admin-port=0", "--authorize=my_rules:authorize", "--log-level=error"),
         cwd=directory,
@@ -89,15 +89,15 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
     for target in TARGETS:
         method = "GET" if "/requests/" in target else "POST"
         assert (await call(running.port, method, target=target)).status == 200
-    for what, status in (("422", 422), ("503", 503), ("resets", 500)):
-        assert (await call(running.port, target=f"https://fal.run/a/b/{what}")).status == status
+    for action, status in (("422", 422), ("503", 503), ("resets", 500)):
+        assert (await call(running.port, target=f"https://fal.run/a/b/{action}")).status == status
     assert (await call(running.port, target="https://evil.example/")).status == 412
-    for header, status in (("x-bug: 1", 500), ("x-stranger: 1", 401)):
+    for header, status in (("x-bug: 1", 500), ("x-unknown: 1", 401)):
         assert (await call(running.port, headers=[header])).status == status
-    caller = await RawClient.open(running.port)
-    await caller.send(target="https://fal.run/a/b/silent")
+    client = await RawClient.open(running.port)
+    await client.send(target="https://fal.run/a/b/silent")
     await eventually(lambda: upstream.exchanges[-1].target.endswith(b"silent"))
-    caller.leave()
+    client.leave()
     async with asyncio.timeout(10):
         while (
             b'outcome="client_disconnected"'
@@ -109,7 +109,7 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
         Series(sample.name, sample.labels, sample.value, family.name)
         for family in text_string_to_metric_families(text.body.decode())
         for sample in family.samples
-        if not sample.name.endswith("_created")  # when a series began: of interest to OpenMetrics only
+        if not sample.name.endswith("_created")  # the time at which a series began, which only OpenMetrics uses
     ]
 
 
@@ -117,7 +117,7 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
 
 
 def promtool(*arguments: str | Path) -> None:
-    """Let promtool check something; it must have nothing to say against it."""
+    """Run promtool, which must find no fault."""
     ended = subprocess.run([tool("promtool"), *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -132,12 +132,12 @@ def cases() -> list[dict[str, Any]]:
 
 
 def targets() -> list[tuple[str, dict[str, Any]]]:
-    """All that the dashboard asks for, with the titles of the panels."""
+    """Return all targets of the dashboard, each with the title of its panel."""
     return [(panel["title"], target) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
 def selectors(expression: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The service's metrics in an expression, each with the labels and values that select its series."""
+    """Return the service's metrics in an expression, each with the labels and values that select its series."""
     return [
         (name, re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', matchers))
         for name, matchers in re.findall(r"\b(fal_proxy_\w+)(?:\{([^}]*)\})?", expression)
@@ -153,18 +153,18 @@ EXPRESSIONS = [
 
 
 @pytest.mark.gen_test
-async def test_what_is_asked_for_is_told(setup: Setup, tmp_path: Path) -> None:
+async def test_expressions_use_series_of_the_service(setup: Setup, tmp_path: Path) -> None:
     """Each metric, label and value in an expression, and in the series of the alerts' tests, is the service's."""
     labels: dict[str, set[str]] = {}
     values: dict[str, set[str]] = {"job": {JOB}}
-    told = await scraped(setup, tmp_path)
-    for series in told:
+    found = await scraped(setup, tmp_path)
+    for series in found:
         labels.setdefault(series.name, {"job", "instance"}).update(series.labels)
         for label, value in series.labels.items():
             values.setdefault(label, set()).add(value)
     assert values["outcome"] == {"ok", "refused", "failed", "upstream_error", "client_disconnected"}
-    # What no call here comes to.
-    values["why"] |= {*errors.__all__, *(str(answer["why"]) for answer in (CLOSING, FULL, NOT_FOUND))}
+    # Errors and a protocol that no call here has.
+    values["error"] |= {*errors.__all__, *(str(message["error"]) for message in (CLOSING, FULL, NOT_FOUND))}
     values["protocol"].add("1.1")
     for expression in EXPRESSIONS:
         for name, matchers in selectors(expression):
@@ -173,14 +173,14 @@ async def test_what_is_asked_for_is_told(setup: Setup, tmp_path: Path) -> None:
                 assert label in labels[name], expression
                 if label != "instance" and not value.startswith("$"):
                     assert set(value.split("|")) <= values[label] | {""}, expression
-    # Nothing that the service tells goes unseen.
-    seen = {name for _, target in targets() for name, _ in selectors(target["expr"])}
-    families = {series.name: series.family for series in told}
-    assert {families[name] for name in seen} == set(families.values())
+    # The dashboard shows every metric of the service.
+    shown = {name for _, target in targets() for name, _ in selectors(target["expr"])}
+    families = {series.name: series.family for series in found}
+    assert {families[name] for name in shown} == set(families.values())
 
 
 def test_alerts() -> None:
-    """Prometheus takes them by its configuration; each fires in its case, and none where all is well."""
+    """Prometheus accepts the configuration. Each alert fires in its own case, and none while all is well."""
     promtool("check", "config", CONFIG)
     promtool("test", "rules", ALERTS_TEST)
     tested = set(re.findall(r'alertname="(\w+)"', ALERTS_TEST.read_text()))
@@ -188,7 +188,7 @@ def test_alerts() -> None:
 
 
 def test_alerts_agree() -> None:
-    """Each says what is wrong and what to look at, and how urgent it is; all mean the job that is scraped."""
+    """Each alert has a summary, a description and a severity, names panels that exist, and selects the scraped job."""
     (scrape,) = yaml.safe_load(CONFIG.read_text())["scrape_configs"]
     assert scrape["job_name"] == JOB
     for rule in alerts():
@@ -203,13 +203,13 @@ def test_alerts_agree() -> None:
 
 
 def test_dashboard_is_right() -> None:
-    """It asks whichever Prometheus is chosen, its panels are side by side, and legends name labels that are there."""
+    """It queries the chosen Prometheus, its panels do not overlap, and its legends use labels that exist."""
     assert {"uid", "title", "schemaVersion", "templating", "time"} <= DASHBOARD.keys()
     datasource, *variables = DASHBOARD["templating"]["list"]
     assert (datasource["name"], datasource["type"], datasource["query"]) == ("datasource", "datasource", "prometheus")
     panels = DASHBOARD["panels"]
-    asks = {"type": "prometheus", "uid": "${datasource}"}
-    assert all(asker["datasource"] == asks for asker in (*panels, *variables))
+    chosen = {"type": "prometheus", "uid": "${datasource}"}
+    assert all(each["datasource"] == chosen for each in (*panels, *variables))
     known = {f"${variable['name']}" for variable in variables} | {"$__rate_interval"}
     for key in ("id", "title"):
         assert len({panel[key] for panel in panels}) == len(panels)
@@ -217,35 +217,37 @@ def test_dashboard_is_right() -> None:
         assert set(re.findall(r"\$\w+", target["expr"])) <= known, title
         by = {label for labels in re.findall(r"by \((.*?)\)", target["expr"]) for label in labels.split(", ")}
         assert set(re.findall(r"{{(\w+)}}", target.get("legendFormat", ""))) <= by, title
-    places = [{(x, y) for x in span(panel, "x", "w") for y in span(panel, "y", "h")} for panel in panels]
-    assert all(x < COLUMNS for place in places for x, _ in place)
-    assert all(one.isdisjoint(other) for one, other in combinations(places, 2))
+    areas = [{(x, y) for x in span(panel, "x", "w") for y in span(panel, "y", "h")} for panel in panels]
+    assert all(x < COLUMNS for area in areas for x, _ in area)
+    assert all(one.isdisjoint(other) for one, other in combinations(areas, 2))
     named = {alert for panel in panels for alert in re.findall(r"\bFal\w+", panel["description"])}
     assert named <= {rule["alert"] for rule in alerts()}
 
 
 def span(panel: dict[str, Any], start: str, length: str) -> range:
-    place = panel["gridPos"]
-    return range(place[start], place[start] + place[length])
+    area = panel["gridPos"]
+    return range(area[start], area[start] + area[length])
 
 
 @pytest.mark.gen_test
 async def test_dashboard_shows(setup: Setup, tmp_path: Path) -> None:
-    """Each expression of the dashboard has a value, which is a number, once there were calls of every kind."""
+    """Each expression of the dashboard has a number as its value after calls of every kind."""
     series = []
-    for told in await scraped(setup, tmp_path):
-        labels = {"job": JOB, "instance": "a"} | told.labels
+    for found in await scraped(setup, tmp_path):
+        labels = {"job": JOB, "instance": "a"} | found.labels
         selector = ",".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
-        counts = told.name.endswith(("_total", "_bucket", "_count", "_sum"))
-        values = f"0+{told.value}x60" if counts else f"{told.value}x60"
-        series.append({"series": f"{told.name}{{{selector}}}", "values": values})
+        counts = found.name.endswith(("_total", "_bucket", "_count", "_sum"))
+        values = f"0+{found.value}x60" if counts else f"{found.value}x60"
+        series.append({"series": f"{found.name}{{{selector}}}", "values": values})
     once = {"eval_time": "1h", "exp_samples": [{"labels": "{}", "value": 1}]}
-    asked = [{"expr": f"count(({concrete(target['expr'])}) >= 0) > bool 0"} | once for _, target in targets()]
+    expected = [{"expr": f"count(({concrete(target['expr'])}) >= 0) > bool 0"} | once for _, target in targets()]
     test = tmp_path / "test.yaml"
-    test.write_text(yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": asked}]}))
+    test.write_text(
+        yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": expected}]})
+    )
     promtool("test", "rules", test)
 
 
 def concrete(expression: str) -> str:
-    """An expression as Grafana asks it when all is chosen."""
+    """Return an expression as Grafana sends it when all is chosen."""
     return re.sub(r"\$\w+", ".*", expression.replace("$__rate_interval", "5m"))

@@ -1,4 +1,4 @@
-"""What is published: a wheel that holds the package and nothing else, and an sdist that makes the same wheel."""
+"""Published files: a wheel that has the package and nothing else, and an sdist that makes the same wheel."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ from tests.support.tools import ROOT, tool
 from tornado_fal_proxy import __version__
 
 DIST_INFO = f"tornado_fal_proxy-{__version__}.dist-info/"
-# Build tools warn of what pytest's settings would make errors, and none of their variables may reach the builds.
+# No variable of Python or pip may change a build: with those of a test run, a build tool's warning may be an error.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """The output of a command that must succeed."""
+    """Return the output of a command that must succeed."""
     result = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -34,7 +34,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def project() -> set[str]:
-    """The files of the project, without what git ignores."""
+    """Return the files of the project, without those that git ignores."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = run(tool("git"), "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
@@ -43,7 +43,7 @@ def project() -> set[str]:
 
 @pytest.fixture(scope="module")
 def copy(project: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the project, so that building leaves nothing in the tree."""
+    """Make a clean copy of the project: building would leave files in the tree."""
     copy = tmp_path_factory.mktemp("project")
     for name in project:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def wheel(copy: Path) -> Path:
 
 
 def test_wheel(project: set[str], wheel: Path) -> None:
-    """The wheel is for every platform and holds the package's files, each as it is in the tree, and nothing else."""
+    """The wheel is for every platform and has the package's files, each as it is in the tree, and nothing else."""
     assert wheel.name == f"tornado_fal_proxy-{__version__}-py3-none-any.whl"
     files = contents(wheel)
     package = {name: (ROOT / name).read_bytes() for name in project if name.startswith("tornado_fal_proxy/")}
@@ -84,7 +84,7 @@ def test_metadata(wheel: Path) -> None:
     metadata: Message = BytesParser().parsebytes(contents(wheel)[DIST_INFO + "METADATA"])
     assert (metadata["Name"], metadata["Version"]) == ("tornado-fal-proxy", __version__)
     assert metadata.get("License-Expression", metadata["License"]) == "MIT"
-    assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
+    assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {"sandbox", "metrics", "br", "fuzz", "test"}
     required = {
         requirement.partition(">")[0].partition("<")[0]
@@ -99,13 +99,13 @@ def test_metadata(wheel: Path) -> None:
 
 
 def test_sdist(project: set[str], sdist: Path, wheel: Path, tmp_path: Path) -> None:
-    """The sdist holds what it takes to build and to test, nothing that is not of the project, and makes that wheel."""
+    """The sdist has all files that builds and tests need, none from outside the project, and makes the same wheel."""
     run("tar", "-xzf", sdist, cwd=tmp_path)
     (top,) = tmp_path.iterdir()
     files = {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
     made = {name for name in files if name == "PKG-INFO" or name.startswith("tornado_fal_proxy.egg-info/")}
     assert files - made <= project
-    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", "soak/", ".ci/")
+    folders = ("tornado_fal_proxy/", "tests/", "docs/", "examples/", "deploy/", "fuzz/", "soak/", ".ci/", "scripts/")
     single = {"CHANGELOG.md", "LICENSE", "README.md", "ruff.toml", "setup.cfg", "setup.py"}
     assert {name for name in project if name.startswith(folders) or name in single} <= files
 
@@ -120,7 +120,7 @@ def test_installs(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     python = environment / "bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=tmp_path)
-    # What it requires is borrowed from here, and found after what is installed there.
+    # Its requirements are borrowed from here, and found after the packages that are installed there.
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     where = run(python, "-c", "import tornado_fal_proxy; print(tornado_fal_proxy.__file__)", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""README.md is true: its commands, its Python, its tables, what it says of nginx and the log, and its links."""
+"""README.md is true: its commands, code, tables and links, and its parts about nginx and the log."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_u
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
 from tornado_fal_proxy.sandbox import Sandbox
 from tornado_fal_proxy.service import main
-from tornado_fal_proxy.service.command import access_logger
+from tornado_fal_proxy.service.access_log import access_logger
 from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.telemetry import Call
 
@@ -32,18 +32,18 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    """The code blocks of that language."""
+    """Return the code blocks of that language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def command(name: str) -> str:
-    """The command that .ci/run finds by the same mark."""
+    """Return the command that .ci/run finds by the same mark."""
     (found,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*)\n```$", README, re.MULTILINE)
     return str(found)
 
 
 def table(*header: str) -> list[list[str]]:
-    """The rows of the table with that header, as lists of cells."""
+    """Return the rows of the table with that header, as lists of cells."""
     rows = README.partition("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n")[2].partition("\n\n")[0]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
     assert cells
@@ -51,19 +51,19 @@ def table(*header: str) -> list[list[str]]:
     return cells
 
 
-async def answer(exchange: Exchange) -> None:
+async def respond(exchange: Exchange) -> None:
     assert exchange.header("authorization") == f"Key {KEY}".encode()
     await exchange.body()
     await exchange.respond(200, b'{"ok": 1}', [("content-type", "application/json")])
 
 
 def test_length() -> None:
-    """A person in a hurry gets to the end."""
+    """It is short enough to be read to the end."""
     assert len(README.splitlines()) <= 300
 
 
 def test_commands() -> None:
-    """There are two commands, each a line that begins with nothing but Python; .ci/run takes its own from here."""
+    """There are two commands, each one line that needs only Python at first, and .ci/run takes them from here."""
     assert re.findall(r"<!-- command: (\w+) -->", README) == ["sandbox", "test"]
     script = (ROOT / ".ci/run").read_text("utf-8")
     assert "<!-- command: $1 -->" in script
@@ -97,16 +97,16 @@ async def test_curl() -> None:
 
 @pytest.mark.gen_test
 async def test_embedding(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least code that is needed is enough."""
-    monkeypatch.setattr(handler, "_DEFAULT_CONFIG", setup.config(await setup.upstream(answer)))
+    """The shortest example works."""
+    monkeypatch.setattr(handler, "_DEFAULT_CONFIG", setup.config(await setup.upstream(respond)))
     names = run_block(blocks("python")[0])
     assert (await call(setup.serve(names["application"]))).status == 200
 
 
 @pytest.mark.gen_test
 async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second example lets in those who are signed in, whatever xsrf_cookies says, and tells others so in JSON."""
-    upstream = await setup.upstream(answer)
+    """The second example serves signed-in users, even with xsrf_cookies, and answers others in JSON."""
+    upstream = await setup.upstream(respond)
     monkeypatch.setattr(
         tornado_fal_proxy, "ProxyConfig", lambda **fields: setup.config(upstream, **fields), raising=True
     )
@@ -117,8 +117,8 @@ async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatc
     refused = await call(port)
     assert (refused.status, refused.message) == (401, "Sign in first.")
     assert not upstream.exchanges
-    closed = await call(port, target="https://fal.run/fal-ai/other")
-    assert (closed.status, "allowed_endpoints" in closed.message) == (403, True)
+    not_allowed = await call(port, target="https://fal.run/fal-ai/other")
+    assert (not_allowed.status, "allowed_endpoints" in not_allowed.message) == (403, True)
     cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "somebody").decode()
     assert (await call(port, headers=[f"cookie: user={cookie}"])).status == 200
 
@@ -132,7 +132,7 @@ def run_block(code: str) -> dict[str, Any]:
 
 @pytest.mark.gen_test
 async def test_example(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """examples/embed.py serves its page and the proxy, and ends when it is told to."""
+    """examples/embed.py serves its page and the proxy, and ends at a signal."""
     sandbox = Sandbox(pace=0.01)
     sandbox.start()
     port = unused_port()
@@ -163,25 +163,25 @@ def test_options() -> None:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
         main(["--help"])
-    shown = dict.fromkeys(re.findall(r"^  (--[a-z-]+)", text.getvalue(), re.MULTILINE), "")
-    del shown["--version"]
+    defaults = dict.fromkeys(re.findall(r"^  (--[a-z-]+)", text.getvalue(), re.MULTILINE), "")
+    del defaults["--version"]
     for entry in re.split(r"\n  (?=--)", re.sub(r"\n {3,}", " ", text.getvalue())):
         name = entry.split()[0]
         default = re.search(r"\(default: (.*?)\)", entry)
-        if name in shown and default:
-            shown[name] = default[1]
-    shown["--sandbox"] = "no"
+        if name in defaults and default:
+            defaults[name] = default[1]
+    defaults["--sandbox"] = "no"
 
     key, *rows = table("Option", "Variable", "Field", "Default", "Meaning")
     assert key[:4] == ["", "`FAL_KEY`", "`key`", ""]
     fields = {option.name: option for option in relay_options()}
-    assert [row[0].strip("`") for row in rows] == list(shown)
+    assert [row[0].strip("`") for row in rows] == list(defaults)
     for option, variable, field, stated, meaning in rows:
         name = option.strip("`-").replace("-", "_")
         assert variable == f"`{ENV_PREFIX}{name.upper()}`"
         assert field == (f"`{name}`" if name in fields else "")
-        told = shown[option.strip("`")]
-        assert stated == told or float(stated) == float(told), option
+        actual = defaults[option.strip("`")]
+        assert stated == actual or float(stated) == float(actual), option
         assert meaning
         if name.endswith("_s"):
             assert meaning.startswith("seconds ")
@@ -189,7 +189,7 @@ def test_options() -> None:
 
 
 def test_statuses() -> None:
-    """The table of answers is errors.py, in the order in which the rules apply."""
+    """The table of statuses is that of errors.py, in the order in which the rules apply."""
     kinds = [getattr(errors, name) for name in errors.__all__]
     own = {
         (kind.status, kind.message)
@@ -210,12 +210,12 @@ def test_statuses() -> None:
 
 
 def test_nginx() -> None:
-    """What README says of nginx's file is in it: names to change, and bounds."""
+    """README.md agrees with nginx's file: names to change, and limits."""
     text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
-    said = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
+    section = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
     (rate,), (burst,) = re.findall(r"rate=(\d+)r/s;", text), re.findall(r"burst=(\d+) nodelay;", text)
-    (held,) = re.findall(r"limit_conn \w+ (\d+);", text)
-    assert f"{rate} calls a second from an address ({burst} at once, and {held} held)" in said
+    (at_once,) = re.findall(r"limit_conn \w+ (\d+);", text)
+    assert f"{rate} calls a second (bursts of {burst}) and have {at_once} calls open" in section
     names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
     assert names == {"fal-proxy.example.com", "app.example.com"}
 
@@ -241,7 +241,7 @@ def test_links() -> None:
 
 
 def test_threat_model() -> None:
-    """Each test that it names exists, and each attack has one."""
+    """Each test that docs/threat-model.md names exists, and each attack has one."""
     text = (ROOT / "docs/threat-model.md").read_text("utf-8")
     attacks = [row for row in text.splitlines() if row.count(" | ") == 3 and not row.startswith("| From ")]
     assert len(attacks) > 30
@@ -254,7 +254,7 @@ def test_threat_model() -> None:
 
 
 def test_kubernetes() -> None:
-    """A variable that Kubernetes makes for a Service named fal-proxy ends the start, with the line that is quoted."""
+    """A variable that Kubernetes makes for a Service named fal-proxy ends the start with the line that is quoted."""
     with pytest.raises(ConfigError) as caught:
         parse_settings([], {"FAL_KEY": KEY, "FAL_PROXY_PORT": "tcp://10.0.0.1:8080"})
     (problem,) = caught.value.problems
@@ -264,8 +264,8 @@ def test_kubernetes() -> None:
 
 @pytest.mark.gen_test
 async def test_egress_proxy(setup: Setup, authority: Authority, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """libcurl takes the proxy that https_proxy names, and that one sees the name of a host, no key and no path."""
-    upstream = await setup.upstream(answer, protocol)
+    """libcurl uses the proxy that https_proxy names, and that proxy gets the name of a host, no key and no path."""
+    upstream = await setup.upstream(respond, protocol)
     asked: list[bytes] = []
 
     async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -297,7 +297,7 @@ async def test_egress_proxy(setup: Setup, authority: Authority, protocol: str, m
 
 @pytest.mark.gen_test
 async def test_cross_site(setup: Setup) -> None:
-    """What a browser asks before a script of another origin may call gets 405 and no permission."""
+    """The preflight of a browser for a script of another origin is answered 405, with no permission."""
     port = setup.proxy("127.0.0.1:1")
     asked = ["origin: https://evil.example", "access-control-request-headers: x-fal-target-url"]
     refused = await call(port, "OPTIONS", target=None, headers=asked)

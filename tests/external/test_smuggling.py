@@ -1,7 +1,7 @@
-"""Requests within requests: what readers of HTTP/1.1 may frame in different ways reaches fal as meant, or not at all.
+"""Request smuggling: bytes that parsers of HTTP/1.1 may frame in different ways reach fal as meant, or not at all.
 
-Each case is sent as it stands, to the proxy alone and to nginx with the file of deploy/ in front of it. What must never
-reach fal is a call to ``/smuggled``, unless it is one that whoever read it first took for a request of its own.
+Each case is sent as it stands, to the proxy alone and to nginx with the file of deploy/ in front of the proxy. A call
+to ``/smuggled`` must not reach fal, unless the first parser took it for a request of its own.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.scripted_upstream import Exchange, Upstream
 from tests.support.service_process import ServiceProcess
 
-QUIET_S = 0.25  # of a connection on which nothing more will come
+QUIET_S = 0.25  # time without data after which nothing more is expected on a connection
 AT_ONCE = 16
 
 INNER = (
@@ -56,7 +56,7 @@ class Case:
 OUTER = f"/outer {len(INNER)}"
 BOTH = ("/outer 0", "/smuggled 2")
 CASES = [
-    # What is right, to see that the others are not refused for something else.
+    # Correct requests, which show that the others are not refused for another reason.
     Case("a request as the body", outer(LENGTH, INNER), (OUTER,)),
     Case("in chunks", outer(CHUNKED, ALL), (OUTER,)),
     Case("one behind the other", outer(b"content-length: 0\r\n", INNER), BOTH),
@@ -71,7 +71,7 @@ CASES = [
     Case("as a body that is waited for", outer(LENGTH + b"expect: 100-continue\r\n", INNER), (OUTER,)),
     Case("refused while it is waited for", outer(LENGTH + b"expect: 100-continue\r\n", INNER, target=b"x")),
     Case("a body that is too long", outer(b"content-length: 2\r\n", b"{}" + INNER), ("/outer 2", "/smuggled 2")),
-    # Both ways to say how long it is.
+    # Both ways to give the length of a body.
     Case("length and chunks", outer(LENGTH + CHUNKED, NOTHING + INNER)),
     Case("chunks and length", outer(CHUNKED + b"content-length: 5\r\n", NOTHING + INNER)),
     Case("chunks and no length", outer(CHUNKED + b"content-length: 0\r\n", NOTHING + INNER)),
@@ -172,13 +172,13 @@ CASES = [
 assert len({case.name for case in CASES}) == len(CASES)
 
 
-async def answer(exchange: Exchange) -> None:
+async def respond(exchange: Exchange) -> None:
     await exchange.body()
     await exchange.respond(200, b"{}", [("content-type", "application/json")])
 
 
-async def told(port: int, sent: bytes, tls: ssl.SSLContext | None = None) -> list[int]:
-    """The statuses of all that is answered to these bytes."""
+async def statuses_of(port: int, sent: bytes, tls: ssl.SSLContext | None = None) -> list[int]:
+    """Send these bytes, and return the statuses of all responses."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     writer.write(sent)
     received = b""
@@ -193,15 +193,15 @@ Results = dict[str, tuple[list[str], list[int]]]
 
 
 async def run(upstream: Upstream, port: int, tls: ssl.SSLContext | None = None) -> Results:
-    """For each case the calls that fal got, and the statuses of the answers. The number of a case is in its paths."""
+    """Return for each case the calls that fal got, and the statuses of the responses. Paths have the case's number."""
     statuses: dict[str, list[int]] = {}
     taken = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int, case: Case) -> None:
         async with taken:
-            statuses[case.name] = await told(port, case.sent.replace(b"-NNN", b"-%03d" % number), tls)
+            statuses[case.name] = await statuses_of(port, case.sent.replace(b"-NNN", b"-%03d" % number), tls)
 
-    await one(0, CASES[0])  # makes the connections that the others take again
+    await one(0, CASES[0])  # makes the connections that the others use too
     upstream.exchanges.clear()
     await asyncio.gather(*(one(*numbered) for numbered in enumerate(CASES)))
     calls: dict[str, list[str]] = {case.name: [] for case in CASES}
@@ -212,14 +212,14 @@ async def run(upstream: Upstream, port: int, tls: ssl.SSLContext | None = None) 
 
 
 def different(results: Results, meant: dict[str, tuple[str, ...]]) -> Results:
-    """What did not come as it was meant."""
+    """Return the results that are not as they were meant."""
     return {name: result for name, result in results.items() if tuple(result[0]) != meant[name]}
 
 
 @pytest.mark.gen_test
 async def test_alone(setup: Setup) -> None:
-    """Tornado frames as RFC 9112 has it or refuses; fal gets the calls that were decided, each with its whole body."""
-    upstream = await setup.upstream(answer, "http/1.1")
+    """Tornado frames as RFC 9112 requires or refuses. fal gets the calls that were allowed, with whole bodies."""
+    upstream = await setup.upstream(respond, "http/1.1")
     results = await run(upstream, setup.proxy(upstream))
     assert different(results, {case.name: case.alone for case in CASES}) == {}
     for calls, statuses in results.values():
@@ -229,8 +229,8 @@ async def test_alone(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_the_service(setup: Setup) -> None:
-    """The command, which reads heads by itself where Tornado's parser would find nothing unusual, reads all as that."""
-    upstream = await setup.upstream(answer, "http/1.1")
+    """The command, which parses plain heads by itself, frames all cases as Tornado's parser does."""
+    upstream = await setup.upstream(respond, "http/1.1")
     running = await ServiceProcess.in_front_of(setup, upstream)
     results = await run(upstream, running.port)
     own = {"first line b'POST /api/fal/proxy HTTP/1.1\\r'": ()}
@@ -243,15 +243,13 @@ async def test_the_service(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_behind_nginx(setup: Setup) -> None:
-    """fal gets the calls that nginx meant, as its log has them, and each of them has passed the proxy's decision."""
-    upstream = await setup.upstream(answer, "http/1.1")
+    """fal gets the calls that nginx meant, as its log shows, and each of them was allowed by the proxy."""
+    upstream = await setup.upstream(respond, "http/1.1")
     logged: list[str] = []
     as_deployed = deployed(setup.proxy(upstream))
 
     def servers(listen: str, files: dict[str, str]) -> str:
-        text, limits = re.subn(
-            " burst=100 ", " burst=1000 ", as_deployed(listen, files)
-        )  # for a test there is one caller
+        text, limits = re.subn(" burst=100 ", " burst=1000 ", as_deployed(listen, files))  # all cases have one address
         assert limits == 1
         return text
 

@@ -1,4 +1,4 @@
-"""A short soak: all kinds of calls, aborts and faults, and nothing of them is left."""
+"""A short soak: calls of all kinds, aborts and faults, and nothing of them is left."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ SECONDS, RATE, SEED = 12, 40, 7
 
 @pytest.mark.parametrize("processes", [1])
 def test_soak(processes: int) -> None:
-    """No wrong answer, nothing that ran twice, nothing left when nobody calls; and the report says what there was."""
+    """No response is wrong, no job runs twice, and nothing is left after the last call. The report shows that."""
     command = [f"--seconds={SECONDS}", f"--rate={RATE}", f"--seed={SEED}", f"--processes={processes}"]
     done = subprocess.run(
         [sys.executable, "-m", "soak", *command], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""deploy/systemd: the units are valid, agree with the proxy, and the service runs within their bounds."""
+"""deploy/systemd: the units are valid, agree with the proxy, and the service runs within their limits."""
 
 import re
 import shlex
@@ -22,12 +22,12 @@ from tornado_fal_proxy.service.limits import OWN_FILES, STREAMS_PER_CONNECTION, 
 from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
 from tornado_fal_proxy.service.server import LISTEN_BACKLOG
 
-# As "systemd-analyze security" counts, in tenths: below 2.0.
-MOST_EXPOSURE = 19
+# Limits the exposure level that "systemd-analyze security" computes, in tenths: below 2.0 of 10.
+MAX_EXPOSURE = 19
 
 
 def settings_of(unit: Path) -> dict[str, list[str]]:
-    """All that a unit sets, with the section's name before each."""
+    """Return all settings of a unit, with the section's name before each."""
     settings: dict[str, list[str]] = {}
     section = ""
     for line in unit.read_text().splitlines():
@@ -44,7 +44,7 @@ def environment_of(service: dict[str, list[str]]) -> dict[str, str]:
 
 
 def test_units_agree() -> None:
-    """Address, backlog, exit codes, time and files to open are what the proxy has and takes by default."""
+    """Address, backlog, exit codes, time and open files fit the proxy's own and its defaults."""
     listens, service = settings_of(SOCKET), settings_of(UNIT)
     assert listens["Socket.ListenStream"] == [f"{DEFAULT_ADDRESS}:{DEFAULT_PORT}"]
     assert listens["Socket.Backlog"] == [str(LISTEN_BACKLOG)]
@@ -66,7 +66,7 @@ def test_units_agree() -> None:
 
 
 def test_units_are_right(tmp_path: Path) -> None:
-    """systemd finds nothing to say about them."""
+    """systemd finds no fault in them."""
     program = tool("systemd-analyze")
     for unit in (UNIT, SOCKET):
         text = unit.read_text().replace(f"{INSTALLED}/bin/tornado-fal-proxy", sys.executable)
@@ -78,12 +78,12 @@ def test_units_are_right(tmp_path: Path) -> None:
 
 
 def test_exposure() -> None:
-    """By systemd's own count the service is exposed to less than 2.0 of 10."""
-    run(tool("systemd-analyze"), "security", "--offline=true", "--no-pager", f"--threshold={MOST_EXPOSURE}", UNIT)
+    """The exposure level that systemd computes for the service is below 2.0 of 10."""
+    run(tool("systemd-analyze"), "security", "--offline=true", "--no-pager", f"--threshold={MAX_EXPOSURE}", UNIT)
 
 
 def allowed_system_calls(filters: list[str]) -> set[str]:
-    """What SystemCallFilter lets through, by the groups that systemd knows."""
+    """Return the system calls that SystemCallFilter allows, with systemd's own groups."""
     groups: dict[str, list[str]] = {}
     for line in run(tool("systemd-analyze"), "syscall-filter", "--no-pager").splitlines():
         if line.startswith("@"):
@@ -102,7 +102,7 @@ def allowed_system_calls(filters: list[str]) -> set[str]:
 
 @pytest.mark.gen_test
 async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It serves with the key of the credential, which shows nowhere, and does nothing that the unit forbids."""
+    """It serves with the key of the credential, which is shown nowhere, and does nothing that the unit forbids."""
     service = settings_of(UNIT)
     (credential,) = service["Service.LoadCredential"]
     (tmp_path / credential.partition(":")[0]).write_text(KEY + "\n")
@@ -131,10 +131,10 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
         for pid in (running.pid, *running.workers()):
             for shows in ("cmdline", "environ"):
                 assert KEY.encode() not in Path(f"/proc/{pid}/{shows}").read_bytes()
-        said = await running.end()
-    assert KEY not in running.line + "".join(said)
+        output = await running.end()
+    assert KEY not in running.line + "".join(output)
 
-    # The numbers of processes stand in a column, with spaces behind those that are short.
+    # Process ids are in a column, padded with spaces.
     await eventually(
         lambda: re.search(rf"^{running.pid} +\+\+\+ exited with 0 \+\+\+", trace.read_text(), re.MULTILINE)
     )

@@ -1,4 +1,4 @@
-"""What an attacker sends, and what comes of it: an answer that says no, and nothing for others."""
+"""Requests of an attacker: each is refused or bounded, and harms no other client."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,8 @@ import gzip
 import pytest
 from tornado.web import Application
 
-import tornado_fal_proxy.handler
+import tornado_fal_proxy.relay.backend
+import tornado_fal_proxy.relay.response
 from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
@@ -19,25 +20,25 @@ TOO_SLOW = "The body of the request took too long to arrive."
 
 
 def head(*lines: str, method: str = "POST", target: str = "https://fal.run/fal-ai/flux/dev") -> bytes:
-    """The head of a JSON request, without its body."""
+    """Return the head of a JSON request, without its body."""
     first = (f"{method} {ROUTE} HTTP/1.1", "Host: h", f"x-fal-target-url: {target}", "content-type: application/json")
     return "\r\n".join((*first, *lines)).encode() + b"\r\n\r\n"
 
 
-# Bodies that do not come.
+# Bodies that do not arrive.
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bodies are given up after 0.2 s in which less than 1000 bytes came."""
-    monkeypatch.setattr(tornado_fal_proxy.handler, "BODY_WINDOW_S", 0.2)
-    monkeypatch.setattr(tornado_fal_proxy.handler, "BODY_WINDOW_BYTES", 1000)
-    monkeypatch.setattr(tornado_fal_proxy.handler, "BODY_SWEEP_S", 0.05)
-    monkeypatch.setattr(tornado_fal_proxy.handler, "LINGER_S", 0.2)
+    """End bodies after 0.2 s in which fewer than 1000 bytes arrived."""
+    monkeypatch.setattr(tornado_fal_proxy.relay.backend, "BODY_WINDOW_S", 0.2)
+    monkeypatch.setattr(tornado_fal_proxy.relay.backend, "BODY_WINDOW_BYTES", 1000)
+    monkeypatch.setattr(tornado_fal_proxy.relay.backend, "BODY_SWEEP_S", 0.05)
+    monkeypatch.setattr(tornado_fal_proxy.relay.response, "LINGER_S", 0.2)
 
 
 SLOW: list[tuple[str, bytes, bytes]] = [
-    ("nothing of it", head("content-length: 2"), b""),
+    ("no byte", head("content-length: 2"), b""),
     ("all but the last byte", head("content-length: 2") + b"{", b""),
     ("a byte now and then", head("content-length: 100000"), b" "),
     ("a chunk that does not end", head("transfer-encoding: chunked") + b"fff\r\n", b" "),
@@ -53,49 +54,49 @@ SLOW: list[tuple[str, bytes, bytes]] = [
 @pytest.mark.parametrize(("begin", "again"), [case[1:] for case in SLOW], ids=[case[0] for case in SLOW])
 @pytest.mark.gen_test
 async def test_slow_body(setup: Setup, begin: bytes, again: bytes) -> None:
-    """A caller whose body does not come gets 408, its place is free at once, and its connection is closed soon."""
+    """A client whose body does not arrive gets 408, its slot is free at once, and its connection is closed soon."""
     port, backend = setup.proxy_and_backend(
         await setup.upstream(must_not_be_called), max_in_flight=1, allowed_endpoints=("fal-ai/flux/**",)
     )
-    caller = await RawClient.open(port)
-    caller.writer.write(begin)
+    client = await RawClient.open(port)
+    client.writer.write(begin)
 
     async def drip() -> None:
         with contextlib.suppress(ConnectionError):
             while again:
-                caller.writer.write(again)
+                client.writer.write(again)
                 await asyncio.sleep(0.02)
 
     dripping = asyncio.create_task(drip())
-    answer = await caller.response()
-    assert (answer.status, answer.message) == (408, TOO_SLOW)
-    assert backend().client.in_flight == 0
-    assert not backend().arriving
+    response = await client.response()
+    assert (response.status, response.message) == (408, TOO_SLOW)
+    assert backend().slots.in_use == 0
+    assert not backend()._arriving
     with contextlib.suppress(ConnectionError):
-        assert await caller.reader.read() == b""
+        assert await client.reader.read() == b""
     dripping.cancel()
-    await caller.close()
+    await client.close()
 
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.gen_test
 async def test_slow_enough(setup: Setup) -> None:
-    """A body that takes long but keeps coming is served, though it takes many times what it is given up after."""
+    """A body that takes many times BODY_WINDOW_S is served if enough of it arrives in each."""
     port, backend = setup.proxy_and_backend(await setup.upstream(fine))
-    caller = await RawClient.open(port)
-    caller.writer.write(head("content-length: 60000"))
+    client = await RawClient.open(port)
+    client.writer.write(head("content-length: 60000"))
     for _ in range(60):
-        caller.writer.write(b" " * 1000)
+        client.writer.write(b" " * 1000)
         await asyncio.sleep(0.015)
-    assert (await caller.response()).status == 200
-    assert not backend().arriving
-    await caller.close()
+    assert (await client.response()).status == 200
+    assert not backend()._arriving
+    await client.close()
 
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.gen_test
 async def test_a_body_that_is_whole_may_wait(setup: Setup) -> None:
-    """For a subclass that takes its time, and for fal."""
+    """A call whose body has arrived may wait longer than a slow body: for a subclass, and for fal."""
 
     class Slow(FalProxyHandler):
         async def post(self, *args: str, **kwargs: str) -> None:
@@ -114,78 +115,78 @@ async def test_a_body_that_is_whole_may_wait(setup: Setup) -> None:
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.gen_test
-async def test_nobody_is_looked_at_who_sends_no_body(setup: Setup) -> None:
-    """And where all bodies have come nothing is done any more."""
+async def test_no_sweep_without_bodies(setup: Setup) -> None:
+    """A call without a body starts no sweep, and a sweep ends when all bodies have arrived."""
     port, backend = setup.proxy_and_backend(await setup.upstream(fine))
     assert (await call(port, "GET")).status == 200
-    assert backend()._sweep is None
+    assert backend()._sweep._timer is None
     assert (await call(port)).status == 200
-    assert not backend().arriving
+    assert not backend()._arriving
     await asyncio.sleep(0.1)
-    assert backend()._sweep is None
+    assert backend()._sweep._timer is None
 
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.gen_test
-async def test_a_caller_that_leaves_its_body_is_forgotten(setup: Setup) -> None:
-    """As is its place."""
+async def test_a_client_that_leaves_during_its_body_is_forgotten(setup: Setup) -> None:
+    """A client that leaves before its body is whole is swept no more, and its slot is free."""
     port, backend = setup.proxy_and_backend(await setup.upstream(must_not_be_called))
-    caller = await RawClient.open(port)
-    caller.writer.write(head("content-length: 2"))
+    client = await RawClient.open(port)
+    client.writer.write(head("content-length: 2"))
     await asyncio.sleep(0.05)
-    assert (len(backend().arriving), backend().client.in_flight) == (1, 1)
-    caller.leave()
+    assert (len(backend()._arriving), backend().slots.in_use) == (1, 1)
+    client.leave()
     await asyncio.sleep(0.05)
-    assert (len(backend().arriving), backend().client.in_flight) == (0, 0)
+    assert (len(backend()._arriving), backend().slots.in_use) == (0, 0)
 
 
 @pytest.mark.gen_test
 async def test_a_token_that_is_too_large_is_refused_once(setup: Setup) -> None:
-    """The rule for its content has nothing left to judge."""
+    """A token's body that is too large gets 413 alone: the rule for its content does not respond a second time."""
     port, _ = setup.proxy_and_backend(
         await setup.upstream(must_not_be_called), allowed_endpoints=("a/b",), max_body_bytes=10
     )
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     for _ in range(2):
-        caller.writer.write(
+        client.writer.write(
             head("transfer-encoding: chunked", target=TOKENS) + b"14\r\n" + b" " * 20 + b"\r\n0\r\n\r\n"
         )
-        assert (await caller.response()).status == 413
-    await caller.close()
+        assert (await client.response()).status == 413
+    await client.close()
 
 
 @pytest.mark.gen_test
 async def test_a_body_that_tornado_decodes(setup: Setup) -> None:
-    """In an application with decompress_request max_body_bytes is a bound of what comes out."""
+    """In an application with decompress_request, max_body_bytes limits the decoded body."""
     upstream = await setup.upstream(fine)
     rule = (ROUTE, FalProxyHandler, {"config": setup.config(upstream, max_body_bytes=100_000)})
     application = Application([rule], log_function=lambda handler: None)
     port = setup.serve(application, decompress_request=True)
     for size, status in ((100_000, 200), (100_001, 413), (50_000_000, 413)):
         packed = gzip.compress(b" " * size)
-        caller = await RawClient.open(port)
-        caller.writer.write(head("content-encoding: gzip", f"content-length: {len(packed)}") + packed)
-        assert (await caller.response()).status == status
-        await caller.close()
+        client = await RawClient.open(port)
+        client.writer.write(head("content-encoding: gzip", f"content-length: {len(packed)}") + packed)
+        assert (await client.response()).status == status
+        await client.close()
     (exchange,) = upstream.exchanges
     assert (len(await exchange.body()), exchange.header("content-encoding")) == (100_000, None)
 
 
 @pytest.mark.gen_test
 async def test_a_preflight_has_no_endless_body(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is answered at once, and what comes behind it is read for LINGER_S only."""
-    monkeypatch.setattr(tornado_fal_proxy.handler, "LINGER_S", 0.1)
+    """A preflight is answered at once, and its body is read for LINGER_S only."""
+    monkeypatch.setattr(tornado_fal_proxy.relay.response, "LINGER_S", 0.1)
     port, _ = setup.proxy_and_backend("127.0.0.1:1", allowed_origins=("https://a.example",))
     preflight = ("origin: https://a.example", "access-control-request-method: POST")
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     for lines in ((), ("content-length: 2",), ()):
-        caller.writer.write(head(*preflight, *lines, method="OPTIONS") + (b"{}" if lines else b""))
-        answer = await caller.head()
-        assert (answer.status, answer.header("access-control-allow-origin")) == (204, "https://a.example")
-    caller.writer.write(head(*preflight, "transfer-encoding: chunked", method="OPTIONS"))
-    assert (await caller.head()).status == 204
-    assert await caller.reader.read() == b""
-    await caller.close()
+        client.writer.write(head(*preflight, *lines, method="OPTIONS") + (b"{}" if lines else b""))
+        response = await client.head()
+        assert (response.status, response.header("access-control-allow-origin")) == (204, "https://a.example")
+    client.writer.write(head(*preflight, "transfer-encoding: chunked", method="OPTIONS"))
+    assert (await client.head()).status == 204
+    assert await client.reader.read() == b""
+    await client.close()
 
 
 # Heads.
@@ -193,7 +194,7 @@ async def test_a_preflight_has_no_endless_body(setup: Setup, monkeypatch: pytest
 
 @pytest.mark.gen_test
 async def test_slow_heads(setup: Setup) -> None:
-    """idle_connection_timeout bounds the time of a head, and that of no answer: what README.md says of HTTPServer."""
+    """An HTTPServer's idle_connection_timeout limits the time of a head, as README.md states, and of no response."""
 
     async def slow(exchange: Exchange) -> None:
         await exchange.body()
@@ -204,29 +205,29 @@ async def test_slow_heads(setup: Setup) -> None:
     application = Application([rule], log_function=lambda handler: None)
     port = setup.serve(application, idle_connection_timeout=0.3)
     for begin in (b"", b"GET /", request("GET")[:-2]):
-        caller = await RawClient.open(port)
-        caller.writer.write(begin)
-        assert await caller.reader.read() == b""
-        await caller.close()
+        client = await RawClient.open(port)
+        client.writer.write(begin)
+        assert await client.reader.read() == b""
+        await client.close()
     assert (await call(port)).status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
 async def test_heads_beyond_64_kilobytes(setup: Setup, method: str) -> None:
-    """The connection is closed, for Tornado reads no more of a head."""
+    """A head of more than 64 kB closes the connection, because Tornado reads no more of a head."""
     port, backend = setup.proxy_and_backend(await setup.upstream(fine))
     assert (await call(port, method, headers=[f"cookie: {'x' * 60_000}"])).status == 200
     for lines in ([f"cookie: {'x' * 70_000}"], ["a: b"] * 20_000):
-        caller = await RawClient.open(port)
+        client = await RawClient.open(port)
         with contextlib.suppress(ConnectionError):
-            await caller.send(method, headers=lines)
-            assert await caller.reader.read() == b""
-        await caller.close()
-    assert backend().client.in_flight == 0
+            await client.send(method, headers=lines)
+            assert await client.reader.read() == b""
+        await client.close()
+    assert backend().slots.in_use == 0
 
 
-# The target, further lines of the head, and the answer's status.
+# The target, further lines of the head, and the response's status.
 LARGE_HEADS: list[tuple[str, list[str], int]] = [
     ("https://fal.run/" + "a" * 7984, ["x-fal-a: " + "b" * 8000], 200),
     ("https://fal.run/" + "a" * 7984, ["x-fal-a: " + "b" * 90] * 60, 200),
@@ -243,37 +244,37 @@ LARGE_HEADS: list[tuple[str, list[str], int]] = [
 
 
 @pytest.mark.gen_test
-async def test_a_large_head_breaks_nobodys_connection(setup: Setup) -> None:
-    """Not of another caller either, with whom it shares the one to fal: a server may close that for one such head."""
+async def test_a_large_head_breaks_no_shared_connection(setup: Setup) -> None:
+    """No head is so large that fal closes its connection, which other clients share."""
     go_on = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
-        if exchange.header("x-fal-hold"):
+        if exchange.header("x-fal-wait"):
             await go_on.wait()
         await exchange.respond(200, b"{}", JSON)
 
-    upstream = await setup.upstream(answer, "h2")
+    upstream = await setup.upstream(respond, "h2")
     port, _ = setup.proxy_and_backend(upstream)
-    held = asyncio.create_task(call(port, headers=["x-fal-hold: 1"]))
+    waiting = asyncio.create_task(call(port, headers=["x-fal-wait: 1"]))
     while not upstream.exchanges:
         await asyncio.sleep(0.001)
     for target, lines, status in LARGE_HEADS:
         for method in ("GET", "POST"):
-            answered = await call(port, method, target=target, headers=lines)
-            assert answered.status == status
-            assert status == 200 or answered.message
+            response = await call(port, method, target=target, headers=lines)
+            assert response.status == status
+            assert status == 200 or response.message
     go_on.set()
-    assert (await held).status == 200
+    assert (await waiting).status == 200
     assert upstream.connections == 1
 
 
 @pytest.mark.gen_test
-async def test_callers_that_do_not_read_stop_nobody(setup: Setup) -> None:
-    """Who shares their connection to fal is served while each of them keeps its stream full."""
+async def test_clients_that_do_not_read_stop_no_others(setup: Setup) -> None:
+    """Clients that share a connection to fal are served while others on it do not read and their streams are full."""
     stalled: set[Exchange] = set()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         if exchange.target != b"/endless":
             return await exchange.respond(200, b"x" * 500_000, JSON)
@@ -284,22 +285,22 @@ async def test_callers_that_do_not_read_stop_nobody(setup: Setup) -> None:
                 stalled.add(exchange)
             await exchange.send(b"data: " + b"x" * 10_000 + b"\n\n")
             sent += 10_000
-        raise AssertionError("20 MB went to a caller that does not read")
+        raise AssertionError("20 MB went to a client that does not read")
 
-    upstream = await setup.upstream(answer, "h2")
+    upstream = await setup.upstream(respond, "h2")
     port, backend = setup.proxy_and_backend(upstream)
-    callers = [await RawClient.open(port, receive_buffer=4096) for _ in range(60)]
-    for caller in callers:
-        caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await caller.send(target="https://fal.run/endless")
-    while len(stalled) < len(callers):
+    clients = [await RawClient.open(port, receive_buffer=4096) for _ in range(60)]
+    for client in clients:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(target="https://fal.run/endless")
+    while len(stalled) < len(clients):
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)
     for method in ("GET", "POST"):
         async with asyncio.timeout(2):
             assert (await call(port, method)).status == 200
     assert upstream.connections == 1
-    for caller in callers:
-        caller.leave()
-    while backend().client.in_flight:
+    for client in clients:
+        client.leave()
+    while backend().slots.in_use:
         await asyncio.sleep(0.01)

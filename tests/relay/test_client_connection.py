@@ -1,4 +1,4 @@
-"""A caller's connection: what is read faster than by Tornado is read as by Tornado, and nobody takes for ever."""
+"""A client's connection: heads are read faster than by Tornado with the same result, and silent clients are closed."""
 
 import asyncio
 import gc
@@ -20,13 +20,14 @@ from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange, Upstream
-from tornado_fal_proxy import close_upstreams, connection, server
+from tornado_fal_proxy import close_upstreams
+from tornado_fal_proxy.service import connection, server
 from tornado_fal_proxy.service.application import make_application
 from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, Request
 from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.upstream.client import UpstreamClient
 
-# Heads, each with what is unusual about it.
+# Heads by their peculiarity.
 HEADS = {
     "as clients send them": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n\r\n",
     "no header": b"GET / HTTP/1.1\r\n\r\n",
@@ -54,12 +55,12 @@ HEADS = {
 
 
 def read(kind: type[HTTP1Connection], data: bytes) -> tuple[str, list[tuple[str, str]], dict[str, str]] | None:
-    """Start line, headers one by one and combined; None where the head is refused."""
+    """Return the start line, the headers one by one and combined; None if the head is refused."""
     one, other = socket.socketpair()
     with one, other:
         parser = kind(IOStream(one), False)
         if isinstance(parser, Request):
-            parser.caller = ClientConnection(parser.stream)
+            parser.client_connection = ClientConnection(parser.stream)
         try:
             start_line, headers = parser._parse_headers(data)
         except HTTPInputError:
@@ -70,7 +71,7 @@ def read(kind: type[HTTP1Connection], data: bytes) -> tuple[str, list[tuple[str,
 @pytest.mark.parametrize("name", list(HEADS))
 @pytest.mark.gen_test
 async def test_a_head_is_read_as_tornado_reads_it(name: str) -> None:
-    """Also a second time, when what came of its lines is known."""
+    """A head gives the same headers as with Tornado's parser, also when its lines are in the cache."""
     assert [read(Request, HEADS[name]) for _ in range(2)] == [read(HTTP1Connection, HEADS[name])] * 2
 
 
@@ -86,7 +87,7 @@ LINES = st.lists(
 @given(LINES, st.sampled_from([b"\r\n\r\n", b"\n\n", b"\r\n\n", b"\n\r\n"]))
 @example([b"Host: a", b""], b"\r\n\r\n")
 def test_any_head_is_read_as_tornado_reads_it(lines: list[bytes], end: bytes) -> None:
-    """Whatever it is made of."""
+    """A head made of any lines gives the same headers as with Tornado's parser."""
 
     async def both() -> None:
         head = b"\r\n".join([b"GET / HTTP/1.1", *lines]) + end
@@ -96,31 +97,31 @@ def test_any_head_is_read_as_tornado_reads_it(lines: list[bytes], end: bytes) ->
 
 
 @pytest.mark.gen_test
-async def test_nobodys_secrets_are_kept() -> None:
-    """Lines that authorize a caller are read anew each time."""
-    connection._kept.cache_clear()
+async def test_secrets_are_not_cached() -> None:
+    """Lines that authorize a client are parsed each time."""
+    connection._cached.cache_clear()
     for name in (b"Authorization", b"cookie", b"Proxy-Authorization"):
         read(Request, b"GET / HTTP/1.1\r\n" + name + b": secret\r\n\r\n")
-    assert connection._kept.cache_info().currsize == 0
+    assert connection._cached.cache_info().currsize == 0
     read(Request, HEADS["as clients send them"])
-    assert connection._kept.cache_info().currsize == 2
+    assert connection._cached.cache_info().currsize == 2
 
 
-class Nobody:
-    def occupy(self, connections: int | None) -> None:
+class NoNeighbours:
+    def set_connections(self, connections: int | None) -> None:
         pass
 
-    def fewest(self) -> int | None:
+    def fewest_connections(self) -> int | None:
         return None
 
 
 def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
-    """The service's own server in the loop of the test, in front of ``upstream`` or of nobody."""
+    """Serve with the service's own server in the loop of the test, in front of ``upstream`` or of none."""
     application = make_application(setup.config(upstream or "127.0.0.1:1", **fields), "/api/fal/proxy")
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     running = Server(application)
-    running.listen_on([listener], Nobody(), application.shed)
+    running.listen_on([listener], NoNeighbours(), application.shed)
 
     async def close() -> None:
         running.stop()
@@ -139,35 +140,35 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     [
         (False, b"", "HEAD_TIMEOUT_S"),
         (False, b"GET / HT", "HEAD_TIMEOUT_S"),
-        (True, b"", "KEPT_TIMEOUT_S"),
+        (True, b"", "KEEP_ALIVE_TIMEOUT_S"),
         (True, b"GET / HTTP/1.1\r\nHost: a\r\n", "HEAD_TIMEOUT_S"),
     ],
 )
 @pytest.mark.gen_test
-async def test_who_does_not_speak_is_closed(
+async def test_silent_connections_are_closed(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, served: bool, part: bytes, limit: str
 ) -> None:
-    """After its time a connection without a request, or with a part of one, is closed; others are not."""
-    monkeypatch.setattr(server, "LOOK_AT_CALLERS_S", 0.01)
+    """After its time limit a connection without a request, or with a part of one, is closed; others are not."""
+    monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.01)
     port = serve(setup)
-    caller, other = await RawClient.open(port), await RawClient.open(port)
-    for one in (caller, other) if served else ():
+    client, other = await RawClient.open(port), await RawClient.open(port)
+    for one in (client, other) if served else ():
         one.writer.write(HEALTH)
         assert (await one.response()).status == 200
     monkeypatch.setattr(server, limit, 0.05)
-    caller.writer.write(part)
-    assert await caller.reader.read() == b""
+    client.writer.write(part)
+    assert await client.reader.read() == b""
     if limit == "HEAD_TIMEOUT_S" and served:
-        # Kept connections have the longer time until a part of a head is here.
+        # A connection that has served a request has the longer limit until a part of a head is here.
         other.writer.write(HEALTH)
         assert (await other.response()).status == 200
-    await caller.close()
+    await client.close()
     await other.close()
 
 
 @pytest.mark.gen_test
 async def test_a_request_costs_no_timer(setup: Setup) -> None:
-    """The server looks at all connections with one; Tornado's would start one for each head."""
+    """One timer of the server sweeps over all connections; Tornado's server would start one for each head."""
     running = Server(make_application(setup.config("127.0.0.1:1"), "/api/fal/proxy"))
     assert running.conn_params.header_timeout is None
     assert running.conn_params.chunk_size == running.read_chunk_size == server.READ_BYTES
@@ -175,17 +176,17 @@ async def test_a_request_costs_no_timer(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_a_call_may_take_longer_than_a_head(setup: Setup, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
-    """While a request is served nobody waits for a head."""
-    monkeypatch.setattr(server, "LOOK_AT_CALLERS_S", 0.01)
+    """The limits of a head do not end a request that is served."""
+    monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.01)
     monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.03)
-    monkeypatch.setattr(server, "KEPT_TIMEOUT_S", 0.03)
-    caller = await RawClient.open(serve(setup))
-    caller.writer.write(request(body=b"{}")[:-1])
+    monkeypatch.setattr(server, "KEEP_ALIVE_TIMEOUT_S", 0.03)
+    client = await RawClient.open(serve(setup))
+    client.writer.write(request(body=b"{}")[:-1])
     await asyncio.sleep(0.2)
-    caller.writer.write(b"}")
+    client.writer.write(b"}")
     logs.expect("No connection|could not be made|ConnectFailed|ConnectionLost")
-    assert (await caller.response()).status == 502
-    await caller.close()
+    assert (await client.response()).status == 502
+    await client.close()
 
 
 async def stream(exchange: Exchange) -> None:
@@ -217,46 +218,46 @@ async def endless(exchange: Exchange) -> None:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "answered": (answered, "answer"),
+    "answered": (answered, "response"),
     "left in its body": (silent, "part"),
     "left with much unread": (endless, "unread"),
-    "left by the proxy, for it does not read": (endless, "deaf"),
+    "left by the proxy, because it does not read": (endless, "stalled"),
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
-    "failed": (broken, "answer"),
+    "failed": (broken, "response"),
 }
 
 
-# Until no more is taken from the proxy; until that has had enough of it.
-UNREAD_S = {"unread": 0.3, "deaf": 1}
+# Time in which all buffers fill up, and in which the proxy aborts a client that does not read.
+UNREAD_S = {"unread": 0.3, "stalled": 1}
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("how", list(CALLS))
 @pytest.mark.gen_test
 async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, method: str, logs: Logs) -> None:
-    """What a call and its connection were made of goes with them, without a collection of garbage."""
+    """All objects of a call and its connection are freed with them, without a garbage collection."""
     handler, end = CALLS[how]
     upstream = await setup.upstream(handler, protocol)
-    port = serve(setup, upstream, idle_timeout_s=0.3 if end == "deaf" else 900)
+    port = serve(setup, upstream, idle_timeout_s=0.3 if end == "stalled" else 900)
     if how == "failed":
         logs.expect("ConnectionLost")
 
     async def one() -> None:
         known = len(upstream.exchanges)
-        caller = await RawClient.open(port, receive_buffer=16 * 1024)
+        client = await RawClient.open(port, receive_buffer=16 * 1024)
         if end == "part":
-            caller.writer.write(request("POST", b"x" * 1000)[:-1])
+            client.writer.write(request("POST", b"x" * 1000)[:-1])
             await asyncio.sleep(0.05)
         else:
-            await caller.send(method)
+            await client.send(method)
         if end == "leave":
             while len(upstream.exchanges) == known:
                 await asyncio.sleep(0.01)
         elif end != "part":
-            await (caller.response() if end == "answer" else caller.head())
+            await (client.response() if end == "response" else client.head())
         await asyncio.sleep(UNREAD_S.get(end, 0))
-        caller.leave()
+        client.leave()
         if how.startswith("left") and end != "part":
             await upstream.exchanges[-1].gone.wait()
 
@@ -280,7 +281,7 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
 
 @pytest.mark.gen_test
 async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
-    """Where that is found out by writing."""
+    """A stream that finds the reset while it writes is freed without a garbage collection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer = socket.create_connection(listener.getsockname())
         stream: IOStream | None = ClientStream(listener.accept()[0])
@@ -301,19 +302,19 @@ async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
 
 
 @pytest.mark.gen_test
-async def test_a_kept_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
-    """A handle of libcurl's that waits for its next call lets go of the last, and so of what decoded its answer."""
+async def test_an_idle_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
+    """A handle of libcurl's that waits for its next call keeps neither the last one nor the decoder of its response."""
     port = serve(setup, await setup.upstream(answered, protocol))
     for method in ("GET", "POST"):
         assert (await call(port, method)).status == 200
     clients = [thing for thing in gc.get_objects() if type(thing) is UpstreamClient and not thing._shut]
-    kept = [handle for client in clients for handles in client._handles.values() for handle in handles]
-    assert len(kept) == 2
-    assert [held for handle in kept for held in gc.get_referents(handle) if hasattr(held, "__self__")] == []
+    idle = [handle for client in clients for handles in client._handles._idle.values() for handle in handles]
+    assert len(idle) == 2
+    assert [kept for handle in idle for kept in gc.get_referents(handle) if hasattr(kept, "__self__")] == []
 
 
 def test_private_names_of_tornado() -> None:
-    """What is overridden or called has these parameters, and headers are kept in these two dicts."""
+    """The methods that are overridden or called have these parameters, and headers are kept in these two dicts."""
     assert list(inspect.signature(HTTP1Connection._parse_headers).parameters) == ["self", "data"]
     assert list(inspect.signature(HTTP1ServerConnection._server_request_loop).parameters) == ["self", "delegate"]
     assert list(inspect.signature(_HTTPRequestContext.__init__).parameters) == [

@@ -1,4 +1,4 @@
-"""Connections to fal that cannot be made, and pooled ones that died meanwhile."""
+"""Connections to fal that cannot be made, and pooled ones that died while they were idle."""
 
 import asyncio
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ METHODS = ["GET", "POST"]
 
 @dataclass
 class Unreachable:
-    """``message`` is what the caller reads; ``status`` is the same for GET and POST, for nothing can have run."""
+    """The error in the log, and the response: the same for GET and POST, because nothing can have run."""
 
     error: str
     message: str
@@ -53,17 +53,18 @@ LISTENERS = {
 
 async def assert_unreachable(port: int, logs: Logs, wanted: Unreachable) -> None:
     logs.expect(
-        rf"WARNING tornado_fal_proxy: {wanted.status} \w+ https://fal.run/fal-ai/flux/dev: .*\({wanted.error}\)$"
+        rf"WARNING tornado_fal_proxy: upstream error: {wanted.status} \w+ https://fal.run/fal-ai/flux/dev: .*"
+        rf"\({wanted.error}\)$"
     )
     for method in METHODS:
-        answer = await call(port, method)
-        assert (answer.status, answer.message) == (wanted.status, wanted.message)
+        response = await call(port, method)
+        assert (response.status, response.message) == (wanted.status, wanted.message)
 
 
 @pytest.mark.parametrize("name", list(LISTENERS))
 @pytest.mark.gen_test
 async def test_no_handshake(setup: Setup, logs: Logs, name: str) -> None:
-    """Trouble in the TLS handshake: nothing left, so the caller may repeat."""
+    """A TLS handshake that fails gives a status that clients may repeat, because nothing was sent."""
     handler, wanted = LISTENERS[name]
     listener = await asyncio.start_server(handler, "127.0.0.1", 0)
     address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
@@ -74,38 +75,38 @@ async def test_no_handshake(setup: Setup, logs: Logs, name: str) -> None:
 
 @pytest.mark.gen_test
 async def test_name_not_found(setup: Setup, logs: Logs) -> None:
-    """A name that cannot be looked up."""
+    """A name that cannot be looked up is NameNotFound."""
     wanted = Unreachable("NameNotFound", "The name of fal's server could not be looked up.")
     await assert_unreachable(setup.proxy("no-such-name.invalid:443"), logs, wanted)
 
 
 @pytest.mark.gen_test
 async def test_connection_refused(setup: Setup, logs: Logs) -> None:
-    """Nobody listens."""
+    """A port on which no server listens is ConnectFailed."""
     wanted = Unreachable("ConnectFailed", "No connection to fal's server could be made.")
     await assert_unreachable(setup.proxy(f"127.0.0.1:{unused_port()}"), logs, wanted)
 
 
-@pytest.mark.parametrize("what", ["untrusted", "wrong name", "expired"])
+@pytest.mark.parametrize("fault", ["untrusted", "wrong name", "expired"])
 @pytest.mark.gen_test
 async def test_certificate(
-    setup: Setup, authority: Authority, logs: Logs, protocol: str, what: str, tmp_path_factory: Any
+    setup: Setup, authority: Authority, logs: Logs, protocol: str, fault: str, tmp_path_factory: Any
 ) -> None:
-    """A certificate that is not good: the request, and with it the key, is never sent."""
-    issuer = Authority(tmp_path_factory.mktemp("other")) if what == "untrusted" else authority
-    names = ("fal.run.example", "*.example") if what == "wrong name" else ()
-    upstream = await setup.upstream(fine, protocol, ssl_context=issuer.context(*names, expired=what == "expired"))
+    """With a wrong certificate the request, and with it the key, is never sent."""
+    issuer = Authority(tmp_path_factory.mktemp("other")) if fault == "untrusted" else authority
+    names = ("fal.run.example", "*.example") if fault == "wrong name" else ()
+    upstream = await setup.upstream(fine, protocol, ssl_context=issuer.context(*names, expired=fault == "expired"))
     port = setup.proxy(upstream)
     await assert_unreachable(port, logs, Unreachable("TlsFailed", TLS))
     assert upstream.exchanges == []
     assert upstream.open_connections == 0
 
 
-# Pooled connections that died meanwhile.
+# Pooled connections that died while they were idle.
 
 
 async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int]:
-    """A proxy with ``count`` pooled connections (one over HTTP/2)."""
+    """Serve a proxy that has ``count`` pooled connections (one over HTTP/2)."""
     here: list[Exchange] = []
     all_here = asyncio.Event()
 
@@ -128,18 +129,18 @@ async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_restart_of_the_upstream(setup: Setup, protocol: str, method: str) -> None:
-    """Pooled connections that fal closed while they were idle cost no call."""
+    """No call is lost because fal closed pooled connections while they were idle."""
     upstream, port = await pooled(setup, protocol, 30)
     await upstream.close()
     await upstream.start()
-    answers: list[Response] = await asyncio.gather(*(call(port, method) for _ in range(40)))
-    assert [answer.status for answer in answers] == [200] * 40
+    responses: list[Response] = await asyncio.gather(*(call(port, method) for _ in range(40)))
+    assert [response.status for response in responses] == [200] * 40
     assert len(upstream.exchanges) == 30 + 40
 
 
 @pytest.mark.gen_test
 async def test_dead_connections_found_out_late(setup: Setup, protocol: str) -> None:
-    """A GET that is sent into dead connections is repeated, and answered, on a fresh one."""
+    """A GET that is sent on a dead connection is repeated on a new one."""
     upstream, port = await pooled(setup, protocol, 20)
     dead = {exchange.connection_number for exchange in upstream.exchanges}
 
@@ -147,13 +148,13 @@ async def test_dead_connections_found_out_late(setup: Setup, protocol: str) -> N
         await (resets if exchange.connection_number in dead else fine)(exchange)
 
     upstream.handler = resets_old
-    answers: list[Response] = await asyncio.gather(*(call(port, "GET") for _ in range(20)))
-    assert [answer.status for answer in answers] == [200] * 20
+    responses: list[Response] = await asyncio.gather(*(call(port, "GET") for _ in range(20)))
+    assert [response.status for response in responses] == [200] * 20
 
 
 @pytest.mark.gen_test
 async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: str) -> None:
-    """After one connection broke, POSTs do not try their luck on the other pooled ones."""
+    """After one connection broke, no POST is sent on another pooled one."""
     upstream, port = await pooled(setup, protocol, 10)
     dead = {exchange.connection_number for exchange in upstream.exchanges}
 
@@ -170,30 +171,30 @@ async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: st
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_closed_long_ago(setup: Setup, protocol: str, method: str) -> None:
-    """A connection that fal closed while it was idle, with nothing but TLS's word for it, is used by no later call."""
+    """A connection that fal closed while it was idle, with a TLS close_notify alone, is used by no later call."""
     upstream = await setup.upstream(fine, protocol)
     port = setup.proxy(upstream)
     for _ in range(3):
         assert (await call(port, method)).status == 200
         await upstream.close()
         await upstream.start()
-        await asyncio.sleep(1.2)  # so that no other rule keeps POSTs away
+        await asyncio.sleep(1.2)  # until SUSPICION_S does not keep POSTs away any more
     assert (await call(port, method)).status == 200
     assert len(upstream.exchanges) == 4
 
 
 @pytest.mark.gen_test
-async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
-    """A connection whose only call is paused when fal closes it costs no other call."""
+async def test_restart_while_a_client_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
+    """No other call is lost because fal closes a connection whose only call is paused."""
 
-    async def answers_gets_endlessly(exchange: Exchange) -> None:
+    async def responds_to_gets_endlessly(exchange: Exchange) -> None:
         if exchange.method == "POST":
             return await fine(exchange)
         await exchange.start(200, JSON)
         while True:
             await exchange.send(b" " * 10_000)
 
-    upstream = await setup.upstream(answers_gets_endlessly, protocol)
+    upstream = await setup.upstream(responds_to_gets_endlessly, protocol)
     port = setup.proxy(upstream)
     stalled = await RawClient.open(port, receive_buffer=16 * 1024)
     await stalled.send("GET")
@@ -201,9 +202,9 @@ async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, pr
     await asyncio.sleep(0.5)
     await upstream.close()
     await upstream.start()
-    await asyncio.sleep(1.5)  # so that no other rule keeps POSTs away
+    await asyncio.sleep(1.5)  # until SUSPICION_S does not keep POSTs away any more
     assert (await call(port, "POST")).status == 200
-    logs.expect("the answer was broken off")
+    logs.expect("the response was aborted")
     await stalled.reader.read()
     assert stalled.reader.at_eof()
     await stalled.close()
@@ -211,14 +212,14 @@ async def test_restart_while_a_caller_does_not_read(setup: Setup, logs: Logs, pr
 
 @pytest.mark.gen_test
 async def test_goaway_between_calls(setup: Setup) -> None:
-    """A graceful GOAWAY: what is in flight is answered, and later calls take a new connection."""
+    """After a graceful GOAWAY calls in flight get their responses, and later calls take a new connection."""
 
-    async def answers_slowly(exchange: Exchange) -> None:
+    async def responds_after_goaway(exchange: Exchange) -> None:
         await exchange.body()
         exchange.goaway()
         await exchange.respond(200, b"{}", JSON)
 
-    upstream = await setup.upstream(answers_slowly, "h2")
+    upstream = await setup.upstream(responds_after_goaway, "h2")
     port = setup.proxy(upstream)
     for _ in range(5):
         assert (await call(port, "POST")).status == 200
@@ -227,17 +228,17 @@ async def test_goaway_between_calls(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_one_stream_at_a_time(setup: Setup) -> None:
-    """A server that allows one stream on a connection gets more connections, and every call an answer."""
+    """A server that allows one stream on a connection gets more connections, and every call succeeds."""
     upstream = await setup.upstream(fine, "h2", max_concurrent_streams=1)
     port = setup.proxy(upstream)
     for _ in range(3):
-        answers: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 10))
-        assert [answer.status for answer in answers] == [200] * 20
+        responses: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 10))
+        assert [response.status for response in responses] == [200] * 20
 
 
 @pytest.mark.gen_test
 async def test_change_of_protocol(setup: Setup, authority: Authority) -> None:
-    """fal's server speaks HTTP/2, after a restart HTTP/1.1, then HTTP/2: no call is lost or lined up."""
+    """When fal's server changes between HTTP/2 and HTTP/1.1 no call is lost, and none waits for another."""
     first = await setup.upstream(fine, "h2")
     port = setup.proxy(first)
     await asyncio.gather(*(call(port, "POST") for _ in range(5)))
@@ -256,19 +257,20 @@ async def test_change_of_protocol(setup: Setup, authority: Authority) -> None:
 
         first = Upstream(together, ssl_context=authority.context(), protocols=[protocol], port=first.port)
         await first.start()
-        answers: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 5))
-        assert [answer.status for answer in answers] == [200] * 10
+        responses: list[Response] = await asyncio.gather(*(call(port, method) for method in METHODS * 5))
+        assert [response.status for response in responses] == [200] * 10
         assert {exchange.protocol for exchange in here} == {protocol}
     await first.close()
 
 
 @pytest.mark.gen_test
 async def test_log_of_trouble(setup: Setup, logs: Logs) -> None:
-    """The log names method, target without query, curl's reason and ours; neither it nor the answer has the key."""
+    """The log has method, target without query, curl's reason and ours; neither log nor response has the key."""
     port = setup.proxy(f"127.0.0.1:{unused_port()}")
     logs.expect(
-        r"^WARNING tornado_fal_proxy: 502 POST https://fal.run/fal-ai/flux/dev: curl error 7: .* \(ConnectFailed\)$"
+        r"^WARNING tornado_fal_proxy: upstream error: 502 POST https://fal.run/fal-ai/flux/dev: curl error 7: .* "
+        r"\(ConnectFailed\)$"
     )
-    answer = await call(port, "POST", target=TARGET + "?fal_webhook=https://secret.example/")
-    assert KEY not in str(answer)
+    response = await call(port, "POST", target=TARGET + "?fal_webhook=https://secret.example/")
+    assert KEY not in str(response)
     assert not [line for line in logs.lines if "secret.example" in line]

@@ -1,7 +1,7 @@
-"""What the proxy needs of Tornado's private names and of libcurl's undocumented words.
+"""The private names of Tornado and the undocumented texts of libcurl that the proxy needs.
 
-setup.cfg names the range of Tornado on which these tests pass. When one fails, ``upstream``, ``handler`` or ``server``
-must change.
+setup.cfg names the range of Tornado on which these tests pass. When one fails, ``upstream/``, ``relay/``, ``handler``
+or ``service/`` must change.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.service.worker import SingleProcess
 from tornado_fal_proxy.upstream.client import UpstreamClient
 
-# Of the client: what is called, or overridden, with its parameters.
+# Methods of the client that are called or overridden, with their parameters.
 METHODS = {
     "_curl_create": ["self"],
     "_finish_pending_requests": ["self"],
@@ -46,7 +46,7 @@ def test_methods_of_the_client(name: str) -> None:
 
 
 def test_nothing_else_is_overridden() -> None:
-    """The table above is complete: no other private name of the base class is defined anew."""
+    """The table above is complete: no other private name of the base class is overridden."""
     inherited = {name for name in vars(CurlAsyncHTTPClient) if name.startswith("_") and not name.startswith("__")}
     assert inherited & set(vars(UpstreamClient)) <= set(METHODS)
     web = {name for base in RequestHandler.__mro__ for name in vars(base)}
@@ -58,7 +58,7 @@ def test_nothing_else_is_overridden() -> None:
 
 
 def test_clear() -> None:
-    """What ``clear`` must reset is what Tornado's own resets."""
+    """Tornado's ``clear`` resets exactly the attributes that the handler's own resets."""
     written = {
         instruction.argval
         for instruction in dis.get_instructions(RequestHandler.clear)
@@ -68,7 +68,7 @@ def test_clear() -> None:
 
 
 def test_finish() -> None:
-    """What the handler's own way to finish must do is what Tornado's ``finish`` and ``flush`` do."""
+    """Tornado's ``finish`` and ``flush`` do nothing that the handler's own way to finish must do and does not."""
     called = {
         instruction.argval
         for function in (RequestHandler.finish, RequestHandler.flush)
@@ -95,10 +95,10 @@ async def test_attributes_of_the_client(setup: Setup) -> None:
 
 @pytest.mark.gen_test
 async def test_attributes_of_the_server(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request's connection is an HTTP1Connection with a stream and a bound on the body; its body is a future."""
+    """A request's connection is an HTTP1Connection with a stream and a limit of the body; its body is a future."""
     seen: list[bool] = []
 
-    class Looking(FalProxyHandler):
+    class Inspecting(FalProxyHandler):
         async def prepare(self) -> None:
             connection = self.request.connection
             assert isinstance(connection, HTTP1Connection)
@@ -108,14 +108,14 @@ async def test_attributes_of_the_server(setup: Setup, monkeypatch: pytest.Monkey
             self.request._body_future.add_done_callback(lambda body: seen.append(body.exception() is None))
             await super().prepare()
 
-    port = setup.serve(Application([("/api/fal/proxy", Looking)], log_function=lambda handler: None))
+    port = setup.serve(Application([("/api/fal/proxy", Inspecting)], log_function=lambda handler: None))
     assert (await call(port, "POST", target="https://evil.example/")).status == 412
     assert seen == [False, False, True]
 
 
 @pytest.mark.gen_test
 async def test_requests_of_a_connection(setup: Setup) -> None:
-    """How ``Server`` knows that a request is there, that its answer's head has left, and makes that answer the last."""
+    """The start lines of a request and its response show which head has passed; a flag makes the request the last."""
     seen: list[HTTP1Connection] = []
 
     class Watching(Server):
@@ -124,7 +124,7 @@ async def test_requests_of_a_connection(setup: Setup) -> None:
             seen.append(request_conn)
             return super().start_request(server_conn, request_conn)
 
-    class Answering(RequestHandler):
+    class Responding(RequestHandler):
         def get(self) -> None:
             assert seen[-1]._request_start_line is not None
             assert seen[-1]._response_start_line is None
@@ -133,33 +133,33 @@ async def test_requests_of_a_connection(setup: Setup) -> None:
             assert seen[-1]._response_start_line is not None
 
     listener, port = bind_unused_port()
-    server = Watching(Application([("/", Answering)], log_function=lambda handler: None))
+    server = Watching(Application([("/", Responding)], log_function=lambda handler: None))
     server.listen_on([listener], SingleProcess(0, Scoreboard(1), *[lambda: None] * 3), set())
-    caller = await RawClient.open(port)
-    await caller.send("GET", path="/")
-    assert (await caller.response()).header("connection") is None
+    client = await RawClient.open(port)
+    await client.send("GET", path="/")
+    assert (await client.response()).header("connection") is None
     while len(seen) < 2:
         await asyncio.sleep(0)
     assert seen[-1]._request_start_line is None
-    await caller.send("GET", path="/?last=1")
-    assert (await caller.response()).header("connection") == "close"
-    assert await caller.reader.read() == b""
+    await client.send("GET", path="/?last=1")
+    assert (await client.response()).header("connection") == "close"
+    assert await client.reader.read() == b""
     assert isinstance(server.conn_params, HTTP1ConnectionParameters)
     assert server.conn_params.no_keep_alive is False
-    await caller.close()
+    await client.close()
     server.stop()
     await server.drain()
 
 
 @pytest.mark.gen_test
 async def test_fetch_still_works(setup: Setup, protocol: str) -> None:
-    """``fetch()`` of the base class works on the subclass, beside transfers of its own."""
+    """``fetch()`` of the base class works on the subclass, beside the subclass's transfers."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.respond(200, exchange.target)
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     config = setup.config(upstream)
     client = UpstreamClient(force_instance=True, config=config)
     try:
@@ -176,7 +176,7 @@ async def test_fetch_still_works(setup: Setup, protocol: str) -> None:
 
 @pytest.mark.gen_test
 async def test_words_of_libcurl(setup: Setup, protocol: str) -> None:
-    """The protocol of a connection is known before the first answer."""
+    """The protocol of a connection is known before the first response."""
     reached = asyncio.Event()
 
     async def silent(exchange: Exchange) -> None:
@@ -193,7 +193,7 @@ async def test_words_of_libcurl(setup: Setup, protocol: str) -> None:
 
 @pytest.mark.gen_test
 async def test_curl_log_has_no_key(setup: Setup, protocol: str) -> None:
-    """Tornado's curl log at its most talkative does not show the key."""
+    """Tornado's curl log does not show the key, even at level DEBUG."""
     curl_log = logging.getLogger("tornado.curl_httpclient")
     lines: list[str] = []
     listener = logging.Handler(logging.DEBUG)
@@ -202,11 +202,11 @@ async def test_curl_log_has_no_key(setup: Setup, protocol: str) -> None:
     curl_log.setLevel(logging.DEBUG)
     try:
 
-        async def answer(exchange: Exchange) -> None:
+        async def respond(exchange: Exchange) -> None:
             await exchange.body()
             await exchange.respond(200, b"{}")
 
-        port = setup.proxy(await setup.upstream(answer, protocol))
+        port = setup.proxy(await setup.upstream(respond, protocol))
         for _ in range(3):
             assert (await call(port, "POST")).status == 200
     finally:

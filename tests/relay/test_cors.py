@@ -1,4 +1,4 @@
-"""CORS over the wire: pages of allowed origins may read responses, and nobody else is told anything."""
+"""CORS over the wire: pages of allowed origins may read responses, and pages of other origins may not."""
 
 from typing import Any
 
@@ -41,14 +41,14 @@ async def fine(exchange: Exchange) -> None:
         await exchange.respond(200, b"{}", TARGETS_OWN)
 
 
-def cors_headers(answer: Response) -> dict[str, str]:
-    found = [(name, value) for name, value in answer.headers if name.startswith("access-control-")]
+def cors_headers(response: Response) -> dict[str, str]:
+    found = [(name, value) for name, value in response.headers if name.startswith("access-control-")]
     assert len(dict(found)) == len(found)
     return dict(found)
 
 
-def varied(answer: Response) -> set[str]:
-    lines = [value for name, value in answer.headers if name == "vary"]
+def varied(response: Response) -> set[str]:
+    lines = [value for name, value in response.headers if name == "vary"]
     return {name.strip().lower() for line in lines for name in line.split(",")}
 
 
@@ -60,29 +60,29 @@ STREAM = "https://fal.run/fal-ai/flux/dev/stream"
 @pytest.mark.parametrize("target", ["https://fal.run/fal-ai/flux/dev", STREAM])
 @pytest.mark.gen_test
 async def test_relayed(setup: Setup, protocol: str, target: str, origin: str | None) -> None:
-    """The proxy says who may read, whatever the target says; all else of the target's stays, each value of it."""
+    """The proxy alone decides which pages may read; all other headers of the target stay, each value of them."""
     port = setup.proxy(await setup.upstream(fine, protocol), allowed_origins=(APP,))
-    answer = await call(port, target=target, headers=[f"origin: {origin}"] if origin else [])
-    assert answer.status == 200
-    assert cors_headers(answer) == (GRANTED if origin == APP else {})
-    assert varied(answer) == {"accept", "accept-language", "origin"}
-    assert [value for name, value in answer.headers if name == "set-cookie"] == ["a=1", "b=2"]
-    assert answer.header("x-fal-request-id") == "1"
+    response = await call(port, target=target, headers=[f"origin: {origin}"] if origin else [])
+    assert response.status == 200
+    assert cors_headers(response) == (GRANTED if origin == APP else {})
+    assert varied(response) == {"accept", "accept-language", "origin"}
+    assert [value for name, value in response.headers if name == "set-cookie"] == ["a=1", "b=2"]
+    assert response.header("x-fal-request-id") == "1"
 
 
 @pytest.mark.gen_test
 async def test_off_nothing_is_touched(setup: Setup, protocol: str) -> None:
-    """Without allowed_origins the target's own headers pass, as the formula has it."""
+    """Without allowed_origins the target's own headers pass, as fal's proxy formula requires."""
     port = setup.proxy(await setup.upstream(fine, protocol))
-    answer = await call(port, headers=[f"origin: {APP}"])
-    assert cors_headers(answer) == {
+    response = await call(port, headers=[f"origin: {APP}"])
+    assert cors_headers(response) == {
         name.lower(): value for name, value in TARGETS_OWN if name.lower().startswith("access")
     }
-    assert varied(answer) == {"accept", "accept-language"}
+    assert varied(response) == {"accept", "accept-language"}
 
 
-# Calls that end with an answer of the proxy's own, and its status.
-OWN_ANSWERS: list[tuple[str, dict[str, Any], int]] = [
+# Calls that end with a response of the proxy's own, and its status.
+OWN_RESPONSES: list[tuple[str, dict[str, Any], int]] = [
     ("PUT", {}, 405),
     ("OPTIONS", {}, 405),
     ("BREW", {}, 405),
@@ -91,25 +91,25 @@ OWN_ANSWERS: list[tuple[str, dict[str, Any], int]] = [
     ("POST", {"target": "https://fal.run/other/x"}, 403),
     ("POST", {"headers": ["content-encoding: gzip"]}, 415),
     ("POST", {"body": b" " * 2000}, 413),
-    ("POST", {"headers": ["x-answer: 401"]}, 401),
-    ("POST", {"headers": ["x-answer: 418"]}, 418),
-    ("POST", {"headers": ["x-answer: bug"]}, 500),
+    ("POST", {"headers": ["x-result: 401"]}, 401),
+    ("POST", {"headers": ["x-result: 418"]}, 418),
+    ("POST", {"headers": ["x-result: bug"]}, 500),
     ("POST", {}, 502),
 ]
 
 
 def authorize(handler: FalProxyHandler, target: object) -> bool:
-    answer = handler.request.headers.get("x-answer", "")
-    if answer.isdigit() and answer != "401":
-        raise HTTPError(int(answer))
-    assert answer != "bug"
-    return not answer
+    result = handler.request.headers.get("x-result", "")
+    if result.isdigit() and result != "401":
+        raise HTTPError(int(result))
+    assert result != "bug"
+    return not result
 
 
-@pytest.mark.parametrize(("method", "arguments", "status"), OWN_ANSWERS)
+@pytest.mark.parametrize(("method", "arguments", "status"), OWN_RESPONSES)
 @pytest.mark.gen_test
-async def test_own_answers(setup: Setup, logs: Logs, method: str, arguments: dict[str, Any], status: int) -> None:
-    """A page may read why its call was refused; a page of another origin is told nothing."""
+async def test_own_responses(setup: Setup, logs: Logs, method: str, arguments: dict[str, Any], status: int) -> None:
+    """A page may read why its call was refused; a page of another origin may not."""
     port = setup.proxy(
         "127.0.0.1:1",
         allowed_origins=(APP,),
@@ -121,11 +121,11 @@ async def test_own_answers(setup: Setup, logs: Logs, method: str, arguments: dic
         logs.expect("AssertionError" if status == 500 else "502 POST")
     for origin, granted in ((APP, GRANTED), (OTHER, {}), (None, {})):
         headers = [*arguments.get("headers", ()), *([f"origin: {origin}"] if origin else [])]
-        answer = await call(port, method, **{**arguments, "headers": headers})
-        assert answer.status == status
-        assert answer.message
-        assert cors_headers(answer) == granted
-        assert varied(answer) == {"origin"}
+        response = await call(port, method, **{**arguments, "headers": headers})
+        assert response.status == status
+        assert response.message
+        assert cors_headers(response) == granted
+        assert varied(response) == {"origin"}
 
 
 PREFLIGHT = ["access-control-request-method: POST", "access-control-request-headers: content-type,x-fal-target-url"]
@@ -135,25 +135,25 @@ PREFLIGHT = ["access-control-request-method: POST", "access-control-request-head
 @pytest.mark.parametrize("credentials", [False, True])
 @pytest.mark.gen_test
 async def test_preflight(setup: Setup, cancel: bool, credentials: bool) -> None:
-    """An allowed page is told what it may do, without a target, a key or a call; the connection stays in step."""
+    """An allowed page gets its permissions without a target, a key or a call, and the connection stays in step."""
     fields: dict[str, Any] = {"allow_cancel": cancel, "allow_credentials": credentials, "authorize": lambda *_: False}
     port = setup.proxy("127.0.0.1:1", allowed_origins=(APP,), key=None, **fields)
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     for _ in range(2):
-        await caller.send("OPTIONS", target=None, headers=[f"origin: {APP}", *PREFLIGHT])
-        answer = await caller.response()
-        assert (answer.status, answer.body, answer.header("content-type")) == (204, b"", None)
-        assert cors_headers(answer) == GRANTED | {
+        await client.send("OPTIONS", target=None, headers=[f"origin: {APP}", *PREFLIGHT])
+        response = await client.response()
+        assert (response.status, response.body, response.header("content-type")) == (204, b"", None)
+        assert cors_headers(response) == GRANTED | {
             "access-control-allow-methods": "GET, POST, PUT" if cancel else "GET, POST",
             "access-control-allow-headers": "content-type,x-fal-target-url",
             "access-control-max-age": "7200",
             **({"access-control-allow-credentials": "true"} if credentials else {}),
         }
-        assert varied(answer) == {"origin", "access-control-request-method", "access-control-request-headers"}
-    await caller.close()
+        assert varied(response) == {"origin", "access-control-request-method", "access-control-request-headers"}
+    await client.close()
 
 
-# Headers of an OPTIONS that is no preflight of an allowed page's, and what it is answered.
+# Headers of an OPTIONS that is no preflight of an allowed page's, and the status of its response.
 NO_PREFLIGHT: list[tuple[list[str], int]] = [
     ([f"origin: {OTHER}", *PREFLIGHT], 403),
     (["origin: null", *PREFLIGHT], 403),
@@ -169,16 +169,16 @@ NO_PREFLIGHT: list[tuple[list[str], int]] = [
 @pytest.mark.parametrize(("headers", "status"), NO_PREFLIGHT)
 @pytest.mark.gen_test
 async def test_no_preflight(setup: Setup, headers: list[str], status: int) -> None:
-    """Another origin is refused and told nothing; a plain OPTIONS is a method like others."""
+    """Another origin gets 403 and no permission; a plain OPTIONS is refused like any other method."""
     port = setup.proxy("127.0.0.1:1", allowed_origins=(APP,))
-    answer = await call(port, "OPTIONS", target=None, headers=headers)
-    assert answer.status == status
-    assert ("allowed_origins" in answer.message) is (status == 403)
-    assert "access-control-allow-methods" not in cors_headers(answer)
-    assert ("access-control-allow-origin" in cors_headers(answer)) is (
+    response = await call(port, "OPTIONS", target=None, headers=headers)
+    assert response.status == status
+    assert ("allowed_origins" in response.message) is (status == 403)
+    assert "access-control-allow-methods" not in cors_headers(response)
+    assert ("access-control-allow-origin" in cors_headers(response)) is (
         headers[:1] == [f"origin: {APP}"] and status == 405
     )
-    assert varied(answer) == {"origin"}
+    assert varied(response) == {"origin"}
 
 
 class Redirecting(FalProxyHandler):
@@ -191,14 +191,14 @@ class Redirecting(FalProxyHandler):
 
 
 @pytest.mark.gen_test
-async def test_an_answer_of_the_subclass(setup: Setup) -> None:
-    """What a subclass answers by itself carries the same; the application's default headers do not speak for this."""
+async def test_a_response_of_the_subclass(setup: Setup) -> None:
+    """A subclass's own response has the proxy's CORS headers, and not those of the application's default headers."""
     config = setup.config("127.0.0.1:1", allowed_origins=(APP,))
     rule = ("/api/fal/proxy", Redirecting, {"config": config})
     port = setup.serve(Application([rule], log_function=lambda handler: None))
     for origin, granted in ((APP, GRANTED), (OTHER, {})):
-        answer = await call(port, "GET", headers=[f"origin: {origin}"])
-        assert (answer.status, answer.header("location")) == (302, "/login")
-        assert cors_headers(answer) == granted
-        assert varied(answer) == {"x-app", "origin"}
+        response = await call(port, "GET", headers=[f"origin: {origin}"])
+        assert (response.status, response.header("location")) == (302, "/login")
+        assert cors_headers(response) == granted
+        assert varied(response) == {"x-app", "origin"}
         assert cors_headers(await call(port, "PUT", headers=[f"origin: {origin}"])) == granted

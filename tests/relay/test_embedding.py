@@ -59,7 +59,7 @@ class Proxy(Base, FalProxyHandler):
 
 @pytest.mark.gen_test
 async def test_embedded(setup: Setup, logs: Logs) -> None:
-    """In an application with its own pages, settings and curl client both work, and neither sees the other."""
+    """The proxy and an application with its own pages, settings and curl client do not disturb each other."""
     logged: list[tuple[int, str]] = []
     own_client = CurlAsyncHTTPClient(force_instance=True)
     before = (AsyncHTTPClient.configured_class(), logging.root.handlers[:], dict(os.environ))
@@ -81,10 +81,10 @@ async def test_embedded(setup: Setup, logs: Logs) -> None:
     )
     port = setup.serve(application, xheaders=True)
 
-    answer = await call(port, "POST")
-    assert (answer.status, answer.body, answer.header("etag")) == (200, LARGE, '"1"')
-    assert answer.header("content-encoding") is None
-    assert answer.header("x-app") == "1", "what the application adds to every answer is its own affair"
+    response = await call(port, "POST")
+    assert (response.status, response.body, response.header("etag")) == (200, LARGE, '"1"')
+    assert response.header("content-encoding") is None
+    assert response.header("x-app") == "1", "the application may add headers to every response"
     packed = await call(port, "POST", headers=["Accept-Encoding: gzip"])
     assert packed.header("content-encoding") == "gzip"
     assert gzip.decompress(packed.body) == LARGE
@@ -111,24 +111,24 @@ async def test_embedded(setup: Setup, logs: Logs) -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 @pytest.mark.gen_test
-async def test_bodiless_answers_below_compression(setup: Setup, protocol: str, status: int) -> None:
-    """compress_response adds no byte to an answer that has no body."""
+async def test_bodiless_responses_with_compression(setup: Setup, protocol: str, status: int) -> None:
+    """compress_response adds no byte to a response that has no body."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(status, JSON)
         await asyncio.sleep(0.02)  # over HTTP/2 the end may come after the head
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     rule = (ROUTE, FalProxyHandler, {"config": setup.config(upstream)})
     port = setup.serve(Application([rule], compress_response=True, log_function=lambda handler: None))
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     for method in ("POST", "GET", "GET"):
-        await caller.send(method, headers=["Accept-Encoding: gzip"])
-        received = await caller.head()
+        await client.send(method, headers=["Accept-Encoding: gzip"])
+        received = await client.head()
         assert (received.status, received.header("content-type")) == (status, "application/json")
-    await caller.close()
+    await client.close()
 
 
 @pytest.mark.gen_test
@@ -154,11 +154,11 @@ async def test_application_listen(setup: Setup, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gen_test
 async def test_no_key(setup: Setup, logs: Logs) -> None:
-    """Without a key the caller gets 500, the operator a line that says what to set, and fal nothing."""
+    """Without a key the client gets 500, fal gets nothing, and a line in the log names the variable to set."""
     port = setup.serve(Application([(ROUTE, FalProxyHandler)], log_function=lambda handler: None))
-    logs.expect("^ERROR tornado_fal_proxy: 500 POST: no key: set FAL_KEY")
-    answer = await call(port, "POST")
-    assert (answer.status, answer.message) == (500, "The proxy is not configured: it has no fal.ai key.")
+    logs.expect("^ERROR tornado_fal_proxy: refused: 500 POST: no key: set FAL_KEY")
+    response = await call(port, "POST")
+    assert (response.status, response.message) == (500, "The proxy is not configured: it has no fal.ai key.")
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,11 @@ async def test_no_key(setup: Setup, logs: Logs) -> None:
 )
 @pytest.mark.gen_test
 async def test_wrong_arguments(setup: Setup, logs: Logs, arguments: dict[str, Any], named: str) -> None:
-    """A misspelled keyword is an answer and a line in the log, not a connection that closes."""
+    """A misspelled keyword gives a response and a line in the log, not a closed connection."""
     port = setup.serve(Application([(ROUTE, FalProxyHandler, arguments)], log_function=lambda handler: None))
-    logs.expect(f"ERROR tornado_fal_proxy: 500 POST: FalProxyHandler.*{named}")
-    answer = await call(port, "POST")
-    assert (answer.status, answer.message) == (500, "The proxy is not configured correctly.")
+    logs.expect(f"ERROR tornado_fal_proxy: refused: 500 POST: FalProxyHandler.*{named}")
+    response = await call(port, "POST")
+    assert (response.status, response.message) == (500, "The proxy is not configured correctly.")
 
 
 # Subclasses.
@@ -227,16 +227,16 @@ async def test_subclass(
     message: str,
     logged: str,
 ) -> None:
-    """Errors of subclasses are JSON too, come although the body is not read yet, and keep the connection in step."""
+    """Errors of subclasses are JSON too, leave before the body is read, and keep the connection in step."""
     upstream = await setup.upstream(fine if status == 200 else must_not_be_called)
     rule = (ROUTE, handler, {"config": setup.config(upstream)})
     port = setup.serve(Application([rule], serve_traceback=True, log_function=lambda handler: None))
     if logged:
         logs.expect(logged)
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     for _ in range(2):
-        await caller.send("POST", b"[" + b" " * 300_000 + b"]", headers=headers)
-        answer = await caller.response()
-        assert answer.status == status
-        assert status == 200 or answer.message == message
-    await caller.close()
+        await client.send("POST", b"[" + b" " * 300_000 + b"]", headers=headers)
+        response = await client.response()
+        assert response.status == status
+        assert status == 200 or response.message == message
+    await client.close()

@@ -1,4 +1,4 @@
-"""Faults on fal's side: what the client gets, how often the job ran, what the log says. Over both protocols."""
+"""Faults on fal's side: the response, how often the job ran, and the line in the log. Over both protocols."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ MAY_HAVE_RUN = "The job may have run: check before sending it again."
 METHODS = ["GET", "POST"]
 
 
-# Before the answer: the request has left, and nothing useful came back.
+# Before the response: the request was sent, and nothing useful came back.
 
 
 async def closes(exchange: Exchange) -> None:
@@ -36,7 +36,7 @@ async def refuses_stream(exchange: Exchange) -> None:
     exchange.reset(h2.errors.ErrorCodes.REFUSED_STREAM)
 
 
-async def says_goaway(exchange: Exchange) -> None:
+async def sends_goaway(exchange: Exchange) -> None:
     await exchange.body()
     exchange.goaway(code=h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
     await exchange.close_connection()
@@ -46,7 +46,7 @@ async def stalls(exchange: Exchange) -> None:
     await exchange.body()
 
 
-def says(data: bytes) -> Handler:
+def sends(data: bytes) -> Handler:
     async def garbage(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.raw(data)
@@ -65,14 +65,14 @@ async def has_endless_headers(exchange: Exchange) -> None:
     await exchange.respond(200, b"{}", [(f"x-{number}", "y" * 4000) for number in range(200)])
 
 
-# Once the answer has begun.
+# Once the response has begun.
 
 
-async def breaks_off_the_result(exchange: Exchange) -> None:
+async def aborts_in_the_result(exchange: Exchange) -> None:
     await exchange.body()
     await exchange.start(200, JSON, length=100)
     await exchange.send(b'{"images": [')
-    await asyncio.sleep(0.05)  # so that the proxy has seen the head by itself
+    await asyncio.sleep(0.05)  # the proxy receives the head by itself
     exchange.reset()
 
 
@@ -94,7 +94,7 @@ async def sends_a_corrupt_coding(exchange: Exchange) -> None:
     await exchange.respond(200, b"this is not gzip", [*JSON, ("content-encoding", "gzip")])
 
 
-async def breaks_off_the_chunks(exchange: Exchange) -> None:
+async def aborts_in_the_chunks(exchange: Exchange) -> None:
     await exchange.body()
     await exchange.raw(
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nzz"
@@ -104,7 +104,7 @@ async def breaks_off_the_chunks(exchange: Exchange) -> None:
 
 @dataclass
 class Fault:
-    """``error`` is the name in the log; ``get`` and ``post`` are the statuses, None for a connection broken off."""
+    """``error`` is the name in the log; ``get`` and ``post`` are the statuses, None for an aborted connection."""
 
     handler: Handler
     error: str
@@ -118,20 +118,20 @@ FAULTS = {
     "close": Fault(closes, "ConnectionLost"),
     "stream reset": Fault(resets_stream, "ConnectionLost", protocols=("h2",)),
     "stream refused": Fault(refuses_stream, "ConnectionLost", protocols=("h2",)),
-    "goaway": Fault(says_goaway, "ConnectionLost", protocols=("h2",)),
+    "goaway": Fault(sends_goaway, "ConnectionLost", protocols=("h2",)),
     "stall": Fault(stalls, "UpstreamTimeout", get=504),
-    "garbage": Fault(says(b"\x00\x01\x02\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
-    "HTTP/0.9": Fault(says(b"<html>"), "MalformedResponse", protocols=("http/1.1",)),
-    "two digits of status": Fault(says(b"HTTP/1.1 20 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
-    "unknown version": Fault(says(b"HTTP/9.9 200 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
-    "head breaks off": Fault(says(b"HTTP/1.1 200 OK\r\ncontent-le"), "MalformedResponse", protocols=("http/1.1",)),
-    "only an interim answer": Fault(says(b"HTTP/1.1 103 Hint\r\n\r\n"), "ConnectionLost", protocols=("http/1.1",)),
+    "garbage": Fault(sends(b"\x00\x01\x02\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "HTTP/0.9": Fault(sends(b"<html>"), "MalformedResponse", protocols=("http/1.1",)),
+    "two digits of status": Fault(sends(b"HTTP/1.1 20 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "unknown version": Fault(sends(b"HTTP/9.9 200 OK\r\n\r\n"), "MalformedResponse", protocols=("http/1.1",)),
+    "incomplete head": Fault(sends(b"HTTP/1.1 200 OK\r\ncontent-le"), "MalformedResponse", protocols=("http/1.1",)),
+    "only an interim response": Fault(sends(b"HTTP/1.1 103 Hint\r\n\r\n"), "ConnectionLost", protocols=("http/1.1",)),
     "endless headers": Fault(has_endless_headers, "", protocols=("http/1.1",)),
-    "result breaks off": Fault(breaks_off_the_result, "ConnectionLost", get=None),
+    "aborted result": Fault(aborts_in_the_result, "ConnectionLost", get=None),
     "close in the result": Fault(closes_in_the_result, "ConnectionLost", get=None),
     "stall in the result": Fault(stalls_in_the_result, "UpstreamTimeout", get=None),
     "corrupt coding": Fault(sends_a_corrupt_coding, "MalformedResponse"),
-    "chunks break off": Fault(breaks_off_the_chunks, "", get=None, protocols=("http/1.1",)),
+    "aborted chunks": Fault(aborts_in_the_chunks, "", get=None, protocols=("http/1.1",)),
 }
 
 
@@ -140,7 +140,7 @@ FAULTS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name: str, connection: str) -> None:
-    """A POST is executed once and answered 500 completely; a GET gets what may be repeated, or breaks off."""
+    """A POST runs once and gets a whole 500; a GET gets a status that may be repeated, or its response is aborted."""
     fault = FAULTS[name]
     if protocol not in fault.protocols:
         return
@@ -150,19 +150,20 @@ async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name:
         assert (await call(port, method)).status == 200
     upstream.handler = fault.handler
     upstream.exchanges.clear()
-    logs.expect(rf"{method} https://fal.run/fal-ai/flux/dev: .* \({fault.error or 'MalformedResponse|ConnectionLost'}")
+    error = fault.error or "MalformedResponse|ConnectionLost"
+    logs.expect(rf"upstream error: \d+ {method} https://fal.run/fal-ai/flux/dev: .* \({error}")
     if method == "GET" and fault.get is None:
-        caller = await RawClient.open(port)
-        await caller.send("GET")
-        await caller.head()
+        client = await RawClient.open(port)
+        await client.send("GET")
+        await client.head()
         with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
-            await caller.reader.readexactly(100)
-        await caller.close()
-        logs.expect("the answer was broken off")
+            await client.reader.readexactly(100)
+        await client.close()
+        logs.expect("the response was aborted")
         return
-    answer = await call(port, method)
-    assert answer.status == (fault.get if method == "GET" else fault.post)
-    assert answer.message.endswith(MAY_HAVE_RUN) == (method == "POST")
+    response = await call(port, method)
+    assert response.status == (fault.get if method == "GET" else fault.post)
+    assert response.message.endswith(MAY_HAVE_RUN) == (method == "POST")
     if method == "POST":
         assert len(upstream.exchanges) == 1, "executed more than once"
         logs.expect("the job may have run")
@@ -173,7 +174,7 @@ async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_silence_counts_from_the_request(setup: Setup, logs: Logs, protocol: str, method: str) -> None:
-    """A call that fal never answers ends after idle_timeout_s, and a POST not later than a GET."""
+    """A call to which fal never responds ends after idle_timeout_s, and a POST not later than a GET."""
     port = setup.proxy(await setup.upstream(stalls, protocol), idle_timeout_s=0.8)
     logs.expect("UpstreamTimeout")
     began = time.monotonic()
@@ -188,9 +189,9 @@ async def test_silence_counts_from_the_request(setup: Setup, logs: Logs, protoco
 async def test_broken_event_stream(
     setup: Setup, logs: Logs, protocol: str, method: str, how: str, version: str
 ) -> None:
-    """An event stream that breaks off at fal breaks off at the caller: it never gets a clean end."""
+    """An event stream that fal does not finish is aborted at the client, and never ended cleanly."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, EVENT_STREAM, length=1000 if protocol == "http/1.1" else None)
         await exchange.send(b"data: 1\n\n")
@@ -201,18 +202,18 @@ async def test_broken_event_stream(
             await exchange.close_connection()
 
     go_on = asyncio.Event()
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.4))
-    await caller.send(method, version=version)
-    head = await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.4))
+    await client.send(method, version=version)
+    head = await client.head()
     first = b"9\r\ndata: 1\n\n\r\n" if head.header("transfer-encoding") else b"data: 1\n\n"
-    assert await caller.reader.readexactly(len(first)) == first
-    logs.expect("the answer was broken off")
+    assert await client.reader.readexactly(len(first)) == first
+    logs.expect("the response was aborted")
     go_on.set()
     if version == "HTTP/1.0":
-        # There the end of the connection can be the end of the answer: only a reset is not.
+        # In HTTP/1.0 the end of the connection can be the end of the response, except when it is a reset.
         with pytest.raises(ConnectionResetError):
-            await caller.reader.read()
+            await client.reader.read()
     else:
-        assert await caller.reader.read() == b"", "no last chunk"
-    await caller.close()
+        assert await client.reader.read() == b"", "no last chunk"
+    await client.close()

@@ -16,13 +16,13 @@ from tornado_fal_proxy.upstream.transfer import Transfer
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
 async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that stops reading stops fal; once it reads again everything arrives."""
+    """When a client stops reading fal must stop sending; when it reads again everything arrives."""
     sent = 0
     full = asyncio.Event()
     piece = b"data: " + b"x" * 100_000 + b"\n\n"
-    pieces = 400  # 40 MB: more than sockets and libcurl's windows hold
+    pieces = 400  # 40 MB: more than fits into sockets and libcurl's windows
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         nonlocal sent
         await exchange.body()
         await exchange.start(200, EVENT_STREAM)
@@ -32,30 +32,30 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
         full.set()
         await exchange.end()
 
-    held: list[int] = []
+    buffered: list[int] = []
     on_body = Transfer.on_body
 
     def spy(self: Transfer, data: bytes) -> int | None:
-        held.append(self._buffered)
+        buffered.append(self._buffered)
         return on_body(self, data)
 
     monkeypatch.setattr(Transfer, "on_body", spy)
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
-    await caller.send(method)
-    await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
+    await client.send(method)
+    await client.head()
     before = -1
     while before != sent:  # until it stands still
         before = sent
         await asyncio.sleep(0.3)
     assert sent < pieces
     assert not full.is_set()
-    assert max(held) <= HIGH_WATER_BYTES + 16_384
+    assert max(buffered) <= HIGH_WATER_BYTES + 16_384
     received = 0
-    while chunk := await caller.chunk():
+    while chunk := await client.chunk():
         received += len(chunk)
     assert received == pieces * len(piece)
-    await caller.close()
+    await client.close()
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,17 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
 async def test_window_is_no_limit(
     setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]], response_buffer_bytes: int
 ) -> None:
-    """libcurl's limit of the rate, which serves as a window, would let 20 MB take more than a minute."""
+    """The window does not slow a response: as a limit of the rate it would let 20 MB take more than a minute."""
     piece = b"data: " + b"x" * 199_992 + b"\n\n"
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, headers)
         for _ in range(100):
             await exchange.send(piece)
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     result = await call(setup.proxy(upstream, response_buffer_bytes=response_buffer_bytes), method)
     assert result.body == piece * 100
 
@@ -90,10 +90,10 @@ async def test_window_is_no_limit(
 @pytest.mark.parametrize("size", [15_000, 60_000, 240_000])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_window_delays_no_answer_of_known_length(setup: Setup, protocol: str, method: str, size: int) -> None:
-    """libcurl would spread the rate over the length that was declared: 0.2 s for each of these answers, or more."""
+async def test_window_delays_no_response_of_known_length(setup: Setup, protocol: str, method: str, size: int) -> None:
+    """A declared length delays no response: libcurl would take 0.2 s or more to keep the rate over that length."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, [*JSON, ("content-length", str(size))])
         for _ in range(5):
@@ -101,7 +101,7 @@ async def test_window_delays_no_answer_of_known_length(setup: Setup, protocol: s
         await exchange.end()
 
     loop = asyncio.get_running_loop()
-    port = setup.proxy(await setup.upstream(answer, protocol))
+    port = setup.proxy(await setup.upstream(respond, protocol))
 
     async def seconds() -> float:
         start = loop.time()
@@ -113,7 +113,7 @@ async def test_window_delays_no_answer_of_known_length(setup: Setup, protocol: s
 
 @pytest.mark.gen_test
 async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that does not read an event stream lets fal send hardly more than the window over HTTP/2."""
+    """When a client does not read an event stream fal can send hardly more than the window over HTTP/2."""
     sent = taken = 0
     on_body = Transfer.on_body
 
@@ -125,7 +125,7 @@ async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.
 
     monkeypatch.setattr(Transfer, "on_body", spy)
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         nonlocal sent
         await exchange.body()
         await exchange.start(200, EVENT_STREAM)
@@ -133,16 +133,16 @@ async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.
             await exchange.send(b"data: " + b"x" * 10_000 + b"\n\n")
             sent += 10_000
 
-    upstream = await setup.upstream(answer, "h2")
-    caller = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
-    await caller.send("POST")
-    await caller.head()
-    caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    upstream = await setup.upstream(respond, "h2")
+    client = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
+    await client.send("POST")
+    await client.head()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     before = -1
     while before != sent:  # until it stands still
         before = sent
         await asyncio.sleep(0.3)
     window = WINDOW_BYTES if RATE_IS_WINDOW else 10 * 1024 * 1024
     assert sent - taken <= window + 64 * 1024, "the window, and what is on its way"
-    caller.leave()
+    client.leave()
     await upstream.exchanges[0].gone.wait()

@@ -1,4 +1,4 @@
-"""What an attacker has fal send, and that the key is on no page and in no repr."""
+"""Responses that an attacker chooses, and the key, which is on no page and in no repr."""
 
 import asyncio
 import gc
@@ -14,18 +14,18 @@ from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import JSON
 from tornado_fal_proxy import FalProxyHandler
 
-# Answers of fal's, or of somebody in its place.
+# Responses of fal's, or of an attacker in its place.
 
 EVIL = ("set-cookie", "evil=1")
 LINE = f"{EVIL[0]}: {EVIL[1]}"
-# For each the protocols over which it can come, and how a POST may be answered. Over HTTP/1.1 a line break begins
-# another header of fal's, whoever put it there.
+# For each the protocols over which it can come, the headers, and the statuses that a POST may get. Over HTTP/1.1 a line
+# break simply begins another header of fal's.
 H1, H2, OVER_BOTH = ("http/1.1",), ("h2",), ("http/1.1", "h2")
 ODD_HEADERS: dict[str, tuple[tuple[str, ...], list[tuple[str | bytes, str | bytes]], tuple[int, ...]]] = {
     "CR LF in a value": (H2, [("x-a", f"b\r\n{LINE}")], (200, 500)),
     "LF in a value": (H2, [("x-a", f"b\n{LINE}")], (200, 500)),
     "CR in a value": (OVER_BOTH, [("x-a", f"b\r{LINE}")], (200, 500)),
-    "a second answer": (H2, [("x-a", f"b\r\n\r\nHTTP/1.1 200 OK\r\n{LINE}\r\n\r\n")], (200, 500)),
+    "a second response": (H2, [("x-a", f"b\r\n\r\nHTTP/1.1 200 OK\r\n{LINE}\r\n\r\n")], (200, 500)),
     "NUL in a value": (OVER_BOTH, [("x-a", "b\0c")], (200, 500)),
     "an escape in a value": (OVER_BOTH, [("x-a", "\x1b[0m")], (200, 500)),
     "CR LF in a name": (H2, [(f"x-a\r\n{LINE}\r\nx-b", "c")], (200, 500)),
@@ -48,44 +48,44 @@ ODD_HEADERS: dict[str, tuple[tuple[str, ...], list[tuple[str | bytes, str | byte
 @pytest.mark.parametrize("name", ODD_HEADERS)
 @pytest.mark.gen_test
 async def test_odd_headers(setup: Setup, logs: Logs, protocol: str, name: str) -> None:
-    """None of fal's headers makes one of another, or another answer. What is too large is an error, and fal's alone."""
+    """No header of fal's becomes two, or a second response. A head that is too large is an error of its call alone."""
     protocols, headers, statuses = ODD_HEADERS[name]
     if protocol not in protocols:
         return
     go_on = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
-        if exchange.target == b"/held":
+        if exchange.target == b"/waiting":
             await go_on.wait()
         await exchange.respond(200, b"{}", [*JSON, *headers] if exchange.target == b"/odd" else JSON)
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     port, backend = setup.proxy_and_backend(upstream)
-    held = asyncio.create_task(call(port, target="https://fal.run/held"))
+    waiting = asyncio.create_task(call(port, target="https://fal.run/waiting"))
     while not upstream.exchanges:
         await asyncio.sleep(0.001)
-    caller = await RawClient.open(port)
-    caller.reader._limit = 2_000_000  # type: ignore[attr-defined]
-    await caller.send(target="https://fal.run/odd")
-    odd = await caller.response()
+    client = await RawClient.open(port)
+    client.reader._limit = 2_000_000  # type: ignore[attr-defined]
+    await client.send(target="https://fal.run/odd")
+    odd = await client.response()
     assert odd.status in statuses
     assert not [header for header in odd.headers if EVIL[0] in header[0] or header[0] in ("x-b", ":status", "x a")]
-    await caller.send()
-    assert ((await caller.response()).status, (await caller.response_is_over())) == (200, True)
+    await client.send()
+    assert ((await client.response()).status, (await client.response_is_over())) == (200, True)
     go_on.set()
-    assert (await held).status == 200
-    assert backend().client.in_flight == 0
+    assert (await waiting).status == 200
+    assert backend().slots.in_use == 0
     if odd.status == 500:
-        logs.expect("500 POST https://fal.run/odd: curl error .*; the job may have run")
-    await caller.close()
+        logs.expect("upstream error: 500 POST https://fal.run/odd: curl error .*; the job may have run")
+    await client.close()
 
 
-# The key. (What the command logs, its arguments and its answers: service/test_service.py.)
+# The key. (The command's log, arguments and responses are in service/test_service.py.)
 
 
 class Failing(FalProxyHandler):
-    """With a bug that shows once fal has answered."""
+    """A handler with a bug that shows when fal has responded."""
 
     def _copy_head(self, head: Any) -> None:
         raise ZeroDivisionError("a bug")
@@ -93,16 +93,16 @@ class Failing(FalProxyHandler):
 
 @pytest.mark.gen_test
 async def test_the_key_is_on_no_error_page_and_in_no_repr(setup: Setup, logs: Logs) -> None:
-    """Whatever the application's settings say of tracebacks, and whoever prints what there is during a call."""
+    """The key is on no page of an application that shows tracebacks, and in no repr of our objects during a call."""
     reached, go_on = asyncio.Event(), asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         reached.set()
         await go_on.wait()
         await exchange.respond(200, b"{}", JSON)
 
-    upstream = await setup.upstream(answer)
+    upstream = await setup.upstream(respond)
     rule = (ROUTE, Failing, {"config": setup.config(upstream)})
     port = setup.serve(Application([rule], serve_traceback=True, debug=False))
     calling = asyncio.create_task(call(port))

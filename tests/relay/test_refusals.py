@@ -1,4 +1,4 @@
-"""What clients get whose calls never reach fal, and what becomes of their connections."""
+"""Calls that never reach fal: their responses, and the state of their connections."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -6,15 +6,16 @@ from collections.abc import Awaitable
 import pytest
 from tornado.web import Application
 
-import tornado_fal_proxy.handler
+import tornado_fal_proxy.relay.response
 from tests.support.logs import Logs
 from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import RawClient, Response, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON, fine, must_not_be_called
 from tornado_fal_proxy import FalProxyHandler, close_upstreams
+from tornado_fal_proxy.relay.backend import backends_of
 
-# Refusals: the formula over the wire. Each is answered before its body was read.
+# Refusals: fal's proxy formula over the wire. Each call is answered before its body was read.
 
 LARGE = b'{"images": "' + b"x" * 20_000 + b'"}'
 POST_LINES = ["content-type: application/json"]
@@ -52,35 +53,35 @@ async def refusing(setup: Setup) -> int:
 async def test_refusal(setup: Setup, name: str) -> None:
     """A refused call is answered from its head alone, in JSON, with Allow where it is 405."""
     head, status = REFUSALS[name]
-    caller = await RawClient.open(await refusing(setup))
-    caller.writer.write(head)
-    answer = await caller.response()
-    assert answer.status == status
-    assert answer.message
-    assert answer.header("allow") == ("GET, POST" if status == 405 else None)
-    await caller.close()
+    client = await RawClient.open(await refusing(setup))
+    client.writer.write(head)
+    response = await client.response()
+    assert response.status == status
+    assert response.message
+    assert response.header("allow") == ("GET, POST" if status == 405 else None)
+    await client.close()
 
 
 @pytest.mark.gen_test
 async def test_head_is_refused_without_a_body(setup: Setup) -> None:
-    """HEAD is 405 as well; its answer has no body, and the connection stays in step."""
-    caller = await RawClient.open(await refusing(setup))
+    """HEAD is 405 too; its response has no body, and the connection stays in step."""
+    client = await RawClient.open(await refusing(setup))
     for _ in range(2):
-        caller.writer.write(raw("HEAD"))
-        answer = await caller.head()
-        assert (answer.status, answer.header("allow")) == (405, "GET, POST")
-    await caller.close()
+        client.writer.write(raw("HEAD"))
+        response = await client.head()
+        assert (response.status, response.header("allow")) == (405, "GET, POST")
+    await client.close()
 
 
 @pytest.mark.parametrize("size", [1, 100_000, 20_000_000])
 @pytest.mark.gen_test
-async def test_answer_reaches_a_caller_that_still_sends(setup: Setup, size: int) -> None:
-    """A caller that sends all of its refused body reads the answer, and may use the connection again."""
-    caller = await RawClient.open(await refusing(setup))
+async def test_response_reaches_a_client_that_still_sends(setup: Setup, size: int) -> None:
+    """A client that sends all of a refused body receives the response, and may use the connection again."""
+    client = await RawClient.open(await refusing(setup))
     for _ in range(2):
-        await caller.send("POST", b" " * size, target="https://evil.example/")
-        assert (await caller.response()).status == 412
-    await caller.close()
+        await client.send("POST", b" " * size, target="https://evil.example/")
+        assert (await client.response()).status == 412
+    await client.close()
 
 
 def chunked(size: int) -> bytes:
@@ -89,81 +90,81 @@ def chunked(size: int) -> bytes:
 
 @pytest.mark.gen_test
 async def test_size_found_out_while_reading(setup: Setup) -> None:
-    """A chunked body that grows too large is 413 as soon as it does; one of just the limit passes."""
+    """A chunked body is 413 as soon as it exceeds the limit; one that just reaches the limit passes."""
     upstream = await setup.upstream(fine)
-    caller = await RawClient.open(setup.proxy(upstream, max_body_bytes=1_000_000))
+    client = await RawClient.open(setup.proxy(upstream, max_body_bytes=1_000_000))
     for size in (500_001, 3_000_000):
-        caller.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
-        caller.writer.write(chunked(500_000) + chunked(size))
-        assert (await caller.response()).message == "The body is larger than this proxy accepts."
-        caller.writer.write(chunked(3_000_000) + b"0\r\n\r\n")
-    caller.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
-    caller.writer.write(chunked(500_000) + chunked(500_000) + b"0\r\n\r\n")
-    assert (await caller.response()).status == 200
+        client.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
+        client.writer.write(chunked(500_000) + chunked(size))
+        assert (await client.response()).message == "The body is larger than this proxy accepts."
+        client.writer.write(chunked(3_000_000) + b"0\r\n\r\n")
+    client.writer.write(raw("POST", *POST_LINES, "transfer-encoding: chunked"))
+    client.writer.write(chunked(500_000) + chunked(500_000) + b"0\r\n\r\n")
+    assert (await client.response()).status == 200
     assert len(await upstream.exchanges[0].body()) == 1_000_000
-    await caller.close()
+    await client.close()
 
 
 @pytest.mark.gen_test
 async def test_lingering_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused caller that never sends its body is closed after LINGER_S, and costs nothing meanwhile."""
-    monkeypatch.setattr(tornado_fal_proxy.handler, "LINGER_S", 0.1)
-    caller = await RawClient.open(await refusing(setup))
-    caller.writer.write(REFUSALS["form"][0])
-    assert (await caller.response()).status == 415
-    assert await caller.reader.read() == b""
-    await caller.close()
+    """The connection of a refused client that never sends its body is closed after LINGER_S."""
+    monkeypatch.setattr(tornado_fal_proxy.relay.response, "LINGER_S", 0.1)
+    client = await RawClient.open(await refusing(setup))
+    client.writer.write(REFUSALS["form"][0])
+    assert (await client.response()).status == 415
+    assert await client.reader.read() == b""
+    await client.close()
 
 
 @pytest.mark.gen_test
 async def test_interrupted_request(setup: Setup) -> None:
-    """A caller that leaves in the middle of its body costs no call, and its place is free again."""
+    """A client that leaves in the middle of its body causes no call, and its slot is free again."""
     upstream = await setup.upstream(must_not_be_called)
     port = setup.proxy(upstream, max_in_flight=1)
     for _ in range(3):
-        caller = await RawClient.open(port)
-        caller.writer.write(raw("POST", *POST_LINES, "content-length: 100") + b"[1, 2")
+        client = await RawClient.open(port)
+        client.writer.write(raw("POST", *POST_LINES, "content-length: 100") + b"[1, 2")
         await asyncio.sleep(0.02)
-        caller.leave()
+        client.leave()
         await asyncio.sleep(0.02)
     upstream.handler = fine
     assert (await call(port, "POST")).status == 200
 
 
-# The connection to the caller.
+# The connection to the client.
 
 
 @pytest.mark.gen_test
 async def test_pipelined_requests(setup: Setup) -> None:
     """Requests that arrive together are answered one after the other."""
     upstream = await setup.upstream(fine)
-    caller = await RawClient.open(setup.proxy(upstream))
-    caller.writer.write(request("POST") + request("GET") + raw("PUT") + request("POST"))
-    assert [(await caller.response()).status for _ in range(4)] == [200, 200, 405, 200]
-    await caller.close()
+    client = await RawClient.open(setup.proxy(upstream))
+    client.writer.write(request("POST") + request("GET") + raw("PUT") + request("POST"))
+    assert [(await client.response()).status for _ in range(4)] == [200, 200, 405, 200]
+    await client.close()
 
 
 @pytest.mark.parametrize("stray", [b"\r\n", request("GET")])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.gen_test
 async def test_leaving_behind_unread_bytes(setup: Setup, protocol: str, stray: bytes, late: bool) -> None:
-    """A caller that leaves is noticed although bytes of its wait unread, which hide that from Tornado."""
+    """A client that leaves is noticed although bytes of its next request are unread, which hide that from Tornado."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         reached.set()
         await asyncio.Event().wait()
 
     reached = asyncio.Event()
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    caller.writer.write(request("POST") + (b"" if late else stray))
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    client.writer.write(request("POST") + (b"" if late else stray))
     await reached.wait()
     if late:
-        caller.writer.write(stray)
+        client.writer.write(stray)
         await asyncio.sleep(0.02)
     left_at = asyncio.get_running_loop().time()
-    caller.writer.close()
+    client.writer.close()
     [exchange] = upstream.exchanges
     await exchange.gone.wait()
     assert exchange.gone_at is not None
@@ -173,38 +174,38 @@ async def test_leaving_behind_unread_bytes(setup: Setup, protocol: str, stray: b
 
 @pytest.mark.gen_test
 async def test_http_1_0(setup: Setup) -> None:
-    """HTTP/1.0: content-length and keep-alive work for whole answers and refusals."""
+    """HTTP/1.0: content-length and keep-alive work for whole responses and refusals."""
     upstream = await setup.upstream(fine)
-    caller = await RawClient.open(setup.proxy(upstream))
+    client = await RawClient.open(setup.proxy(upstream))
     for target, status in (("https://fal.run/x", 200), ("https://evil.example", 412)) * 2:
-        await caller.send("POST", target=target, version="HTTP/1.0", headers=["Connection: keep-alive"])
-        assert (await caller.response()).status == status
-    await caller.close()
+        await client.send("POST", target=target, version="HTTP/1.0", headers=["Connection: keep-alive"])
+        assert (await client.response()).status == status
+    await client.close()
 
 
 @pytest.mark.gen_test
-async def test_slow_reader_of_a_whole_answer(setup: Setup) -> None:
-    """A caller that never takes its (held) answer is cut off after idle_timeout_s."""
+async def test_slow_reader_of_a_whole_response(setup: Setup) -> None:
+    """A client that never reads its (buffered) response is aborted after idle_timeout_s."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.respond(200, b" " * 7_900_000, JSON)
 
-    upstream = await setup.upstream(answer)
-    caller = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.5), receive_buffer=4096)
-    await caller.send("POST")
-    await caller.head()
-    caller.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    upstream = await setup.upstream(respond)
+    client = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.5), receive_buffer=4096)
+    await client.send("POST")
+    await client.head()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await asyncio.sleep(1.5)
-    caller.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await caller.reader.readexactly(7_900_000)
-    caller.leave()
+        await client.reader.readexactly(7_900_000)
+    client.leave()
 
 
 @pytest.mark.gen_test
 async def test_close_upstreams(setup: Setup, logs: Logs) -> None:
-    """Closing answers what is in flight; a later call opens new connections."""
+    """Calls in flight get a response when the upstreams are closed; a later call opens new connections."""
     upstream = await setup.upstream(fine)
     application = Application(
         [(ROUTE, FalProxyHandler, {"config": setup.config(upstream)})], log_function=lambda handler: None
@@ -218,23 +219,23 @@ async def test_close_upstreams(setup: Setup, logs: Logs) -> None:
         reached.set()
 
     upstream.handler = hang
-    answers: dict[str, Response] = {}
+    responses: dict[str, Response] = {}
     for method in ("GET", "POST"):
         reached.clear()
         waiting: Awaitable[Response] = asyncio.ensure_future(call(port, method))
         await reached.wait()
-        logs.expect(f"{method} .*: the proxy is closing")
+        logs.expect(f"upstream error: 50[02] {method} .*: the proxy is closing")
         close_upstreams(application)
-        answers[method] = await waiting
-    assert [answer.status for answer in answers.values()] == [502, 500]
-    assert "may have run" in answers["POST"].message
+        responses[method] = await waiting
+    assert [response.status for response in responses.values()] == [502, 500]
+    assert "may have run" in responses["POST"].message
     upstream.handler = fine
     assert (await call(port, "POST")).status == 200
 
 
 @pytest.mark.gen_test
 async def test_nothing_stays(setup: Setup, protocol: str) -> None:
-    """After many calls of all kinds no transfer, place, watched caller or timer is left, and handles are reused."""
+    """After many calls of all kinds no transfer, slot, watched client or timer is left, and handles are reused."""
 
     async def varied(exchange: Exchange) -> None:
         await exchange.body()
@@ -254,37 +255,37 @@ async def test_nothing_stays(setup: Setup, protocol: str) -> None:
 
     async def some(number: int) -> None:
         target = "https://fal.run/" + ("stream" if number % 3 else "x")
-        caller = await RawClient.open(port)
-        await caller.send(("GET", "POST")[number % 2], target=target)
+        client = await RawClient.open(port)
+        await client.send(("GET", "POST")[number % 2], target=target)
         if number % 5:
-            assert (await caller.response()).status == 200
-        caller.leave()
+            assert (await client.response()).status == 200
+        client.leave()
 
     for _ in range(5):
         await asyncio.gather(*map(some, range(40)))
-    [backend] = tornado_fal_proxy.handler._backends[application].values()
-    while backend.client.in_flight:
+    [backend] = backends_of(application)
+    while backend.slots.in_use:
         await asyncio.sleep(0.01)
     assert not backend.client._running
-    assert len(backend._callers) <= 45, "an entry for a file descriptor that was in use at once, not for each caller"
-    assert (backend.client._hosts.waiting, backend.client._hosts._looking_up) == (0, 0)
-    assert sum(map(len, backend.client._handles.values())) <= 80
+    assert len(backend._watched) <= 45, "an entry for each file descriptor that was in use at once, not for each client"
+    assert (backend.client._hosts.waiting, backend.client._hosts._lookups) == (0, 0)
+    assert sum(map(len, backend.client._handles._idle.values())) <= 80
 
 
 @pytest.mark.gen_test
 async def test_close_upstreams_while_a_body_arrives(setup: Setup, logs: Logs) -> None:
-    """A call whose body was still arriving is told that nothing was sent."""
+    """A call whose body is still arriving gets a response that it may repeat, because nothing was sent."""
     upstream = await setup.upstream(must_not_be_called)
     application = Application(
         [(ROUTE, FalProxyHandler, {"config": setup.config(upstream)})], log_function=lambda handler: None
     )
-    caller = await RawClient.open(setup.serve(application))
-    caller.writer.write(raw("POST", *POST_LINES, "content-length: 2") + b"[")
-    while not tornado_fal_proxy.handler._backends.get(application):
+    client = await RawClient.open(setup.serve(application))
+    client.writer.write(raw("POST", *POST_LINES, "content-length: 2") + b"[")
+    while not backends_of(application):
         await asyncio.sleep(0.001)
     close_upstreams(application)
-    logs.expect("502 POST .*: the proxy is closing")
-    caller.writer.write(b"]")
-    answer = await caller.response()
-    assert (answer.status, "may have run" in answer.message) == (502, False)
-    await caller.close()
+    logs.expect("upstream error: 502 POST .*: the proxy is closing")
+    client.writer.write(b"]")
+    response = await client.response()
+    assert (response.status, "may have run" in response.message) == (502, False)
+    await client.close()

@@ -1,4 +1,4 @@
-"""The way of a call: what fal gets and what the client gets. Over both protocols towards fal."""
+"""The relay of a call: the request that fal gets, and the response that the client gets. Over both protocols."""
 
 import asyncio
 import gzip
@@ -17,7 +17,7 @@ from tornado_fal_proxy.rules.headers import CLIENT_PROXY
 
 @pytest.mark.gen_test
 async def test_request(setup: Setup, protocol: str) -> None:
-    """Method, path, query and body go up byte for byte, with the headers of PROTOCOL section 4 and no other."""
+    """Method, path, query and body reach fal byte for byte, with the headers of fal's proxy formula and no others."""
     upstream = await setup.upstream(responds(), protocol)
     port = setup.proxy(upstream)
     path = "/a//b/../c/%2F%e6/+;=,{}?x=&y=%20+z&&u=a?b/"
@@ -25,19 +25,19 @@ async def test_request(setup: Setup, protocol: str) -> None:
     relayed = {
         "accept": "application/json, text/event-stream",
         "content-type": "application/json; charset=utf-8",
-        "user-agent": "fal/1.10.1 (caller)",
+        "user-agent": "fal/1.10.1 (client)",
         "x-fal-request-timeout": "30",
         "x-fal-queue-priority": "low",
         "x-fal-empty": "",
         "x-app-fal-disable-fallback": "true",
     }
     kept_back = [
-        "Authorization: Key of-the-caller",
+        "Authorization: Key of-the-client",
         "Cookie: a=b",
         "Origin: https://evil.example",
         "Referer: https://evil.example/",
         "X-Forwarded-For: 1.2.3.4",
-        "X-Fal-Client-Proxy: somebody else",
+        "X-Fal-Client-Proxy: another proxy",
         "Connection: keep-alive, x-own",
         "X-Own: 1",
         "Accept-Language: de",
@@ -46,11 +46,11 @@ async def test_request(setup: Setup, protocol: str) -> None:
         "Pragma: no-cache",
     ]
     lines = [f"{name.title()}: {value}" for name, value in relayed.items() if name != "content-type"]
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     raw = request("POST", body, target=f"https://queue.fal.run:443{path}#fragment", headers=lines + kept_back)
-    caller.writer.write(raw.replace(b"application/json\r\n", b"application/json; charset=utf-8\r\n", 1))
-    assert (await caller.response()).status == 200
-    await caller.close()
+    client.writer.write(raw.replace(b"application/json\r\n", b"application/json; charset=utf-8\r\n", 1))
+    assert (await client.response()).status == 200
+    await client.close()
     [exchange] = upstream.exchanges
     assert (exchange.protocol, exchange.method, exchange.target) == (protocol, "POST", path.encode())
     assert exchange.authority == "queue.fal.run"
@@ -89,16 +89,16 @@ async def test_empty_post(setup: Setup, protocol: str) -> None:
 async def test_get_with_a_body(setup: Setup, protocol: str) -> None:
     """A GET with a JSON body is relayed as that."""
     upstream = await setup.upstream(responds(), protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
+    client = await RawClient.open(setup.proxy(upstream))
     head = request("GET", headers=["content-type: application/json", "content-length: 2"])
-    caller.writer.write(head + b"[]")
-    assert (await caller.response()).status == 200
+    client.writer.write(head + b"[]")
+    assert (await client.response()).status == 200
     assert upstream.exchanges[0].method == "GET"
     assert await upstream.exchanges[0].body() == b"[]"
-    await caller.close()
+    await client.close()
 
 
-ANSWER_HEADERS = [
+RESPONSE_HEADERS = [
     ("server", "fal"),
     ("date", "Thu, 01 Jan 1970 00:00:00 GMT"),
     ("content-type", "application/x-thing"),
@@ -119,27 +119,27 @@ ANSWER_HEADERS = [
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_answer(setup: Setup, protocol: str, method: str, status: int) -> None:
-    """Status, headers (duplicates too) and body come back as fal sent them; only the id of the call is added, and no
-    redirect followed."""
+async def test_response(setup: Setup, protocol: str, method: str, status: int) -> None:
+    """Status, headers (duplicates too) and body come back as fal sent them, with the id of the call added; no redirect
+    is followed."""
     body = b"" if status in (204, 304) else b'{"detail": "as it is"}'
-    upstream = await setup.upstream(responds(status, body, ANSWER_HEADERS), protocol)
-    answer = await call(setup.proxy(upstream), method, headers=['If-None-Match: "1"'])
-    assert (answer.status, answer.body) == (status, body)
+    upstream = await setup.upstream(responds(status, body, RESPONSE_HEADERS), protocol)
+    response = await call(setup.proxy(upstream), method, headers=['If-None-Match: "1"'])
+    assert (response.status, response.body) == (status, body)
     own = [] if status in (204, 304) else [("content-length", str(len(body)))]
-    assert sorted(without_id(answer)) == sorted(ANSWER_HEADERS + own)
+    assert sorted(without_id(response)) == sorted(RESPONSE_HEADERS + own)
     assert len(upstream.exchanges) == 1
 
 
-def without_id(answer: Response) -> list[tuple[str, str]]:
-    """The headers but for the one that the proxy adds."""
-    assert answer.header("x-request-id")
-    return [(name, value) for name, value in answer.headers if name != "x-request-id"]
+def without_id(response: Response) -> list[tuple[str, str]]:
+    """Return the headers except the one that the proxy adds."""
+    assert response.header("x-request-id")
+    return [(name, value) for name, value in response.headers if name != "x-request-id"]
 
 
 @pytest.mark.gen_test
-async def test_answer_without_headers(setup: Setup, protocol: str) -> None:
-    """Tornado's own Server, Date and Content-Type do not stand in for those that fal did not send."""
+async def test_response_without_headers(setup: Setup, protocol: str) -> None:
+    """Tornado's own Server, Date and Content-Type do not replace those that fal did not send."""
     upstream = await setup.upstream(responds(200, b"x", []), protocol)
     assert without_id(await call(setup.proxy(upstream))) == [("content-length", "1")]
 
@@ -155,58 +155,58 @@ CODINGS = {
 @pytest.mark.parametrize("coding", list(CODINGS))
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_encoded_answer(setup: Setup, protocol: str, coding: str, method: str) -> None:
-    """An encoded answer arrives decoded, without content-encoding and with its true length."""
+async def test_encoded_response(setup: Setup, protocol: str, coding: str, method: str) -> None:
+    """An encoded response arrives decoded, without content-encoding and with its true length."""
     upstream = await setup.upstream(responds(200, CODINGS[coding], [*JSON, ("content-encoding", coding)]), protocol)
-    answer = await call(setup.proxy(upstream), method)
-    assert answer.body == PLAIN
-    assert answer.header("content-encoding") is None
-    assert answer.header("content-length") in (str(len(PLAIN)), None)
+    response = await call(setup.proxy(upstream), method)
+    assert response.body == PLAIN
+    assert response.header("content-encoding") is None
+    assert response.header("content-length") in (str(len(PLAIN)), None)
 
 
 @pytest.mark.parametrize("coding", ["zstd", "gzip, gzip", "GZIP, br"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_a_coding_nobody_asked_for_passes(setup: Setup, protocol: str, method: str, coding: str) -> None:
-    """With its name: the answer is paid for, and its caller may know what to do with it."""
+async def test_a_coding_that_was_not_requested_passes(setup: Setup, protocol: str, method: str, coding: str) -> None:
+    """A response in a coding that was not requested passes with its content-encoding, because it is paid for."""
     upstream = await setup.upstream(responds(200, b"\0encoded\xff", [*JSON, ("content-encoding", coding)]), protocol)
-    answer = await call(setup.proxy(upstream), method)
-    assert answer.body == b"\0encoded\xff"
-    assert answer.header("content-encoding") == coding.lower()
+    response = await call(setup.proxy(upstream), method)
+    assert response.body == b"\0encoded\xff"
+    assert response.header("content-encoding") == coding.lower()
 
 
 @pytest.mark.gen_test
-async def test_early_answer(setup: Setup, protocol: str) -> None:
-    """An answer that comes before the request's body was taken is relayed."""
+async def test_early_response(setup: Setup, protocol: str) -> None:
+    """A response that comes before fal has read the request's body is relayed."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.respond(413, b'{"detail": "too large"}', JSON)
 
-    upstream = await setup.upstream(answer, protocol)
-    answer_ = await call(setup.proxy(upstream), "POST", b'"' + b"x" * 500_000 + b'"')
-    assert (answer_.status, answer_.body) == (413, b'{"detail": "too large"}')
+    upstream = await setup.upstream(respond, protocol)
+    response = await call(setup.proxy(upstream), "POST", b'"' + b"x" * 500_000 + b'"')
+    assert (response.status, response.body) == (413, b'{"detail": "too large"}')
 
 
 @pytest.mark.gen_test
-async def test_interim_answers_and_trailers(setup: Setup, protocol: str) -> None:
-    """1xx answers and trailers are not taken for the answer's head, nor passed on."""
+async def test_interim_responses_and_trailers(setup: Setup, protocol: str) -> None:
+    """Interim responses (1xx) and trailers are neither taken for the response's head nor passed on."""
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.informational(103, [("link", "</x>")])
         await exchange.start(200, JSON)
         await exchange.send(b"{}")
         await exchange.end([("x-checksum", "1")])
 
-    upstream = await setup.upstream(answer, protocol)
-    answer_ = await call(setup.proxy(upstream))
-    assert (answer_.status, answer_.body) == (200, b"{}")
-    assert sorted(name for name, _ in without_id(answer_)) == ["content-length", "content-type"]
+    upstream = await setup.upstream(respond, protocol)
+    response = await call(setup.proxy(upstream))
+    assert (response.status, response.body) == (200, b"{}")
+    assert sorted(name for name, _ in without_id(response)) == ["content-length", "content-type"]
 
 
 @pytest.mark.gen_test
 async def test_http_1_0(setup: Setup, protocol: str) -> None:
-    """A caller that speaks HTTP/1.0 gets a stream that ends with the connection, keep-alive or not."""
+    """A client that speaks HTTP/1.0 gets a stream that ends with the connection, keep-alive or not."""
     upstream = await setup.upstream(responds(200, b"data: 1\n\n", EVENT_STREAM), protocol)
 
     async def slow(exchange: Exchange) -> None:
@@ -219,18 +219,18 @@ async def test_http_1_0(setup: Setup, protocol: str) -> None:
     upstream.handler = slow
     port = setup.proxy(upstream)
     for headers in ([], ["Connection: keep-alive"]):
-        answer = await call(port, "POST", version="HTTP/1.0", headers=headers)
-        assert (answer.status, answer.body) == (200, b"data: 1\n\n")
-        assert answer.header("transfer-encoding") is None
+        response = await call(port, "POST", version="HTTP/1.0", headers=headers)
+        assert (response.status, response.body) == (200, b"data: 1\n\n")
+        assert response.header("transfer-encoding") is None
 
 
 def test_handler_keeps_no_state_between_calls() -> None:
-    """What differs from call to call lives in the instance, of which Tornado makes one for each."""
+    """The class has no mutable state: it is all in the instance, and Tornado makes one for each call."""
     assert not [name for name, value in vars(FalProxyHandler).items() if isinstance(value, list | dict | set)]
 
 
 def test_log_fixture_fails_on_the_unexpected(logs: Logs) -> None:
-    """The guard that every test relies on can fail."""
+    """A line that no test expects fails the check of the log, which every test relies on."""
     import logging
 
     logging.getLogger("tornado_fal_proxy").warning("surprise")

@@ -1,6 +1,6 @@
-"""The stand-in answers as fal does where a client is wrong, keeps within its bounds, and ends without a trace.
+"""The sandbox refuses wrong calls as fal does, keeps within its limits, and ends without a trace.
 
-What fal's own client gets from it when all is well is in external/test_fals_client.py.
+Its responses to right calls of fal's own client are in external/test_fals_client.py.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from tornado.simple_httpclient import HTTPStreamClosedError, SimpleAsyncHTTPClie
 from tornado.web import Application
 
 from tests.support.proxy import Setup
-from tornado_fal_proxy.sandbox import Sandbox, fal, server
+from tornado_fal_proxy.sandbox import Sandbox, state
 
 HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai")
 RUN = "https://fal.run/fal-ai/flux/dev"
@@ -28,7 +28,7 @@ NO_USER = "No user found for Key ID and Secret"
 
 @pytest.fixture
 def sandbox(io_loop: AsyncIOLoop) -> Iterator[Sandbox]:
-    """A started stand-in whose models take no time."""
+    """Start a sandbox whose models take no time."""
     sandbox = Sandbox(pace=0.0)
 
     async def start() -> None:
@@ -42,7 +42,7 @@ def sandbox(io_loop: AsyncIOLoop) -> Iterator[Sandbox]:
 async def fetch(
     sandbox: Sandbox, method: str, url: str, body: object = None, authorization: str | None = None
 ) -> HTTPResponse:
-    """Call the stand-in with the right key, or with that ``authorization``."""
+    """Call the sandbox with the right key, or with that ``authorization``."""
     port = int(sandbox.address.rpartition(":")[2])
     mapping = {(host, 443): ("127.0.0.1", port) for host in HOSTS}
     client = SimpleAsyncHTTPClient(force_instance=True, hostname_mapping=mapping)
@@ -63,13 +63,13 @@ async def fetch(
 async def call(
     sandbox: Sandbox, method: str, url: str, body: object = None, authorization: str | None = None
 ) -> tuple[int, Any]:
-    """The status and the JSON of the answer to such a call."""
+    """Call the sandbox likewise, and return the status and the JSON of the response."""
     response = await fetch(sandbox, method, url, body, authorization)
     return response.code, json.loads(response.body)
 
 
 async def until_called(sandbox: Sandbox) -> None:
-    """Return once a call is under way."""
+    """Wait until a call is under way."""
     while not sandbox.calls:
         await asyncio.sleep(0.01)
 
@@ -86,10 +86,12 @@ async def until_called(sandbox: Sandbox) -> None:
         ("Key {key}", 200, None),
     ],
 )
-async def test_only_its_own_key_counts(sandbox: Sandbox, authorization: str, status: int, detail: str | None) -> None:
+async def test_only_its_own_key_is_accepted(
+    sandbox: Sandbox, authorization: str, status: int, detail: str | None
+) -> None:
     """Any other key, or none, is 401, and nothing is executed."""
-    answer = await call(sandbox, "POST", RUN, {}, authorization.format(key=sandbox.key))
-    assert (answer[0], answer[1].get("detail")) == (status, detail)
+    code, content = await call(sandbox, "POST", RUN, {}, authorization.format(key=sandbox.key))
+    assert (code, content.get("detail")) == (status, detail)
     assert sandbox.executions.total() == (status == 200)
 
 
@@ -108,13 +110,13 @@ async def test_only_its_own_key_counts(sandbox: Sandbox, authorization: str, sta
         ("GET", "https://queue.fal.run/fal-ai/flux/requests/none/status", 404, "Request not found"),
         ("GET", "https://queue.fal.run/fal-ai/flux/requests/none/status/stream", 404, "Request not found"),
         ("PUT", "https://queue.fal.run/fal-ai/flux/requests/none/cancel", 404, "Request not found"),
-        ("POST", INITIATE, 503, "The sandbox does not know its public_url, so it has no place for uploads"),
+        ("POST", INITIATE, 503, "Uploads need the address of the proxy: set Sandbox.public_url"),
     ],
 )
-async def test_unknown_places(sandbox: Sandbox, method: str, url: str, status: int, detail: str) -> None:
-    """What fal does not have, the stand-in has not either."""
-    code, answer = await call(sandbox, method, url, {} if method == "POST" else None)
-    assert (code, answer["detail"]) == (status, detail)
+async def test_unknown_urls(sandbox: Sandbox, method: str, url: str, status: int, detail: str) -> None:
+    """A URL that fal does not have is refused with fal's status and detail, and nothing is executed."""
+    code, content = await call(sandbox, method, url, {} if method == "POST" else None)
+    assert (code, content["detail"]) == (status, detail)
     assert not sandbox.executions
 
 
@@ -146,15 +148,17 @@ INVALID: list[Any] = [
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(
-    ("wish", "status"), [*((wish, 200) for wish in VALID), *((wish, 422) for wish in INVALID)], ids=json.dumps
+    ("scenario", "status"),
+    [*((scenario, 200) for scenario in VALID), *((scenario, 422) for scenario in INVALID)],
+    ids=json.dumps,
 )
-async def test_wishes(sandbox: Sandbox, wish: object, status: int) -> None:
-    """A wish that it does not understand is answered 422 and executes nothing, rather than a result."""
-    code, answer = await call(sandbox, "POST", SUBMIT, {"sandbox": wish})
+async def test_scenarios(sandbox: Sandbox, scenario: object, status: int) -> None:
+    """A scenario that is not valid is answered 422, and nothing is executed."""
+    code, content = await call(sandbox, "POST", SUBMIT, {"sandbox": scenario})
     assert code == status
     assert sandbox.executions.total() == (status == 200)
     if status == 422:
-        assert answer["detail"][0]["loc"] == ["body", "sandbox"]
+        assert content["detail"][0]["loc"] == ["body", "sandbox"]
 
 
 @pytest.mark.gen_test
@@ -165,30 +169,30 @@ async def test_wishes(sandbox: Sandbox, wish: object, status: int) -> None:
 )
 async def test_bodies(sandbox: Sandbox, body: bytes, kind: str) -> None:
     """A body that is no JSON object is answered 422."""
-    code, answer = await call(sandbox, "POST", RUN, body)
-    assert (code, answer["detail"][0]["type"]) == (422, kind)
+    code, content = await call(sandbox, "POST", RUN, body)
+    assert (code, content["detail"][0]["type"]) == (422, kind)
 
 
 @pytest.mark.gen_test
-async def test_get_takes_its_wish_from_the_query(sandbox: Sandbox) -> None:
-    """The input of a GET is its query, and ``sandbox`` in it is JSON text."""
-    code, answer = await call(sandbox, "GET", f"{RUN}?prompt=a+cat&sandbox=%7B%22tag%22%3A%22a%22%7D")
-    assert (code, answer["prompt"], sandbox.executions["a"]) == (200, "a cat", 1)
+async def test_get_takes_its_scenario_from_the_query(sandbox: Sandbox) -> None:
+    """The input of a GET is its query, and ``sandbox`` in the query is JSON text."""
+    code, content = await call(sandbox, "GET", f"{RUN}?prompt=a+cat&sandbox=%7B%22tag%22%3A%22a%22%7D")
+    assert (code, content["prompt"], sandbox.executions["a"]) == (200, "a cat", 1)
     assert (await call(sandbox, "GET", f"{RUN}?sandbox=tag"))[0] == 422
 
 
 @pytest.mark.gen_test
-async def test_prompts_are_drawn_whatever_they_are(sandbox: Sandbox) -> None:
-    """Without ``public_url`` the picture is a data URL, also of a prompt that is no printable text."""
+async def test_any_prompt_is_drawn(sandbox: Sandbox) -> None:
+    """Without ``public_url`` the picture is a data URL, also for a prompt that is no printable text."""
     for prompt in ("", None, 7, ["a"], "\ud800 \x00 \n\n 🐱", "x" * 20_000):
-        code, answer = await call(sandbox, "POST", RUN, {"prompt": prompt, "seed": -1})
-        assert (code, answer["seed"]) == (200, -1)
-        assert answer["images"][0]["url"].startswith("data:image/png;base64,iVBOR")
+        code, content = await call(sandbox, "POST", RUN, {"prompt": prompt, "seed": -1})
+        assert (code, content["seed"]) == (200, -1)
+        assert content["images"][0]["url"].startswith("data:image/png;base64,iVBOR")
 
 
 @pytest.mark.gen_test
 async def test_a_job_belongs_to_its_application(sandbox: Sandbox) -> None:
-    """A job is found without the sub-path of its id, and under no other application's name."""
+    """A job is found by its application's id without a sub-path, and by no other application's."""
     _, job = await call(sandbox, "POST", SUBMIT, {})
     assert job["response_url"] == f"https://queue.fal.run/fal-ai/flux/requests/{job['request_id']}"
     assert (await call(sandbox, "GET", job["response_url"]))[0] == 200
@@ -198,7 +202,7 @@ async def test_a_job_belongs_to_its_application(sandbox: Sandbox) -> None:
 
 @pytest.mark.gen_test
 async def test_cancel(sandbox: Sandbox) -> None:
-    """A job that is cancelled ends at once, without a result; a second cancel comes too late."""
+    """A job that is cancelled ends at once and without a result; a second cancel is too late."""
     _, job = await call(sandbox, "POST", SUBMIT, {"sandbox": {"think_s": 1000}})
     assert job["status"] == "IN_QUEUE"
     assert await call(sandbox, "GET", job["response_url"]) == (400, {"detail": "Request is still in progress"})
@@ -215,10 +219,10 @@ async def test_cancel(sandbox: Sandbox) -> None:
 
 @pytest.mark.gen_test
 async def test_it_keeps_a_bounded_number_of_things(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest job, tag or file goes when there are too many, and a picture that went is drawn again."""
-    monkeypatch.setattr(fal, "MAX_JOBS", 2)
-    monkeypatch.setattr(server, "MAX_TAGS", 2)
-    monkeypatch.setattr(server, "MAX_FILES", 2)
+    """The oldest job, tag or file is dropped when there are too many, and a dropped picture is drawn again."""
+    monkeypatch.setattr(state, "MAX_JOBS", 2)
+    monkeypatch.setattr(state, "MAX_TAGS", 2)
+    monkeypatch.setattr(state, "MAX_FILES", 2)
     urls = []
     for tag in ("a", "b", "c"):
         _, job = await call(sandbox, "POST", SUBMIT, {"sandbox": {"tag": tag}})
@@ -229,19 +233,19 @@ async def test_it_keeps_a_bounded_number_of_things(sandbox: Sandbox, monkeypatch
     assert list(sandbox.files) == [urls[2].rpartition("/")[2] + ".png", "new"]
     first = await call(sandbox, "GET", urls[1])
     assert first == await call(sandbox, "GET", urls[1])
-    monkeypatch.setattr(server, "MAX_STORE_BYTES", 6)
+    monkeypatch.setattr(state, "MAX_STORE_BYTES", 6)
     sandbox.keep("newer", "text/plain", b"123")
     assert list(sandbox.files) == ["newer"]
     sandbox.keep("too large", "text/plain", b"1234567")
     assert not sandbox.files
 
 
-# Files: what the client sends to the address that Initiate gave out.
+# Files, which the client sends to the URL in Initiate's response.
 
 
 @pytest.mark.gen_test
 async def test_uploads(sandbox: Sandbox, setup: Setup) -> None:
-    """A file is uploaded whole or in parts; only to a name that was given out, and only with the parts' digests."""
+    """A file is uploaded whole or in parts, only to a URL that was given out, and only with the parts' digests."""
     port = setup.serve(Application([*sandbox.page_rules("/proxy")], log_function=lambda handler: None))
     sandbox.public_url = f"http://127.0.0.1:{port}"
     client = SimpleAsyncHTTPClient(force_instance=True)
@@ -296,7 +300,7 @@ async def test_uploads(sandbox: Sandbox, setup: Setup) -> None:
 @pytest.mark.gen_test
 @pytest.mark.parametrize("way", ["run", "stream", "follow"])
 async def test_close_ends_every_call(way: str) -> None:
-    """Calls that would go on for long end with the stand-in, and its temporary directory is gone."""
+    """Calls that would take long end with the sandbox, and its temporary directory is removed."""
     sandbox = Sandbox()
     sandbox.start()
     directory = Path(sandbox.ca_certs).parent
@@ -305,15 +309,15 @@ async def test_close_ends_every_call(way: str) -> None:
     _, job = await call(sandbox, "POST", SUBMIT, patient)
     match way:
         case "run":
-            caller = asyncio.create_task(fetch(sandbox, "POST", RUN, patient))
+            pending = asyncio.create_task(fetch(sandbox, "POST", RUN, patient))
         case "stream":
-            caller = asyncio.create_task(fetch(sandbox, "POST", f"{RUN}/stream", patient))
+            pending = asyncio.create_task(fetch(sandbox, "POST", f"{RUN}/stream", patient))
         case _:
-            caller = asyncio.create_task(fetch(sandbox, "GET", f"{job['status_url']}/stream"))
+            pending = asyncio.create_task(fetch(sandbox, "GET", f"{job['status_url']}/stream"))
     await until_called(sandbox)
     async with asyncio.timeout(10):
         await sandbox.close()
     assert not sandbox.calls
     assert not directory.exists()
     with pytest.raises(HTTPStreamClosedError):
-        await caller
+        await pending

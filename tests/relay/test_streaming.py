@@ -1,4 +1,4 @@
-"""When a client gets the pieces of a response. Over both protocols towards fal."""
+"""The time at which a client gets each piece of a response. Over both protocols towards fal."""
 
 import asyncio
 from typing import Any
@@ -20,34 +20,34 @@ EVENTS = [("content-type", "text/event-stream; charset=utf-8")]
 async def test_stream(setup: Setup, protocol: str, method: str) -> None:
     """The head arrives before the first event is sent, and each event as one chunk before the next is sent.
 
-    An nginx in front is asked not to buffer them.
+    The head has the header that keeps an nginx in front from buffering.
     """
     go = asyncio.Queue[bytes]()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, EVENTS)
         while event := await go.get():
             await exchange.send(event)
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    await caller.send(method)
-    head = await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    await client.send(method)
+    head = await client.head()
     assert (head.status, head.header("content-type")) == (200, EVENTS[0][1])
     assert head.header("transfer-encoding") == "chunked"
     assert head.header("x-accel-buffering") == "no"
     for event in (b"data: 1\n\n", "data: ü🌊\n\n".encode(), b": comment\n\n", b"data: " + b"x" * 10_000 + b"\n\n"):
         go.put_nowait(event)
-        assert await caller.chunk() == event
+        assert await client.chunk() == event
     go.put_nowait(b"")
-    assert await caller.chunk() == b""
-    await caller.close()
+    assert await client.chunk() == b""
+    await client.close()
 
 
 class NoClient:
-    """What a transfer tells its client, for a transfer without libcurl."""
+    """The methods that a transfer calls of its client, for a transfer without libcurl."""
 
     def now(self) -> float:
         return 0.0
@@ -73,7 +73,7 @@ SMALL, BULK = b"x" * 100, b"x" * 16_000
 )
 @pytest.mark.gen_test
 async def test_only_pieces_of_a_large_body_are_joined(pieces: list[bytes], joined: list[bytes]) -> None:
-    """Of those that are here already: what fal sends in small pieces reaches the caller in these."""
+    """Pieces of a large body that are here are joined; small pieces reach the client as fal sent them."""
     client: Any = NoClient()
     handle: Any = object()
     transfer = Transfer(client, handle, None, host="fal.run", repeatable=True)
@@ -85,10 +85,10 @@ async def test_only_pieces_of_a_large_body_are_joined(pieces: list[bytes], joine
 
 @pytest.mark.gen_test
 async def test_large_event(setup: Setup, protocol: str) -> None:
-    """An event that libcurl hands over in pieces does not end in the middle of a character at the caller."""
+    """An event that libcurl delivers in pieces reaches the client in chunks that end between two characters."""
     event = "data: {}\n\n".format("日本語" * 15_000).encode()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, EVENTS)
         await exchange.send(event)
@@ -96,80 +96,80 @@ async def test_large_event(setup: Setup, protocol: str) -> None:
         await exchange.end()
 
     received_all = asyncio.Event()
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    await caller.send("POST")
-    await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    await client.send("POST")
+    await client.head()
     received = b""
     while len(received) < len(event):
-        chunk = await caller.chunk()
+        chunk = await client.chunk()
         chunk.decode()
         received += chunk
     assert received == event
     received_all.set()
-    assert await caller.chunk() == b""
-    await caller.close()
+    assert await client.chunk() == b""
+    await client.close()
 
 
 @pytest.mark.gen_test
-async def test_cut_character(setup: Setup, protocol: str) -> None:
-    """A character that fal sends in two pieces reaches the caller whole; a broken one at the end is not lost."""
+async def test_split_character(setup: Setup, protocol: str) -> None:
+    """A character that fal sends in two pieces reaches the client whole; a broken one at the end is not lost."""
     go = asyncio.Queue[bytes]()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, EVENTS)
         while piece := await go.get():
             await exchange.send(piece)
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    await caller.send("POST")
-    await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    await client.send("POST")
+    await client.head()
     wave = "🌊".encode()
     go.put_nowait(b"data: " + wave[:1])
-    assert await caller.chunk() == b"data: "
+    assert await client.chunk() == b"data: "
     go.put_nowait(wave[1:3])
     go.put_nowait(wave[3:] + b"\n\n")
-    assert await caller.chunk() == wave + b"\n\n"
+    assert await client.chunk() == wave + b"\n\n"
     go.put_nowait(b"\xff\xf0\x9f")
-    assert await caller.chunk() == b"\xff"
+    assert await client.chunk() == b"\xff"
     go.put_nowait(b"")
-    assert await caller.chunk() == b"\xf0\x9f"
-    assert await caller.chunk() == b""
-    await caller.close()
+    assert await client.chunk() == b"\xf0\x9f"
+    assert await client.chunk() == b""
+    await client.close()
 
 
 @pytest.mark.gen_test
-async def test_plain_answer_of_a_get_is_streamed(setup: Setup, protocol: str) -> None:
-    """A GET's answer goes out as it comes, with fal's content-length."""
+async def test_plain_response_of_a_get_is_streamed(setup: Setup, protocol: str) -> None:
+    """A GET's response is sent piece by piece as it arrives, with fal's content-length."""
     go = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.start(200, JSON, length=4)
         await exchange.send(b"ab")
         await go.wait()
         await exchange.send(b"cd")
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    await caller.send("GET")
-    head = await caller.head()
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    await client.send("GET")
+    head = await client.head()
     assert (head.header("content-length"), head.header("x-accel-buffering")) == ("4", None)
-    assert await caller.reader.readexactly(2) == b"ab"
+    assert await client.reader.readexactly(2) == b"ab"
     go.set()
-    assert await caller.reader.readexactly(2) == b"cd"
-    await caller.close()
+    assert await client.reader.readexactly(2) == b"cd"
+    await client.close()
 
 
 @pytest.mark.gen_test
-async def test_plain_answer_of_a_post_is_held(setup: Setup, protocol: str) -> None:
-    """A POST's plain answer goes out when it is whole and in one piece, however fal sends it."""
+async def test_plain_response_of_a_post_is_buffered(setup: Setup, protocol: str) -> None:
+    """A POST's plain response is sent when it is whole and in one piece, even if fal sends it in several."""
     go = asyncio.Event()
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, JSON)
         await exchange.send(b'{"a":')
@@ -177,41 +177,41 @@ async def test_plain_answer_of_a_post_is_held(setup: Setup, protocol: str) -> No
         await exchange.send(b"1}")
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
-    caller = await RawClient.open(setup.proxy(upstream))
-    await caller.send("POST")
+    upstream = await setup.upstream(respond, protocol)
+    client = await RawClient.open(setup.proxy(upstream))
+    await client.send("POST")
     await first_exchange(upstream)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(caller.reader.read(1), 0.2)
+        await asyncio.wait_for(client.reader.read(1), 0.2)
     go.set()
-    whole = await caller.response()
+    whole = await client.response()
     assert (whole.body, whole.header("content-length")) == (b'{"a":1}', "7")
-    await caller.close()
+    await client.close()
 
 
 @pytest.mark.parametrize("size", [99_999, 100_000, 3_000_000])
 @pytest.mark.gen_test
-async def test_answer_around_hold_bytes(setup: Setup, protocol: str, size: int) -> None:
-    """A POST's result that outgrows response_buffer_bytes is streamed and arrives whole."""
+async def test_response_around_response_buffer_bytes(setup: Setup, protocol: str, size: int) -> None:
+    """A POST's result that exceeds response_buffer_bytes is streamed and arrives whole."""
     body = bytes(range(256)) * (size // 256) + b"." * (size % 256)
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, JSON)
         await exchange.send(body)
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     result = await call(setup.proxy(upstream, response_buffer_bytes=100_000))
     assert result.body == body
 
 
 @pytest.mark.gen_test
 async def test_no_time_limit_for_a_stream(setup: Setup, protocol: str) -> None:
-    """A stream lives longer than idle_timeout_s as long as bytes move."""
+    """A stream may take longer than idle_timeout_s as long as bytes move."""
     idle_timeout_s = 0.3
 
-    async def answer(exchange: Exchange) -> None:
+    async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, EVENTS)
         for number in range(12):
@@ -219,6 +219,6 @@ async def test_no_time_limit_for_a_stream(setup: Setup, protocol: str) -> None:
             await exchange.send(b"data: %d\n\n" % number)
         await exchange.end()
 
-    upstream = await setup.upstream(answer, protocol)
+    upstream = await setup.upstream(respond, protocol)
     result = await call(setup.proxy(upstream, idle_timeout_s=idle_timeout_s))
     assert result.body.count(b"data:") == 12

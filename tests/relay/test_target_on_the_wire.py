@@ -1,6 +1,6 @@
-"""libcurl asks the host of an accepted target, and no other, for that target.
+"""libcurl requests an accepted target from that target's host, and from no other.
 
-Both are seen at a server: what really arrives there, and the name that the TLS handshake asked for.
+A server shows both: the request that really arrives, and the name in the TLS handshake.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from tornado_fal_proxy.upstream.client import UpstreamClient
 
 
 class Wire:
-    """libcurl, driven as the handler drives it, in front of a server that notes what it was asked for."""
+    """libcurl, driven as the handler drives it, in front of a server that notes the names of TLS handshakes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, authority: Authority, protocol: str) -> None:
-        # Certificates for a wildcard hold for one label only. Which name was asked for is the test's to compare.
+        # A wildcard certificate is valid for one label only, so each name gets a certificate of its own.
         self.names: list[str | None] = []
         self.known: set[str] = set()
         self._authority, self._loop = authority, loop
@@ -35,7 +35,7 @@ class Wire:
         self._protocol = protocol
         context = authority.context()
         context.sni_callback = self._note_name
-        self.upstream = Upstream(answer, ssl_context=context, protocols=[protocol])
+        self.upstream = Upstream(respond, ssl_context=context, protocols=[protocol])
         loop.run_until_complete(self.upstream.start())
         self._client = loop.run_until_complete(self._make_client())
 
@@ -52,7 +52,7 @@ class Wire:
         return UpstreamClient(force_instance=True, config=config)
 
     def request(self, method: str, target: Target) -> tuple[Exchange, list[str | None]]:
-        """What the server got when libcurl was given ``target``, and the names of the handshakes that this took."""
+        """Request ``target`` with libcurl. Return the request that arrived, and the names in the handshakes for it."""
         del self.names[:]
         self.upstream.exchanges.clear()
         self._loop.run_until_complete(self._relay(method, target))
@@ -72,7 +72,7 @@ class Wire:
         self._loop.run_until_complete(close())
 
 
-async def answer(exchange: Exchange) -> None:
+async def respond(exchange: Exchange) -> None:
     await exchange.body()
     await exchange.respond(200)
 
@@ -95,7 +95,7 @@ def test_libcurl_asks_that_host_for_that_target(wire: Wire, url: str, method: st
     exchange, names = wire.request(method, target)
     assert (exchange.method, exchange.authority) == (method, target.host)
     assert exchange.target == target.request_target.encode("ascii")
-    # One handshake for each host; libcurl may take a connection again, but only one to that name.
+    # One handshake for each host: libcurl may use a connection again, but only for the same name.
     assert names == ([] if target.host in wire.known else [target.host])
     wire.known.add(target.host)
     assert properties.is_fals(exchange.authority)

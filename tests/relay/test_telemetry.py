@@ -1,4 +1,4 @@
-"""What is told of a call: one record for each, whatever became of it."""
+"""The record of a call: each call has exactly one, however it ended."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ from tornado_fal_proxy.telemetry import Call
 
 
 class Recording(FalProxyHandler):
-    """Keeps what it is told."""
+    """A handler that keeps the record of each call."""
 
     def on_call_end(self, call: Call) -> None:
         self.application.settings["calls"].append(call)
 
     def authorize(self, target: Target) -> Any:
         match self.request.headers.get("x-user"):
-            case "stranger":
+            case "unknown":
                 return False
             case "banned":
                 raise HTTPError(429, reason="Slow down.")
@@ -46,10 +46,10 @@ def serve(setup: Setup, upstream: Any, **fields: Any) -> tuple[int, list[Call]]:
 
 @dataclass
 class Case:
-    """A call, what it comes to, and what is left in the log of the test."""
+    """A call, its record, and the line that it leaves in the log."""
 
     outcome: str
-    why: str = ""
+    error: str = ""
     status: int = 200
     method: str = "POST"
     path: str = "fal-ai/flux/dev"
@@ -66,13 +66,19 @@ CASES = {
     "a GET": Case("ok", method="GET", sent=3),
     "a stream": Case("ok", path="fal-ai/flux/stream", sent=len(EVENT)),
     "an error of fal's": Case("ok", status=422, path="a/b/early", sent=2),
-    "no answer": Case("upstream_error", "ConnectionLost", 500, path="a/b/resets", logged="500 POST .*may have run"),
-    "no answer to a GET": Case("upstream_error", "ConnectionLost", 502, "GET", "a/b/resets", logged="502 GET"),
-    "too slow": Case("upstream_error", "UpstreamTimeout", 500, path="a/b/silent", logged="500 POST .*may have run"),
+    "no response": Case(
+        "upstream_error", "ConnectionLost", 500, path="a/b/resets", logged="upstream error: 500 POST .*may have run"
+    ),
+    "no response to a GET": Case(
+        "upstream_error", "ConnectionLost", 502, "GET", "a/b/resets", logged="upstream error: 502 GET"
+    ),
+    "too slow": Case(
+        "upstream_error", "UpstreamTimeout", 500, path="a/b/silent", logged="upstream error: 500 POST .*may have run"
+    ),
     "a broken stream": Case(
         *("upstream_error", "ConnectionLost", 200, "GET", "a/b/breaks"),
         sent=len(EVENT),
-        logged="broken off",
+        logged="the response was aborted",
         broken=True,
     ),
     "another method": Case("refused", "MethodNotAllowed", 405, "DELETE"),
@@ -80,11 +86,15 @@ CASES = {
     "a closed endpoint": Case("refused", "EndpointNotAllowed", 403, path="closed/model"),
     "another type": Case("refused", "UnsupportedMediaType", 415, headers=("content-encoding: gzip",)),
     "a large body": Case("refused", "BodyTooLarge", 413, body=b"[%s]" % (b"1," * 5000)),
-    "a stranger": Case("refused", "Unauthorized", 401, headers=("x-user: stranger",)),
+    "an unknown user": Case("refused", "Unauthorized", 401, headers=("x-user: unknown",)),
     "one too many": Case("refused", "HTTPError", 429, headers=("x-user: banned",)),
-    "an answer of the application's": Case("ok", "", 302, headers=("x-user: lost",), sent=0),
+    "a response of the application's": Case("ok", "", 302, headers=("x-user: lost",), sent=0),
     "a bug of the application's": Case(
-        "failed", "Misconfigured", 500, headers=("x-user: bug",), logged="500 POST: authorize raised ValueError"
+        "failed",
+        "Misconfigured",
+        500,
+        headers=("x-user: bug",),
+        logged="refused: 500 POST: authorize raised ValueError",
     ),
     "left before the body": Case("client_disconnected", "ClientDisconnected", 499, leaves="before"),
     "left while it waited": Case("client_disconnected", "ClientDisconnected", 499, path="a/b/silent", leaves="waiting"),
@@ -99,8 +109,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.gen_test
-async def test_each_call_is_told_once(setup: Setup, logs: Logs, name: str) -> None:
-    """With its outcome, whatever that is, and its answer names the call's id."""
+async def test_each_call_is_recorded_once(setup: Setup, logs: Logs, name: str) -> None:
+    """Each call has one record, with its outcome, and its response has the call's id."""
     case = CASES[name]
     upstream = await setup.upstream(as_asked)
     port, calls = serve(
@@ -108,53 +118,53 @@ async def test_each_call_is_told_once(setup: Setup, logs: Logs, name: str) -> No
     )
     if case.logged:
         logs.expect(case.logged)
-    caller = await RawClient.open(port)
+    client = await RawClient.open(port)
     url = f"https://fal.run/{case.path}"
     data = request(case.method, case.body, target=url, headers=[*case.headers, "x-request-id: my-call.1"])
-    caller.writer.write(data[:-1] if case.leaves == "before" else data)
-    answer = None
+    client.writer.write(data[:-1] if case.leaves == "before" else data)
+    response = None
     if case.leaves == "before":
         await asyncio.sleep(0.05)
-        caller.leave()
+        client.leave()
     elif case.leaves == "waiting":
         await eventually(lambda: upstream.exchanges)
-        caller.leave()
+        client.leave()
     elif case.leaves == "reading" or case.broken:
-        answer = await caller.head()
+        response = await client.head()
         if case.path != "a/b/large":
-            assert await caller.chunk() == EVENT
+            assert await client.chunk() == EVENT
         if case.leaves:
-            caller.leave()
+            client.leave()
         else:
-            assert await caller.reader.read() == b""
+            assert await client.reader.read() == b""
     else:
-        answer = await caller.response()
+        response = await client.response()
     await eventually(lambda: calls)
-    await caller.close()
+    await client.close()
     await asyncio.sleep(0.02)
-    (told,) = calls
-    assert (told.outcome, told.why, told.status, told.method) == (
+    (record,) = calls
+    assert (record.outcome, record.error, record.status, record.method) == (
         case.outcome,
-        case.why,
+        case.error,
         case.status,
         "other" if case.method == "DELETE" else case.method,
     )
-    assert told.request_id == "my-call.1"
-    if answer is not None:
-        assert answer.header("x-request-id") == "my-call.1"
-        assert answer.status == case.status or case.leaves
+    assert record.request_id == "my-call.1"
+    if response is not None:
+        assert response.header("x-request-id") == "my-call.1"
+        assert response.status == case.status or case.leaves
         if case.path != "a/b/large":
-            assert told.sent_bytes == (len(answer.body) if case.sent is None else case.sent)
-        assert told.first_byte_s is None or 0 < told.first_byte_s <= told.seconds
-    assert (told.head is not None) == (
+            assert record.sent_bytes == (len(response.body) if case.sent is None else case.sent)
+        assert record.first_byte_s is None or 0 < record.first_byte_s <= record.seconds
+    assert (record.head is not None) == (
         (case.outcome == "ok" and case.status != 302) or case.broken or case.leaves == "reading"
     )
-    assert KEY not in json.dumps(told.fields("127.0.0.1"))
+    assert KEY not in json.dumps(record.fields("127.0.0.1"))
 
 
 @pytest.mark.gen_test
-async def test_what_is_told_changes_no_answer(setup: Setup, logs: Logs) -> None:
-    """An on_call_end that raises is logged, without the text of the exception."""
+async def test_a_failing_on_call_end_changes_no_response(setup: Setup, logs: Logs) -> None:
+    """An on_call_end that raises is logged without the text of the exception, and the client gets its response."""
 
     class Raising(FalProxyHandler):
         def on_call_end(self, call: Call) -> None:
@@ -181,22 +191,22 @@ async def test_what_is_told_changes_no_answer(setup: Setup, logs: Logs) -> None:
 )
 @pytest.mark.gen_test
 async def test_request_id(setup: Setup, given: str, kept: bool) -> None:
-    """The caller's own is kept if it is one; else it is made. It does not go to fal."""
+    """The client's own id is kept if its characters allow that; otherwise a new one is made. It does not go to fal."""
     upstream = await setup.upstream(as_asked)
     port, _ = serve(setup, upstream)
-    caller = await RawClient.open(port)
-    await caller.send(headers=[f"X-Request-ID: {given}"])
+    client = await RawClient.open(port)
+    await client.send(headers=[f"X-Request-ID: {given}"])
     try:
-        answer = await caller.response()
+        response = await client.response()
     except asyncio.IncompleteReadError:
-        assert "\x1b" in given  # Tornado takes no control character
+        assert "\x1b" in given  # Tornado refuses control characters
         return
     finally:
-        await caller.close()
-    if answer.status == 400:
+        await client.close()
+    if response.status == 400:
         assert "\x1b" in given
         return
-    got = answer.header("x-request-id")
+    got = response.header("x-request-id")
     assert got is not None
     assert (got == given) is kept
     assert kept or re.fullmatch("[0-9a-f]{32}", got)

@@ -22,7 +22,7 @@ def limited(soft: int, hard: int) -> list[str]:
 
 @pytest.mark.gen_test
 async def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
-    """It is raised to the hard limit. If that is too low for max_in_flight, a warning says what to set."""
+    """It is raised to the hard limit. If that is too low for max_in_flight, a warning names the values to set."""
     monkeypatch.setattr("tests.support.service_process.COMMAND", limited(64, 2000))
     running = await ServiceProcess.start(processes, "--max-in-flight=1900", FAL_KEY=KEY)
     for pid in (running.pid, *running.workers()):

@@ -80,7 +80,7 @@ def test_recovery(find: Find, name: str, protocol: str) -> None:
     print("\n" + row(report))  # noqa: T201  (shown with -s)
     assert report.error == ""
     assert report.twice == [], "executed more than once"
-    assert report.deceived == [], "a client may repeat what was executed"
+    assert report.deceived == [], "a client may repeat a job that was executed"
     seen = set(report.seen) - {"POST 200", "GET 200", "stream 200"}
     assert seen <= fault.bad
     assert seen & fault.felt or not fault.felt, "it was no fault"

@@ -23,7 +23,7 @@ from tornado_fal_proxy.service.server import CLOSE_POLL_S
 
 @pytest.mark.gen_test
 async def test_it_serves_its_route_and_its_health() -> None:
-    """It serves where the start line says and nothing else. An option wins over its variable, and it logs to stderr."""
+    """It serves the URL in the start line and nothing else. An option wins over its variable, and it logs to stderr."""
     running = await ServiceProcess.start("--route=/here", FAL_PROXY_ROUTE="/there", FAL_PROXY_PORT="1", FAL_KEY=KEY)
     assert running.line.endswith(f" listens on http://127.0.0.1:{running.port}/here\n")
 

@@ -133,7 +133,7 @@ FAILS = [
         ),
         environ={"FAL_PROXY_RESPONSE_BUFFER_BYTES": "many\nlines"},
     ),
-    # The address. (No name here is one that a resolver would have to be asked for.)
+    # The address. No name here needs a resolver.
     start(
         "--port={taken}",
         match=r"cannot listen on 127.0.0.1 port \d+: .*in use; choose another --port",

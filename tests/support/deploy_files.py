@@ -1,4 +1,4 @@
-"""The files of deploy/, and what they start."""
+"""The files of deploy/, and the processes that they start."""
 
 import asyncio
 import re

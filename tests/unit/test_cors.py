@@ -169,3 +169,53 @@ VARY: list[tuple[list[str], tuple[str, ...], list[str]]] = [
 def test_vary(lines: list[str], names: tuple[str, ...], merged: list[str]) -> None:
     """The names that the target varies by are never lost, and no name is repeated."""
     assert vary(lines, *names) == merged
+
+
+RESPONSE_HEADERS: list[tuple[str | None, bool, list[tuple[str, str]]]] = [
+    (None, False, []),
+    (None, True, []),
+    (OTHER, False, []),
+    (OTHER, True, []),
+    (APP, False, [("Access-Control-Allow-Origin", APP), ("Access-Control-Expose-Headers", EXPOSED)]),
+    (
+        APP,
+        True,
+        [
+            ("Access-Control-Allow-Origin", APP),
+            ("Access-Control-Expose-Headers", EXPOSED),
+            ("Access-Control-Allow-Credentials", "true"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("origin", "credentials", "headers"), RESPONSE_HEADERS)
+def test_headers_for_an_origin(origin: str | None, credentials: bool, headers: list[tuple[str, str]]) -> None:
+    """A page of an allowed origin gets exactly these headers, and any other page gets none."""
+    assert rules(APP, allow_credentials=credentials).response_headers(origin) == headers
+
+
+@pytest.mark.parametrize(("cancel", "methods"), [(False, "GET, POST"), (True, "GET, POST, PUT")])
+def test_methods_of_a_preflight(cancel: bool, methods: str) -> None:
+    """PUT is allowed to pages only where the proxy relays PUT."""
+    assert dict(rules(APP, allow_cancel=cancel).preflight_headers(None))["Access-Control-Allow-Methods"] == methods
+
+
+CONTRADICTIONS: list[tuple[object, bool, str]] = [
+    (None, True, "allow_credentials: needs allowed_origins"),
+    ((), False, "allowed_origins: must be a list of origins, or left out for no CORS at all, not ()"),
+    (APP, False, f"allowed_origins: must be a list of origins, or left out for no CORS at all, not {APP!r}"),
+    (
+        (APP, "https://*.example.com"),
+        True,
+        "allow_credentials: works only where all allowed_origins are exact, without *",
+    ),
+]
+
+
+@pytest.mark.parametrize(("origins", "credentials", "problem"), CONTRADICTIONS)
+def test_origins_that_make_no_rules(origins: Any, credentials: bool, problem: str) -> None:
+    """Credentials for nobody, for an empty list or for a wildcard are refused, with the option to change."""
+    with pytest.raises(ConfigError) as caught:
+        cors_rules(origins, allow_credentials=credentials)
+    assert caught.value.problems == (problem,)

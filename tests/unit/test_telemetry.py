@@ -88,3 +88,11 @@ def test_lines_fit_into_one_write() -> None:
     lines = Lines([(1e9, Fields(longest.fields("ffff:" * 7 + "ffff")))] * LINES_AT_ONCE)
     record = logging.LogRecord("tornado_fal_proxy.access", logging.INFO, "", 0, lines, (), None)
     assert len(JsonFormatter().format(record)) < select.PIPE_BUF
+
+
+@pytest.mark.parametrize("text", ["nginx", "10.0.0.1/8", "10.0.0.0/33", "", "Unix", "*"])
+def test_text_that_names_no_trusted_proxy(text: str) -> None:
+    """A trusted proxy is an address, a network or a socket file, and the error quotes anything else."""
+    with pytest.raises(ValueError, match="is no address, no network such as 10") as caught:
+        TrustedProxies(("127.0.0.1", text))
+    assert str(caught.value).startswith(repr(text))

@@ -30,7 +30,7 @@ from tornado_fal_proxy.sandbox.jobs import (
 )
 from tornado_fal_proxy.sandbox.state import SandboxState
 
-# How long a stream of statuses may take to notice that its job was cancelled: a moment for the person who cancelled.
+# The longest time until a stream of statuses notices that its job was cancelled: a moment for the person who cancelled.
 CANCEL_NOTICE_S = 0.25
 
 

@@ -17,11 +17,11 @@ from typing import Any, NoReturn, get_type_hints
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tornado.web import HTTPError
 
-# How long a run, a queued job, and each event of a stream take at pace 1: long enough to see, too short to wait for.
+# Seconds that a run, a queued job, and each event of a stream take at pace 1: long enough to see, short enough to wait.
 RUN_S = 1.2
 QUEUE_S = 4.0
 EVENT_GAP_S = 0.12
-# How many events a stream has: a dozen show a text that grows.
+# Events of a stream: a dozen show a text that grows.
 EVENTS = 12
 # The longest prompt or text that a job keeps of its input; nobody reads more of it in a picture or on a page.
 MAX_TEXT_CHARS = 10_000
@@ -74,7 +74,7 @@ def trim(mapping: MutableMapping[Any, Any], limit: int) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """How the client wants its job to go; the package's docstring describes the fields."""
+    """The course of a job as its client wants it; the package's docstring describes the fields."""
 
     tag: str = ""
     error: int | None = None

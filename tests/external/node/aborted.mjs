@@ -1,10 +1,10 @@
-// Calls that the caller ends. Argument: the proxy's URL.
-// Its upstream answers `.../has-come` and `.../has-gone` once that happened to the call.
+// Make calls and abort them. Argument: the proxy's URL.
+// The upstream responds to `.../has-come` and `.../has-gone` once the call has come or gone.
 // Prints one line: the JSON of {name: outcome}.
 
-import { callerOf, report, settle } from "./common.mjs";
+import { clientOf, report, settle } from "./common.mjs";
 
-const fal = callerOf(process.argv[2]);
+const fal = clientOf(process.argv[2]);
 
 async function run() {
   const controller = new AbortController();

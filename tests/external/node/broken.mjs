@@ -1,9 +1,9 @@
-// Answers that break off, or come byte by byte. Argument: the proxy's URL.
+// Make calls whose responses break off, or come byte by byte. Argument: the proxy's URL.
 // Prints one line: the JSON of {name: outcome}.
 
-import { callerOf, report, settle } from "./common.mjs";
+import { clientOf, report, settle } from "./common.mjs";
 
-const fal = callerOf(process.argv[2]);
+const fal = clientOf(process.argv[2]);
 const stream = async (id) => settle((await fal.stream(id, { input: {} })).done());
 
 report({

@@ -1,15 +1,15 @@
-// Every kind of call that @fal-ai/client makes, all at once, through the proxy and to the sandbox's stand-in for fal.
+// Make every kind of call that @fal-ai/client has, all at once, through the proxy and to the sandbox.
 // Arguments: the proxy's URL, that of a proxy whose key is wrong, and that of one with access rules.
 // Prints one line: the JSON of {name: outcome}.
 
-import { callerOf, report, settle } from "./common.mjs";
+import { clientOf, report, settle } from "./common.mjs";
 
 const [proxyUrl, wrongKeyUrl, rulesUrl] = process.argv.slice(2);
-const fal = callerOf(proxyUrl);
-const restricted = callerOf(rulesUrl);
+const fal = clientOf(proxyUrl);
+const restricted = clientOf(rulesUrl);
 const MODEL = "fal-ai/flux/dev";
 
-// What the real one would be opened with; nobody serves WebSockets here, and Node 20 has none.
+// The URL that a real WebSocket would open. No server here has WebSockets, and neither has Node 20.
 let openedSocket;
 const socketUrl = new Promise((resolve) => (openedSocket = resolve));
 globalThis.WebSocket = class {
@@ -18,21 +18,21 @@ globalThis.WebSocket = class {
   }
 };
 
-/** An input that steers the stand-in. */
+/** Return an input that controls the sandbox. */
 const input = (sandbox = {}) => ({ prompt: "a lighthouse", sandbox });
 
-/** Subscribe, and note each change of the queue as well as the result. */
+/** Subscribe, and return each change of the queue as well as the result. */
 async function subscribe(id, options, sandbox) {
   const updates = [];
-  const onQueueUpdate = ({ status, queue_position: place, logs }) => {
-    const update = [status, place ?? null, ...(logs ?? []).map((line) => line.message)];
+  const onQueueUpdate = ({ status, queue_position: position, logs }) => {
+    const update = [status, position ?? null, ...(logs ?? []).map((line) => line.message)];
     if (JSON.stringify(update) !== JSON.stringify(updates.at(-1))) updates.push(update);
   };
   const result = await fal.subscribe(id, { input: input(sandbox), logs: true, pollInterval: 25, onQueueUpdate, ...options });
   return { updates, result };
 }
 
-/** Upload, and read back what the address that came back serves. */
+/** Upload, and read the file back from the address that was returned. */
 async function upload(blob) {
   const url = await fal.storage.upload(blob);
   const read = await fetch(url);
@@ -129,21 +129,21 @@ const calls = {
   },
   upload_closed: () => restricted.storage.upload(new Blob(["x"])),
 
-  wrong_key: () => callerOf(wrongKeyUrl).run(MODEL, { input: input() }),
+  wrong_key: () => clientOf(wrongKeyUrl).run(MODEL, { input: input() }),
   result_refused: () => subscribe(MODEL, {}, { error: 500, at: "result", think_s: 0 }),
   unknown_job: () => fal.queue.status(MODEL, { requestId: "none" }),
 };
 
-// The client repeats these, so that the second try succeeds ...
+// The SDK repeats these, and the second try succeeds ...
 for (const error of [429, 502, 503, 504]) {
   const sandbox = { tag: String(error), error, times: 1, think_s: 0 };
   calls[`run_${error}`] = () => fal.run(MODEL, { input: input(sandbox) });
   calls[`submit_${error}`] = () => fal.queue.submit(MODEL, { input: input({ ...sandbox, tag: `submit ${error}` }) });
 }
-// ... and not this.
+// ... and does not repeat this.
 calls.run_500 = () => fal.run(MODEL, { input: input({ tag: "500", error: 500, times: 1 }) });
 
 const outcomes = await Promise.all(Object.entries(calls).map(async ([name, call]) => [name, await settle(call())]));
-// Over 90 MiB the client sends parts of 10 MiB, one after the other. That holds up the rest, so it comes last.
+// Over 90 MiB the SDK sends parts of 10 MiB, one after the other. They would delay the other calls, so they come last.
 const large = new Blob(["not all zero", new Uint8Array(91 * 2 ** 20)]);
 report({ ...Object.fromEntries(outcomes), upload_in_parts: await settle(upload(large)) });

@@ -1,12 +1,12 @@
-// What the scripts share: a client that goes through the proxy, and outcomes as JSON.
+// Shared by the scripts: fal's client behind the proxy, and outcomes as JSON.
 
 import { ApiError, createFalClient } from "@fal-ai/client";
 
-/** fal's client with the proxy at that URL. Its own credentials are wrong, so that no call succeeds by them. */
-export const callerOf = (url) =>
-  createFalClient({ proxyUrl: { url, when: "always" }, credentials: "of-the-caller:and-wrong" });
+/** Return fal's client with the proxy at that URL. Its own credentials are wrong, and no call may succeed by them. */
+export const clientOf = (url) =>
+  createFalClient({ proxyUrl: { url, when: "always" }, credentials: "of-the-client:and-wrong" });
 
-/** What became of a promise: its value, or what the client tells of the error. */
+/** Return the outcome of a promise: its value, or the facts of its error. */
 export async function settle(promise) {
   try {
     return { value: await promise };
@@ -17,7 +17,7 @@ export async function settle(promise) {
   }
 }
 
-/** Print the outcome, and end although timers of the client's and kept connections would go on. */
+/** Print the outcome, and exit although timers and kept connections of the client would go on. */
 export function report(outcome) {
   process.stdout.write(JSON.stringify(outcome) + "\n", () => process.exit());
 }

@@ -1,5 +1,5 @@
-// The sandbox's page in a real browser: both forms, errors, Cancel.
-// Arguments: the page's URL, the path of Chromium. Prints one line: the JSON of what a user saw.
+// Use the sandbox's page in a real browser: both forms, errors, Cancel.
+// Arguments: the page's URL, the path of Chromium. Prints one line: the JSON of all that was shown.
 
 import { chromium } from "playwright-core";
 import { report } from "./common.mjs";
@@ -16,15 +16,15 @@ page.on("request", (request) => origins.add(new URL(request.url()).origin));
 page.on("pageerror", (error) => problems.push(String(error)));
 await page.goto(url);
 
-// From now on, everything that an output shows is noted, in order.
+// From now on, every text that an output shows is recorded, in order.
 await page.evaluate(() => {
   for (const output of document.querySelectorAll("output")) {
-    const note = () => (window.shown[output.id] ??= []).push(output.value);
-    new MutationObserver(note).observe(output, { childList: true, characterData: true, subtree: true });
+    const record = () => (window.shown[output.id] ??= []).push(output.value);
+    new MutationObserver(record).observe(output, { childList: true, characterData: true, subtree: true });
   }
 });
 
-/** Start that form's call, do what a user does meanwhile, wait for the end, and tell what was to be seen. */
+/** Start that form's call, act as a user does meanwhile, wait for the end, and return all that was shown. */
 async function use(form, meanwhile = async () => {}) {
   await page.evaluate((form) => {
     window.shown = {};
@@ -45,7 +45,7 @@ async function use(form, meanwhile = async () => {}) {
   }, form);
 }
 
-/** What a user does who cancels as soon as that output shows that text. */
+/** Return an action that cancels as soon as that output shows that text. */
 const cancel = (form, output, text) => async () => {
   await page.waitForFunction(([id, text]) => document.getElementById(id).value.includes(text), [output, text]);
   await page.click(`#${form}-cancel`);
@@ -55,11 +55,11 @@ const seen = { run: await use("run"), stream: await use("stream") };
 seen.run_cancelled = await use("run", cancel("run", "queue-position", "In the queue"));
 seen.stream_cancelled = await use("stream", cancel("stream", "stream-output", "Gr"));
 for (const error of ["422", "429", "500"]) {
-  await page.selectOption("#wish", error);
+  await page.selectOption("#scenario", error);
   seen[`run_${error}`] = await use("run");
   seen[`stream_${error}`] = await use("stream");
 }
-await page.selectOption("#wish", "");
+await page.selectOption("#scenario", "");
 await page.fill("#prompt", "Ein Kätzchen 🐱");
 seen.run_again = await use("run");
 await browser.close();

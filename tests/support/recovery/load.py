@@ -27,11 +27,11 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 0.3
 
 @dataclass(frozen=True)
 class LoadCall:
-    """A call of the load: its result ``what``, the server that responded (``by``), and its times."""
+    """A call of the load: its ``result``, the server that responded (``by``), and its times."""
 
     kind: str
     number: int
-    what: str
+    result: str
     by: str
     began: float
     ended: float
@@ -39,7 +39,7 @@ class LoadCall:
     @property
     def seen(self) -> str:
         """Return the name under which the call is counted: ``POST 500``, ``GET 502``, ``stream aborted``."""
-        return f"{self.kind.split()[-1]} {self.what}"
+        return f"{self.kind.split()[-1]} {self.result}"
 
 
 class Load:
@@ -74,7 +74,7 @@ class Load:
     async def goes_wrong(self) -> None:
         """Wait until a call of each kind has failed."""
         await self.until(
-            lambda: {call.kind for call in self.calls if call.what != "200"} == set(KINDS), IDLE_S + TIMEOUT_S
+            lambda: {call.kind for call in self.calls if call.result != "200"} == set(KINDS), IDLE_S + TIMEOUT_S
         )
 
     async def stop(self) -> None:
@@ -96,12 +96,12 @@ class Load:
             if client is None:
                 client = await RawClient.open(self._port)
             number, began = next(self._numbers), time.monotonic()
-            what, by, keep = await self._call(client, kind, number)
-            self.calls.append(LoadCall(kind, number, what, by, began, time.monotonic()))
+            result, by, keep = await self._call(client, kind, number)
+            self.calls.append(LoadCall(kind, number, result, by, began, time.monotonic()))
             if not keep:
                 client.leave()
                 client = None
-            if kind.startswith("short") or what != "200":
+            if kind.startswith("short") or result != "200":
                 await asyncio.sleep(random.uniform(MIN_PAUSE_S, MAX_PAUSE_S))
         if client is not None:
             await client.close()
@@ -134,13 +134,13 @@ class Load:
 
 def is_right(call: LoadCall, by: str) -> bool:
     """Tell whether that server gave the call the right response."""
-    return call.what == "200" and call.by == by
+    return call.result == "200" and call.by == by
 
 
 def recovery(calls: list[LoadCall], since: float, wanted: str) -> float:
-    """Return the seconds after ``since`` until no call fails any more.
+    """Return the seconds from ``since`` to the end of the last call that failed.
 
-    The last call that failed counts, or the first right one of the kind that had it last.
+    If a kind of short calls had its first right response later, that moment counts.
     """
     later = [call for call in calls if call.began >= since]
     wrong = [call.ended for call in later if not is_right(call, wanted)]

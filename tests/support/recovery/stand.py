@@ -249,12 +249,12 @@ class Stand:
         executed = Counter(int(number) for method, number in lines if method == "POST")
         posts = [call for call in calls if not call.kind.endswith("GET")]
         report.twice = [call.number for call in posts if executed[call.number] > 1]
-        # fal's SDKs do not repeat an event stream that broke off after its head.
+        # fal's SDKs do not repeat an event stream that was aborted after its head.
         final = ("200", "413", "500")
         report.deceived = [
-            f"{call.kind} {call.number}: {call.what}"
+            f"{call.kind} {call.number}: {call.result}"
             for call in posts
-            if executed[call.number] and call.what not in final and (call.kind, call.what) != ("stream", "aborted")
+            if executed[call.number] and call.result not in final and (call.kind, call.result) != ("stream", "aborted")
         ]
 
     async def _come_to_rest(self) -> dict[str, int]:
@@ -266,7 +266,7 @@ class Stand:
 
 def is_at_rest(now: dict[str, int], before: dict[str, int]) -> bool:
     """Tell whether no resource has grown, except memory that is kept for the next calls."""
-    return all(now[what] <= before[what] for what in ("tasks", "calls", "transfers", "waiting", "files", "connections"))
+    return all(now[name] <= before[name] for name in ("tasks", "calls", "transfers", "waiting", "files", "connections"))
 
 
 def files(pid: int) -> Iterator[str]:

@@ -53,8 +53,8 @@ class Exchange(ABC):
         self._settled = asyncio.Event()  # the body is whole, or never will be
 
     def __repr__(self) -> str:
-        place = f"{self.connection_number}.{self.number_on_connection}"
-        return f"<Exchange {place} {self.protocol} {self.method} {self.authority} {self.target!r}>"
+        position = f"{self.connection_number}.{self.number_on_connection}"
+        return f"<Exchange {position} {self.protocol} {self.method} {self.authority} {self.target!r}>"
 
     def header(self, name: str) -> bytes | None:
         """Return the first value of the request's header of that name."""
@@ -62,10 +62,10 @@ class Exchange(ABC):
         return next((value for key, value in self.headers if key.lower() == wanted), None)
 
     async def body(self) -> bytes:
-        """Return the whole request body, or raise `Gone` if it broke off. The handler starts before that."""
+        """Return the whole request body, or raise `Gone` if it is incomplete. The handler starts before that."""
         await self._settled.wait()
         if not self._whole:
-            raise Gone(f"{self!r}: body broke off after {len(self._received)} bytes")
+            raise Gone(f"{self!r}: body incomplete after {len(self._received)} bytes")
         return bytes(self._received)
 
     @abstractmethod
