@@ -54,9 +54,14 @@ async def test_metrics(setup: Setup, processes: str) -> None:
         assert scrape.total("fal_proxy_client_connections") == 1
     waiting.leave()
 
+    # A worker counts its bytes after all else, and another one may respond to the scrape meanwhile.
     scrape = await until(
         admin,
-        lambda scrape: scrape.total("fal_proxy_calls_total") == 24 and not scrape.total("fal_proxy_in_flight"),
+        lambda scrape: (
+            scrape.total("fal_proxy_calls_total") == 24
+            and scrape.total("fal_proxy_body_bytes_total", direction="received") == 21 * 2
+            and not scrape.total("fal_proxy_in_flight")
+        ),
     )
     calls = "fal_proxy_calls_total"
     assert scrape.total(calls, kind="run", outcome="ok", method="POST", error="") == 20

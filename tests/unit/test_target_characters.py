@@ -1,6 +1,4 @@
-"""Each character by itself in each part of a target, and targets that would take a careless parser long."""
-
-import time
+"""Each character by itself, in each part of a target."""
 
 import pytest
 
@@ -32,15 +30,3 @@ def test_in_a_host_only_lower_case_letters_digits_and_inner_hyphens_pass() -> No
         else:
             with pytest.raises(TargetRefused):
                 parse_target(url)
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["https://" + "a-" * 50_000 + ".fal.run", "https://" + "a." * 50_000, "https://fal.run/" + "/" * 65_536 + " "],
-)
-def test_a_hostile_target_costs_no_time(url: str) -> None:
-    """A hostile target is refused as fast as any other."""
-    started = time.process_time()
-    with pytest.raises(TargetRefused):
-        parse_target(url)
-    assert time.process_time() - started < 1

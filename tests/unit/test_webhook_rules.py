@@ -1,7 +1,6 @@
 """The operator's rules for webhooks: queries that are allowed beside those that are refused."""
 
 import itertools
-import time
 import urllib.parse
 
 import pytest
@@ -15,7 +14,6 @@ from tornado_fal_proxy.errors import (
     WebhookNotAllowed,
 )
 from tornado_fal_proxy.rules.access import access_rules
-from tornado_fal_proxy.rules.target import Target
 
 HOOKS = ("https://hooks.example", "https://b.example:8443")
 WEBHOOKS_ALLOWED = [
@@ -152,17 +150,3 @@ def test_bad_webhook_origin(origin: str) -> None:
     """An allowed origin must be exact, https, and spelled as it is compared."""
     with pytest.raises(ConfigError, match=r"\Aallowed_webhooks: "):
         access_rules(allowed_webhooks=(origin,))
-
-
-def test_no_query_takes_long() -> None:
-    """The search for webhooks is fast, also in the largest queries that a head can have."""
-    access = rules(allowed_webhooks=HOOKS)
-    began = time.perf_counter()
-    for query in (
-        "%25" * 20_000,
-        "&" * 60_000,
-        "%2525" * 12_000 + "=x",
-        "fal_webhook=https://hooks.example/" + "%41" * 20_000,
-    ):
-        access.check("GET", Target("fal.run", "/x", query))
-    assert time.perf_counter() - began < 0.5
