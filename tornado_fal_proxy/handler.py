@@ -146,7 +146,8 @@ class FalProxyHandler(RelayResponse):
             self._admit(backend, target)
         except ClientDisconnected:
             self._responded = True
-            self._end_disconnected()
+            if not self._finished:  # else the operator's function has responded by itself
+                self._end_disconnected()
         except ProxyError as exc:
             self._refuse(exc)
 

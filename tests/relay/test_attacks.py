@@ -298,7 +298,7 @@ async def test_clients_that_do_not_read_stop_no_others(setup: Setup) -> None:
     await asyncio.sleep(0.3)
     for method in ("GET", "POST"):
         async with asyncio.timeout(2):
-            assert (await call(port, method)).status == 200
+            assert (await call(port, method, target="https://fal.run/short")).status == 200
     assert upstream.connections == 1
     for client in clients:
         client.leave()

@@ -169,7 +169,7 @@ async def test_fetch_still_works(setup: Setup, protocol: str) -> None:
         assert fetched.body == b"/fetched"
         await transfer.read_head()
         assert await transfer.buffer_whole()
-        assert transfer.take() == b"/own"
+        assert transfer.take() == [b"/own"]
     finally:
         client.close()
 

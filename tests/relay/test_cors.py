@@ -48,8 +48,11 @@ def cors_headers(response: Response) -> dict[str, str]:
 
 
 def varied(response: Response) -> set[str]:
+    """Return the names in ``vary``, without the target's header, which is always among them."""
     lines = [value for name, value in response.headers if name == "vary"]
-    return {name.strip().lower() for line in lines for name in line.split(",")}
+    names = {name.strip().lower() for line in lines for name in line.split(",")}
+    assert "x-fal-target-url" in names
+    return names - {"x-fal-target-url"}
 
 
 GRANTED = {"access-control-allow-origin": APP, "access-control-expose-headers": EXPOSED}

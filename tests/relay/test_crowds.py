@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.support.proxy import Setup
-from tests.support.raw_client import RawClient, call
+from tests.support.raw_client import TARGET, RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import JSON, responds, silent
 
@@ -27,7 +27,7 @@ async def test_cold_crowd(setup: Setup, protocol: str) -> None:
 
     upstream = await setup.upstream(respond, protocol)
     port = setup.proxy(upstream)
-    for result in await asyncio.gather(*(call(port, method) for method in ["POST", "GET"] * 25)):
+    for result in await asyncio.gather(*(call(port, method, target=TARGET) for method in ["POST", "GET"] * 25)):
         assert result.status == 200
     assert upstream.connections == (1 if protocol == "h2" else 50)
     waiting = 0

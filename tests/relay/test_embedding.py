@@ -212,7 +212,7 @@ SUBCLASSES: list[tuple[type[FalProxyHandler], list[str], int, str, str]] = [
     (Decorated, [], 403, "Forbidden", ""),
     (Decorated, ["X-Token: good"], 200, "", ""),
     (Broken, [], 500, "Internal Server Error", "a bug"),
-    (Forgetful, [], 500, "Internal Server Error", r"must await super\(\).prepare\(\)"),
+    (Forgetful, [], 500, "The proxy is not configured correctly.", r"must await super\(\).prepare\(\)"),
 ]
 
 

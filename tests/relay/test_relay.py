@@ -127,21 +127,32 @@ async def test_response(setup: Setup, protocol: str, method: str, status: int) -
     response = await call(setup.proxy(upstream), method, headers=['If-None-Match: "1"'])
     assert (response.status, response.body) == (status, body)
     own = [] if status in (204, 304) else [("content-length", str(len(body)))]
-    assert sorted(without_id(response)) == sorted(RESPONSE_HEADERS + own)
+    assert sorted(without_own(response)) == sorted(RESPONSE_HEADERS + own)
     assert len(upstream.exchanges) == 1
 
 
-def without_id(response: Response) -> list[tuple[str, str]]:
-    """Return the headers except the one that the proxy adds."""
+# The headers that every response of the route has, so that no cache gives it to another call and no browser makes a
+# page of it.
+OWN = [
+    ("content-security-policy", "sandbox"),
+    ("vary", "x-fal-target-url"),
+    ("x-content-type-options", "nosniff"),
+]
+
+
+def without_own(response: Response) -> list[tuple[str, str]]:
+    """Return the headers except those that the proxy adds."""
     assert response.header("x-request-id")
-    return [(name, value) for name, value in response.headers if name != "x-request-id"]
+    own = [*OWN, ("x-request-id", response.header("x-request-id"))]
+    assert not [pair for pair in own if pair not in response.headers]
+    return [pair for pair in response.headers if pair not in own]
 
 
 @pytest.mark.gen_test
 async def test_response_without_headers(setup: Setup, protocol: str) -> None:
     """Tornado's own Server, Date and Content-Type do not replace those that fal did not send."""
     upstream = await setup.upstream(responds(200, b"x", []), protocol)
-    assert without_id(await call(setup.proxy(upstream))) == [("content-length", "1")]
+    assert without_own(await call(setup.proxy(upstream))) == [("content-length", "1")]
 
 
 PLAIN = b'{"x":"' + b"y" * 200 + b'"}'
@@ -201,7 +212,7 @@ async def test_interim_responses_and_trailers(setup: Setup, protocol: str) -> No
     upstream = await setup.upstream(respond, protocol)
     response = await call(setup.proxy(upstream))
     assert (response.status, response.body) == (200, b"{}")
-    assert sorted(name for name, _ in without_id(response)) == ["content-length", "content-type"]
+    assert sorted(name for name, _ in without_own(response)) == ["content-length", "content-type"]
 
 
 @pytest.mark.gen_test

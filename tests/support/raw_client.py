@@ -10,21 +10,26 @@ from typing import Any
 
 from tests.support.proxy import ROUTE
 
-__all__ = ["TARGET", "RawClient", "Response", "call", "request"]
+__all__ = ["RESULT", "TARGET", "RawClient", "Response", "call", "request"]
 
+# A run of a model, and the result of a queued job, which is read again at no cost.
 TARGET = "https://fal.run/fal-ai/flux/dev"
+RESULT = "https://queue.fal.run/fal-ai/flux/requests/764cabcf-b745-4b3e-ae38-1200304cf45b"
+BY_METHOD = "RESULT for a GET, else TARGET"
 
 
 def request(
     method: str = "POST",
     body: bytes = b"{}",
     *,
-    target: str | None = TARGET,
+    target: str | None = BY_METHOD,
     headers: Iterable[str] = (),
     version: str = "HTTP/1.1",
     path: str = ROUTE,
 ) -> bytes:
     """Return a request as fal's SDKs send one. ``headers`` are whole lines."""
+    if target == BY_METHOD:
+        target = RESULT if method == "GET" else TARGET
     lines = [f"{method} {path} {version}", "Host: app.example"]
     if target is not None:
         lines.append(f"x-fal-target-url: {target}")

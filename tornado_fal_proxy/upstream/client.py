@@ -78,7 +78,7 @@ class UpstreamClient(CurlLoop):
         self._hosts: Hosts[Transfer] = Hosts()
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._ports: dict[int, str] = {}  # the host of the connection that leaves from this port
-        self._http1_ports: set[int] = set()  # the ports of connections that speak HTTP/1
+        self._idle_http1_ports: set[int] = set()  # the ports of connections that have brought a whole response
         self._to_open: list[Transfer] = []
         interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, MAX_SWEEP_INTERVAL_S)
         self._sweep = Sweep(interval_s, self._end_idle_transfers)
@@ -131,16 +131,14 @@ class UpstreamClient(CurlLoop):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note which host the connection from that port goes to, and let the calls go that wait for the transfer."""
         self._ports[local_port] = transfer.host
-        self._http1_ports.discard(local_port)
+        self._idle_http1_ports.discard(local_port)
         if transfer.leads or transfer.resolving:
             # Not now, because this runs inside libcurl.
             self._loop.call_soon(self._on_connected, transfer)
 
-    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
-        """Note whether the transfer's host and connection speak HTTP/2."""
-        self._hosts.set_protocol(transfer.host, http2)
-        if not http2 and transfer.local_port:
-            self._http1_ports.add(transfer.local_port)
+    def protocol_known(self, host: str, http2: bool) -> None:
+        """Note whether ``host`` speaks HTTP/2."""
+        self._hosts.set_protocol(host, http2)
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on with the transfer."""
@@ -219,9 +217,10 @@ class UpstreamClient(CurlLoop):
 
     def accepts_idle_bytes(self, local_port: int) -> bool:
         """Tell whether bytes may come on that idle connection. Over HTTP/1 there is no request that they answer."""
-        if local_port not in self._http1_ports:
+        if local_port not in self._idle_http1_ports:
             return True
-        logger.warning("surplus bytes on an idle connection to %s: closed", self._ports.get(local_port, "?"))
+        # No warning, because the bytes may also be TLS's notice that the server closes the connection.
+        logger.info("idle connection closed: bytes came from %s", self._ports.get(local_port, "?"))
         return False
 
     def on_idle_closed(self, local_ports: Iterable[int]) -> None:
@@ -263,6 +262,8 @@ class UpstreamClient(CurlLoop):
             failure = upstream_error(curl_error, curl_message or "", may_have_run=_may_have_run(transfer))
         elif transfer.head is None:
             failure = MalformedResponse("no head", may_have_run=_may_have_run(transfer))
+        elif transfer.head.protocol != "2":
+            self._idle_http1_ports.add(transfer.local_port)
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
             self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)

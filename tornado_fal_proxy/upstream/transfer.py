@@ -50,8 +50,8 @@ class TransferDelegate(Protocol):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note that the transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
 
-    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
-        """Note whether the host of the transfer speaks HTTP/2. Called inside libcurl."""
+    def protocol_known(self, host: str, http2: bool) -> None:
+        """Note whether ``host`` speaks HTTP/2. Called inside libcurl."""
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on where it is paused, and open its window, because the reader has caught up."""
@@ -240,7 +240,7 @@ class Transfer(Body):
     def on_debug(self, kind: int, text: bytes) -> None:
         """Note which protocol the handshake of a leading call chose (DEBUGFUNCTION)."""
         if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
-            self._delegate.protocol_known(self, text.rstrip().endswith(b" h2"))
+            self._delegate.protocol_known(self.host, text.rstrip().endswith(b" h2"))
 
     def on_header(self, line: bytes) -> None:
         """Take a line of the head, or of the trailers, which are not passed on (HEADERFUNCTION)."""
@@ -275,7 +275,7 @@ class Transfer(Body):
         self.head = head
         if head.event_stream:
             self.high_water = HIGH_WATER_BYTES
-        self._delegate.protocol_known(self, head.protocol == "2")
+        self._delegate.protocol_known(self.host, head.protocol == "2")
         self._wake()
 
     def _fail(self, detail: str) -> None:
