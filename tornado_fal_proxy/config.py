@@ -63,7 +63,7 @@ EMPTY_LIST = "none"
 MAX_NUMBER = 2**31 - 1
 
 _LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
-_SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
+_SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1")
 _FUNCTIONS = ("authorize", "resolve_key")
 _CONNECT_TO = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
@@ -146,6 +146,9 @@ class ProxyConfig:
         "all bytes that a process buffers; beyond it calls are answered 503; without it a quarter of its memory",
         "BYTES",
         partial(_number, kind=int),
+    )
+    event_streams_over_http1: bool = option(
+        False, "ask fal for event streams over HTTP/1.1, where a truncated one is always noticed"
     )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(

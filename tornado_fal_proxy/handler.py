@@ -285,6 +285,7 @@ class FalProxyHandler(RelayResponse):
                 self._target,
                 self._lines,
                 body,
+                client=self.request.remote_ip or "",
             )
             del body  # libcurl keeps the only copy
             self._lines = []

@@ -91,20 +91,26 @@ class UpstreamClient(CurlLoop):
         target: Target,
         headers: list[bytes],
         body: bytes = b"",
+        *,
+        client: str = "",
     ) -> Transfer:
         """Begin a call and return at once. ``headers`` are lines as :func:`headers.request_headers` makes them.
 
+        ``client`` is the address of the client, whose calls to unproven hosts take turns with those of other clients.
         A response that must not break off, because a repetition of its call costs more, may be buffered up to
         ``response_buffer_bytes``. Raise ConnectionLost after :meth:`close`.
         """
         if self._shut:
             raise ConnectionLost("the proxy is closing")
         curl, pool = self._handles.take(method, body)
-        transfer = Transfer(self, curl, pool, host=target.host, repeatable=is_repeatable(method, target))
+        repeatable = is_repeatable(method, target)
+        transfer = Transfer(self, curl, pool, host=target.host, repeatable=repeatable, client=client)
         if not transfer.repeatable:
             transfer.high_water = self._config.response_buffer_bytes
         if len(body) > FIRST_WINDOW_BYTES:
             transfer.upload_bytes = len(body)  # a smaller one leaves in one write, whose end is the only progress
+        if self._config.event_streams_over_http1:
+            transfer.http1_only = any(line.startswith(b"accept:") and b"text/event-stream" in line for line in headers)
         set_request(curl, transfer, method, target, headers, body)
         self._running[curl] = transfer
         self._enqueue(transfer)
@@ -189,7 +195,7 @@ class UpstreamClient(CurlLoop):
             self._loop.call_later(HANDSHAKE_WAIT_S, self._on_lead_timeout, transfer)
         if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
             transfer.fresh_connect = True
-        set_connection(curl, transfer, shares=bool(self._hosts.speaks_http2(transfer.host)))
+        set_connection(curl, transfer, shares=bool(self._hosts.speaks_http2(transfer.host)) and not transfer.http1_only)
         transfer.started = True
         self._multi.add_handle(curl)
 

@@ -87,7 +87,7 @@ class _Json:
 
 
 class _EventStream:
-    """Follow the events. What stands behind the last empty line is cut off, unless it is a comment."""
+    """Follow the events. An event that has begun behind the last empty line is cut off; a comment there is not."""
 
     def __init__(self) -> None:
         self._tail = b""

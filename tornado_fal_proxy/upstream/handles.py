@@ -96,6 +96,8 @@ class HandlePool:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         if transfer.fresh_connect:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
+        if transfer.http1_only:
+            curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         if transfer.leads:
             curl.setopt(pycurl.VERBOSE, 0)
             curl.setopt(pycurl.DEBUGFUNCTION, None)
@@ -159,6 +161,8 @@ def set_request(
 def set_connection(curl: pycurl.Curl, transfer: Transfer, *, shares: bool) -> None:
     """Set how the call gets its connection. ``shares``: it waits for one that is being made, to share it (HTTP/2)."""
     curl.setopt(pycurl.PIPEWAIT, 1 if shares else 0)
+    if transfer.http1_only:
+        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
     if transfer.leads:
         curl.setopt(pycurl.DEBUGFUNCTION, transfer.on_debug)
         curl.setopt(pycurl.VERBOSE, 1)

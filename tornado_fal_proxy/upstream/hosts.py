@@ -10,7 +10,8 @@ connection. While the protocol is not known one call leads, and the others wait 
 its thread long after its call has gone. The wildcard of fal's formula lets a client name any number of hosts that hang.
 So a host is unproven until a connection to it was made, and at most :data:`MAX_LOOKUPS` of unproven hosts run at once:
 the rest of the pool is kept for the hosts that work. When the first call to an unproven host fails, the calls that
-waited for it fail too.
+waited for it fail too. Clients take turns, so one that names hundreds of hosts delays its own calls most. Of each client
+the newest call goes first, because the older ones wait behind names that hang.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PendingTransfer(Protocol):
     """Describe what must be known of a call. ``leads`` and ``resolving`` are this module's notes on it."""
 
     host: str
+    client: str
     leads: bool
     resolving: bool
 
@@ -80,13 +82,15 @@ class Hosts(Generic[T]):
         self._hosts: dict[str, _Host[T]] = {}
         # The hosts that may be forgotten because no call leads or waits there, in the order of becoming so.
         self._idle: OrderedDict[str, None] = OrderedDict()
-        self._unproven: OrderedDict[T, None] = OrderedDict()  # leading calls that wait for a lookup
+        # Leading calls that wait for a lookup, by client, in the order of the clients' turns.
+        self._unproven: OrderedDict[str, dict[T, None]] = OrderedDict()
         self._lookups = 0
 
     @property
     def waiting(self) -> int:
         """Count the calls that wait here."""
-        return len(self._unproven) + sum(len(host.waiting) for host in self._hosts.values())
+        unproven = sum(map(len, self._unproven.values()))
+        return unproven + sum(len(host.waiting) for host in self._hosts.values())
 
     def speaks_http2(self, name: str) -> bool | None:
         """Tell whether a host speaks HTTP/2; None while that is not known."""
@@ -125,7 +129,7 @@ class Hosts(Generic[T]):
         if host.proven:
             return True
         if self._lookups >= MAX_LOOKUPS:
-            self._unproven[call] = None
+            self._unproven.setdefault(call.client, {})[call] = None
             return False
         self._lookups += 1
         call.resolving = True
@@ -149,7 +153,7 @@ class Hosts(Generic[T]):
         Where its lookup may hang, the lookup counts until :meth:`lookup_ended`, and ``call.resolving`` stays true.
         """
         host = self._hosts.get(call.host)
-        self._unproven.pop(call, None)
+        self._drop_unproven(call)
         if host is None:
             return []
         host.waiting.pop(call, None)
@@ -174,11 +178,23 @@ class Hosts(Generic[T]):
         self._lookups -= 1
         free = []
         while self._unproven and self._lookups < MAX_LOOKUPS:
-            call, _ = self._unproven.popitem(last=False)
+            client, calls = next(iter(self._unproven.items()))
+            call, _ = calls.popitem()
+            if calls:
+                self._unproven.move_to_end(client)
+            else:
+                del self._unproven[client]
             self._lookups += 1
             call.resolving = True
             free.append(call)
         return free
+
+    def _drop_unproven(self, call: T) -> None:
+        calls = self._unproven.get(call.client, {})
+        if call in calls:
+            del calls[call]
+            if not calls:
+                del self._unproven[call.client]
 
     def _end_lookup(self, call: T) -> list[T]:
         if not call.resolving:

@@ -69,9 +69,10 @@ class Transfer(Body):
     Every method that waits raises an UpstreamError when fal fails, and ClientDisconnected after :meth:`cancel`.
     ``head`` is None until it is known. The other attributes belong to the client: ``may_have_been_sent`` says that the
     request may have left, ``leads`` that other calls wait for its handshake, ``resolving`` that it occupies a place of
-    the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections.
-    ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body that
-    takes several writes, of which ``uploaded`` have left; 0 when all of it has.
+    the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections, and
+    ``http1_only`` that it takes no connection over HTTP/2. ``last_progress_at`` is the loop's time when a byte moved
+    last. ``upload_bytes`` is the size of a request body that takes several writes, of which ``uploaded`` have left; 0
+    when all of it has.
     """
 
     __slots__ = (
@@ -83,10 +84,12 @@ class Transfer(Body):
         "_retried",
         "_turn_ends",
         "_waiter",
+        "client",
         "curl",
         "fresh_connect",
         "head",
         "host",
+        "http1_only",
         "last_progress_at",
         "leads",
         "local_port",
@@ -107,11 +110,13 @@ class Transfer(Body):
         *,
         host: str,
         repeatable: bool,
+        client: str = "",
     ) -> None:
         super().__init__(delegate.budget)
         self.curl: pycurl.Curl | None = curl  # None once libcurl is done with it
         self.pool = pool
         self.host = host
+        self.client = client
         self.repeatable = repeatable
         self.head: ResponseHead | None = None
         self.may_have_been_sent = False
@@ -120,6 +125,7 @@ class Transfer(Body):
         self.started = False
         self.local_port = 0
         self.fresh_connect = False
+        self.http1_only = False
         self.last_progress_at = delegate.now()
         self.upload_bytes = 0
         self.uploaded = 0
@@ -239,7 +245,7 @@ class Transfer(Body):
 
     def on_debug(self, kind: int, text: bytes) -> None:
         """Note which protocol the handshake of a leading call chose (DEBUGFUNCTION)."""
-        if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
+        if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN) and not self.http1_only:
             self._delegate.protocol_known(self.host, text.rstrip().endswith(b" h2"))
 
     def on_header(self, line: bytes) -> None:
@@ -275,7 +281,8 @@ class Transfer(Body):
         self.head = head
         if head.event_stream:
             self.high_water = HIGH_WATER_BYTES
-        self._delegate.protocol_known(self.host, head.protocol == "2")
+        if not self.http1_only:
+            self._delegate.protocol_known(self.host, head.protocol == "2")
         self._wake()
 
     def _fail(self, detail: str) -> None:
