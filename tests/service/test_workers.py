@@ -19,8 +19,7 @@ from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy.service.supervisor import MAX_FAILED_STARTS
 
-
-# Limits the crowds that come until one is spread evenly. On a busy machine one worker may get no CPU while a crowd comes.
+# Limits the crowds until one is spread evenly. On a busy machine one worker may get no CPU while a crowd comes.
 MAX_ROUNDS = 5
 
 
