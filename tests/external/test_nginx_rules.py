@@ -227,7 +227,9 @@ async def test_restart_under_load(setup: Setup) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)
         async with nginx((NAME,), deployed(listener.getsockname()[1])) as front:
-            async with Load(lambda number: tls_client(front, f"127.0.1.{number % 250 + 1}")) as load:
+            async with Load(
+                lambda number: tls_client(front, f"127.0.1.{number % 250 + 1}"), kept_may_close=True
+            ) as load:
                 for _ in range(ROUNDS):
                     await load.more(200)
                     await running.end()

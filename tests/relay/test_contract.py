@@ -67,24 +67,6 @@ def test_clear() -> None:
     assert written == {"_headers", "_write_buffer", "_status_code", "_reason"}
 
 
-def test_finish() -> None:
-    """Tornado's ``finish`` and ``flush`` do nothing that the handler's own way to finish must do and does not."""
-    called = {
-        instruction.argval
-        for function in (RequestHandler.finish, RequestHandler.flush)
-        for instruction in dis.get_instructions(function)
-        if instruction.opname in ("LOAD_METHOD", "LOAD_ATTR")
-    }
-    done = {"set_close_callback", "write_headers", "finish", "_log", "on_finish", "_break_cycles"}
-    state = {"_finished", "_headers_written", "_headers", "_write_buffer", "_transforms", "_new_cookie", "_status_code"}
-    state |= {"_reason", "connection", "request", "method", "code"}
-    not_for_it = {"write", "set_etag_header", "check_etag_header", "set_status", "_should_not_send_content"}
-    not_for_it |= {"_clear_representation_headers", "set_header", "flush", "add_header", "OutputString", "values"}
-    not_for_it |= {"transform_first_chunk", "transform_chunk", "set_result", "join", "ResponseStartLine"}
-    assert called - done - state - not_for_it == set()
-    assert done <= called
-
-
 @pytest.mark.gen_test
 async def test_attributes_of_the_client(setup: Setup) -> None:
     """``_multi`` is the CurlMulti, driven by ``_set_timeout`` and ``_handle_socket``."""

@@ -93,26 +93,26 @@ async def test_a_client_that_has_left_before_its_head_is_read(setup: Setup, logs
     """A client that is gone when authorize would be asked is no error, and authorize is not asked."""
     asked: list[object] = []
 
-    class Leaving(FalProxyHandler):
-        ended: list[Call] = []
+    ended: list[Call] = []
 
+    class Leaving(FalProxyHandler):
         async def prepare(self) -> None:
             self._connection.stream.close()
             await super().prepare()
 
-        def authorize(self, target: object) -> bool:
+        async def authorize(self, target: object) -> bool:
             asked.append(target)
             return True
 
         def on_call_end(self, call: Call) -> None:
-            self.ended.append(call)
+            ended.append(call)
 
     rule = (ROUTE, Leaving, {"config": setup.config(await setup.upstream(fine))})
     port = setup.serve(Application([rule], log_function=lambda handler: None))
     client = await RawClient.open(port)
     await client.send()
     assert await client.reader.read() == b""
-    await eventually(lambda: bool(Leaving.ended))
-    assert [each.outcome for each in Leaving.ended] == ["client_disconnected"]
+    await eventually(lambda: bool(ended))
+    assert [each.outcome for each in ended] == ["client_disconnected"]
     assert not asked
     await client.close()

@@ -54,8 +54,8 @@ async def test_metrics(setup: Setup, processes: str) -> None:
         assert scrape.total("fal_proxy_client_connections") == 1
     waiting.leave()
 
-    # A worker counts its bytes after all else, and another one may respond to the scrape meanwhile.
-    scrape = await until(
+    # A worker counts its bytes last, and may do so while another one responds to a scrape. The next scrape is complete.
+    await until(
         admin,
         lambda scrape: (
             scrape.total("fal_proxy_calls_total") == 24
@@ -63,6 +63,7 @@ async def test_metrics(setup: Setup, processes: str) -> None:
             and not scrape.total("fal_proxy_in_flight")
         ),
     )
+    scrape = await Scrape.of(admin)
     calls = "fal_proxy_calls_total"
     assert scrape.total(calls, kind="run", outcome="ok", method="POST", error="") == 20
     assert scrape.total(calls, kind="stream", outcome="ok", method="GET") == 1

@@ -56,8 +56,14 @@ class Failure:
 class Load:
     """The clients. At the end of the context each of them finishes its call and stops."""
 
-    def __init__(self, call_of: Callable[[int], Any]) -> None:
+    def __init__(self, call_of: Callable[[int], Any], *, kept_may_close: bool = False) -> None:
+        """Make connections with ``call_of``.
+
+        ``kept_may_close``: a server in front closes kept connections, as a reloading nginx does, and may do so at the
+        moment in which a request arrives. A call that gets no byte on one is sent once more, as browsers do.
+        """
         self.failures: list[Failure] = []
+        self._kept_may_close = kept_may_close
         self.done = 0
         self._call_of = call_of  # makes a new connection
         self._stopped = False
@@ -83,6 +89,7 @@ class Load:
         port = turn = 0
         while not self._stopped:
             turn += 1
+            kept = client is not None
             if client is not None and client.reader.at_eof():  # closed between two calls, as may always be
                 await client.close()
                 client = None
@@ -91,6 +98,10 @@ class Load:
                     client = await self._call_of(number)
                     port = client.writer.get_extra_info("sockname")[1]
                 keep = await call(client, number * 1_000_000 + turn)
+            except asyncio.IncompleteReadError as exc:
+                if not (kept and self._kept_may_close and not exc.partial):
+                    self.failures.append(Failure(port, call.__name__, repr(exc)[:300]))
+                keep = False
             except (OSError, EOFError, AssertionError, asyncio.LimitOverrunError, ValueError) as exc:
                 self.failures.append(Failure(port, call.__name__, repr(exc)[:300]))
                 keep = False

@@ -13,6 +13,7 @@ UNPROVEN = "a.fal.run"
 @dataclass(eq=False)
 class FakeTransfer:
     host: str
+    client: str = ""
     leads: bool = False
     resolving: bool = False
 
@@ -56,13 +57,31 @@ def test_unproven_hosts_wait_for_each_other_only() -> None:
     calls = unproven(MAX_LOOKUPS + 3)
     assert [hosts.enter(call, 0) for call in calls] == [True] * MAX_LOOKUPS + [False] * 3
     assert all(hosts.enter(FakeTransfer(host), 0) for host in WELL_KNOWN_HOSTS)
-    assert hosts.connected(calls[0]) == [calls[MAX_LOOKUPS]]
+    assert hosts.connected(calls[0]) == [calls[MAX_LOOKUPS + 2]]
     assert hosts.leave(calls[1], 0, hangs=False) == [calls[MAX_LOOKUPS + 1]]
-    assert hosts.leave(calls[MAX_LOOKUPS + 2], 0, hangs=False) == []  # its client left while it waited
+    assert hosts.leave(calls[MAX_LOOKUPS], 0, hangs=False) == []  # its client left while it waited
     assert hosts.waiting == 0
     for call in calls:
         hosts.leave(call, 0, hangs=False)
     assert hosts._lookups == 0
+
+
+def test_clients_take_turns() -> None:
+    """A client that names many hosts delays its own calls: each other client's newest call goes in its turn."""
+    hosts: Hosts[FakeTransfer] = Hosts()
+    greedy = [FakeTransfer(f"hangs-{number}.fal.run", "greedy") for number in range(MAX_LOOKUPS + 20)]
+    for call in greedy:
+        hosts.enter(call, 0)
+    first, second, third = (FakeTransfer(f"{name}.fal.run", name) for name in ("one", "two", "two"))
+    third.host = "three.fal.run"
+    for call in (first, second, third):
+        assert not hosts.enter(call, 0)
+    freed = [hosts.leave(call, 0, hangs=False) for call in greedy[:5]]
+    assert freed == [[greedy[-1]], [first], [third], [greedy[-2]], [second]]
+    assert hosts.waiting == 18
+    for call in greedy[5:-2]:
+        hosts.leave(call, 0, hangs=False)
+    assert hosts.waiting == 0
 
 
 def test_a_lookup_that_may_hang_still_counts() -> None:

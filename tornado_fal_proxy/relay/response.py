@@ -26,7 +26,7 @@ from http.client import responses
 from typing import Any
 
 from tornado.http1connection import HTTP1Connection
-from tornado.httputil import HTTPHeaders, ResponseStartLine
+from tornado.httputil import HTTPHeaders
 from tornado.web import HTTPError, RequestHandler
 
 from tornado_fal_proxy.config import ProxyConfig
@@ -114,25 +114,9 @@ class RelayResponse(RequestHandler):
         if not head.has_body:
             # finish() alone would remove headers that describe the representation, such as a 304's content-type.
             self.flush(include_footers=True)
-        if not body or self._transforms or self._headers_written or hasattr(self, "_new_cookie"):
-            await self._delivered(self.finish(body or None), len(body))
-        else:
-            await self._delivered(self._finish_with(body), len(body))
-
-    def _finish_with(self, body: bytes) -> asyncio.Future[None]:
-        """Finish as Tornado's ``finish(body)`` does, for a response that nothing may change or add to any more."""
-        connection = self._connection
-        connection.set_close_callback(None)
-        self._headers["Content-Length"] = str(len(body))
-        self._headers_written = True
-        start_line = ResponseStartLine("", self._status_code, self._reason)
-        written = connection.write_headers(start_line, self._headers, body)
-        connection.finish()
-        self._log()
-        self._finished = True
-        self.on_finish()
-        self._break_cycles()
-        return written
+        if body:
+            self._headers["Content-Length"] = str(len(body))  # finish() would take longer to find it
+        await self._delivered(self.finish(body or None), len(body))
 
     async def _write_stream(self, head: ResponseHead, transfer: Transfer, length: int | None) -> None:
         """Write the body piece by piece. ``length`` is its size in bytes where that is known."""

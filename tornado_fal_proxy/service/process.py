@@ -101,9 +101,10 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     all_finished = await _drain(server, shutdown, settings.drain_timeout_s)
     application.closing = True
     close_upstreams(application)
+    if admin is not None:
+        admin.stop()  # before the wait below, in which connections that were accepted get their responses
     await server.close()
     if admin is not None:
-        admin.stop()
         await admin.close_all_connections()
     if sandbox is not None:
         await sandbox.close()

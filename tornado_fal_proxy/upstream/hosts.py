@@ -10,8 +10,8 @@ connection. While the protocol is not known one call leads, and the others wait 
 its thread long after its call has gone. The wildcard of fal's formula lets a client name any number of hosts that hang.
 So a host is unproven until a connection to it was made, and at most :data:`MAX_LOOKUPS` of unproven hosts run at once:
 the rest of the pool is kept for the hosts that work. When the first call to an unproven host fails, the calls that
-waited for it fail too. Clients take turns, so one that names hundreds of hosts delays its own calls most. Of each client
-the newest call goes first, because the older ones wait behind names that hang.
+waited for it fail too. Clients take turns, so one that names hundreds of hosts delays its own calls most. Each client's
+newest call goes first, because its older ones may be for names that hang.
 """
 
 from __future__ import annotations
