@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class FalProxyHandler(RelayResponse):
         self._lines: list[bytes] = []
         self._backend: Backend | None = None
         self._transfer: Transfer | None = None
-        self._body: list[bytes] = []
+        self._body = io.BytesIO()  # gives its bytes away without a copy
         self._body_size = 0
         self._counted = 0  # bytes of the body that the budget counts
         self._begin_response(config, None if self._misconfigured else config.cors)
@@ -214,7 +215,7 @@ class FalProxyHandler(RelayResponse):
         self._body_size = self.call.received_bytes = self._body_size + len(chunk)
         budget = self._budget
         if self._body_size > self._config.max_body_bytes:
-            self._body.clear()
+            self._drop_body()
             self._refuse(BodyTooLarge())
         elif budget is None:
             return  # prepare() has not admitted the call
@@ -222,12 +223,15 @@ class FalProxyHandler(RelayResponse):
             try:
                 _check_budget(budget)
             except BuffersFull as exc:
-                self._body.clear()
+                self._drop_body()
                 self._refuse(exc)
                 return
-            self._body.append(chunk)
+            self._body.write(chunk)
             self._counted += len(chunk)
             budget.add(len(chunk))
+
+    def _drop_body(self) -> None:
+        self._body = io.BytesIO()
 
     def received_so_far(self) -> int | None:
         """Return how many bytes of the body have come; None when all of it has."""
@@ -235,7 +239,7 @@ class FalProxyHandler(RelayResponse):
 
     def abort_body(self) -> None:
         """Answer a client whose body does not come, and release its slot."""
-        self._body.clear()
+        self._drop_body()
         self._refuse(BodyTooSlow())
 
     # The relay.
@@ -251,7 +255,7 @@ class FalProxyHandler(RelayResponse):
             pass
         elif (access := self._config.access) is not None and access.needs_body(target):
             try:
-                access.check_body(b"".join(self._body))
+                access.check_body(self._body.getvalue())
             except AccessRefused as exc:
                 self._refuse(exc)
         await self._relay()
@@ -277,8 +281,8 @@ class FalProxyHandler(RelayResponse):
             self._end_disconnected()
             return
         call = self.call
-        body = b"".join(self._body)
-        self._body.clear()
+        body = self._body.getvalue()
+        self._drop_body()
         try:
             transfer = self._transfer = self._backend.client.start(
                 self.request.method or "",
@@ -324,7 +328,7 @@ class FalProxyHandler(RelayResponse):
         prepared = self._prepared_future is not None and self._prepared_future.done()
         waits_for_body = prepared and not self.request._body_future.done()
         super()._on_disconnect()
-        self._body.clear()
+        self._drop_body()
         if waits_for_body:
             # Nothing of this handler will run except Tornado's wait, which raises what the future holds, in a frame
             # that holds the handler. With another future in its place, and without ui, no cycle is left.

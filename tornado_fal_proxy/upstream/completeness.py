@@ -17,10 +17,9 @@ from typing import Protocol
 __all__ = ["Completeness", "Truncated", "completeness_for"]
 
 _JSON = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]*\+)?json", re.IGNORECASE)
-# Behind an opening quote: the rest of a string, up to its closing quote or the end of the piece. An escape that the
-# piece cuts in two stays out.
+# A whole string, and the rest of one behind its opening quote. An escape that the piece cuts in two stays out.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_TOKEN = re.compile(rb'["{}\[\]]')
 # Limits what is kept of an event whose end has not come: longer than any line that is a comment only.
 _MAX_TAIL_BYTES = 4096
 
@@ -62,28 +61,20 @@ class _Json:
 
     def feed(self, data: bytes) -> None:
         data, self._rest = self._rest + data, b""
-        at = 0
-        while at < len(data):
-            if self._in_string:
-                match = _REST_OF_STRING.match(data, at)
-                assert match is not None  # it also matches nothing
-                at = match.end()
-                if at == len(data):
-                    return
-                if data[at] == 0x5C:
-                    self._rest = data[at:]
-                    return
-                self._in_string = False
-                at += 1
-                continue
-            token = _TOKEN.search(data, at)
-            if token is None:
+        if self._in_string:
+            match = _REST_OF_STRING.match(data)
+            assert match is not None  # it also matches nothing
+            end = match.end()
+            if data[end : end + 1] != b'"':
+                self._rest = data[end:]  # nothing, or a backslash
                 return
-            at = token.end()
-            if token[0] == b'"':
-                self._in_string = True
-            else:
-                self._depth += 1 if token[0] in b"{[" else -1
+            data = data[end + 1 :]
+        # Brackets are counted where no string is, in few steps however many there are.
+        outside, quote, inside = _STRING.sub(b"", data).partition(b'"')
+        self._depth += sum(map(outside.count, (b"{", b"["))) - sum(map(outside.count, (b"}", b"]")))
+        self._in_string = bool(quote)
+        if quote and (len(inside) - len(inside.rstrip(b"\\"))) % 2:
+            self._rest = b"\\"
 
 
 class _EventStream:
