@@ -9,10 +9,11 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import KEY, Setup
-from tests.support.raw_client import TARGET, RawClient, Response, call
+from tests.support.raw_client import RESULT, TARGET, RawClient, Response, call
 from tests.support.scripted_upstream import Exchange, Upstream
 from tests.support.stub_handlers import JSON, fine, resets
 from tests.support.tools import unused_port
+from tests.support.waiting import eventually
 
 # Before the request could leave.
 
@@ -105,8 +106,12 @@ async def test_certificate(
 # Pooled connections that died while they were idle.
 
 
-async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int]:
-    """Serve a proxy that has ``count`` pooled connections (one over HTTP/2)."""
+# A POST to the host of RESULT, so that both share a connection.
+SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
+
+
+async def pooled(setup: Setup, count: int, protocol: str = "h2") -> tuple[Upstream, int]:
+    """Serve a proxy that has made ``count`` calls at once, and has one pooled connection over HTTP/2."""
     here: list[Exchange] = []
     all_here = asyncio.Event()
 
@@ -120,8 +125,9 @@ async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int
 
     upstream = await setup.upstream(together, protocol)
     port = setup.proxy(upstream)
-    await asyncio.gather(*(call(port, "POST") for _ in range(count)))
-    assert upstream.open_connections == (1 if protocol == "h2" else count)
+    await asyncio.gather(*(call(port, "POST", target=SUBMIT) for _ in range(count)))
+    if protocol == "h2":
+        assert upstream.open_connections == 1
     upstream.handler = fine
     return upstream, port
 
@@ -130,18 +136,20 @@ async def pooled(setup: Setup, protocol: str, count: int) -> tuple[Upstream, int
 @pytest.mark.gen_test
 async def test_restart_of_the_upstream(setup: Setup, protocol: str, method: str) -> None:
     """No call is lost because fal closed pooled connections while they were idle."""
-    upstream, port = await pooled(setup, protocol, 30)
+    upstream, port = await pooled(setup, 30, protocol)
     await upstream.close()
     await upstream.start()
-    responses: list[Response] = await asyncio.gather(*(call(port, method) for _ in range(40)))
+    responses: list[Response] = await asyncio.gather(
+        *(call(port, method, target=SUBMIT if method == "POST" else RESULT) for _ in range(40))
+    )
     assert [response.status for response in responses] == [200] * 40
     assert len(upstream.exchanges) == 30 + 40
 
 
 @pytest.mark.gen_test
-async def test_dead_connections_found_out_late(setup: Setup, protocol: str) -> None:
+async def test_dead_connections_found_out_late(setup: Setup) -> None:
     """A GET that is sent on a dead connection is repeated on a new one."""
-    upstream, port = await pooled(setup, protocol, 20)
+    upstream, port = await pooled(setup, 20)
     dead = {exchange.connection_number for exchange in upstream.exchanges}
 
     async def resets_old(exchange: Exchange) -> None:
@@ -153,9 +161,9 @@ async def test_dead_connections_found_out_late(setup: Setup, protocol: str) -> N
 
 
 @pytest.mark.gen_test
-async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: str) -> None:
+async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs) -> None:
     """After one connection broke, no POST is sent on another pooled one."""
-    upstream, port = await pooled(setup, protocol, 10)
+    upstream, port = await pooled(setup, 10)
     dead = {exchange.connection_number for exchange in upstream.exchanges}
 
     async def resets_old(exchange: Exchange) -> None:
@@ -163,9 +171,21 @@ async def test_posts_avoid_a_suspect_pool(setup: Setup, logs: Logs, protocol: st
 
     upstream.handler = resets_old
     logs.expect("the job may have run")
-    assert (await call(port, "POST")).status == 500
+    assert (await call(port, "POST", target=SUBMIT)).status == 500
     for _ in range(5):
-        assert (await call(port, "POST")).status == 200
+        assert (await call(port, "POST", target=SUBMIT)).status == 200
+
+
+@pytest.mark.gen_test
+async def test_a_connection_over_http1_serves_one_call(setup: Setup) -> None:
+    """No call follows another on a connection over HTTP/1.1, where surplus bytes would pass for its response."""
+    upstream = await setup.upstream(fine, "http/1.1")
+    port = setup.proxy(upstream)
+    for number in range(1, 4):
+        assert (await call(port, "POST", target=SUBMIT)).status == 200
+        assert (await call(port, "GET")).status == 200
+        assert upstream.connections == 2 * number
+        await eventually(lambda: upstream.open_connections == 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,7 +19,6 @@ STATUS_LINES = [
     (b"HTTP/1.0 404 Not Found\r\n", 404, "1.0"),
     (b"HTTP/2 200 \r\n", 200, "2"),
     (b"HTTP/2 429\r\n", 429, "2"),
-    (b"HTTP/3 503 \r\n", 503, "3"),
     (b"HTTP/1.1 422 caf\xe9 \xff\r\n", 422, "1.1"),
     (b"HTTP/1.1 200 a  b\tc\r\n", 200, "1.1"),
     (b"HTTP/1.1 100 Continue\r\n", 100, "1.1"),

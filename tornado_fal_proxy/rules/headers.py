@@ -50,7 +50,7 @@ _NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 # strip() removes the white space around the value. A pattern would take quadratic time on a line that has much of it.
 _FIELD_LINE = re.compile(rf"({_NAME}):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
-_STATUS_LINE = re.compile(rb"HTTP/([0-9](?:\.[0-9])?) ([1-9][0-9]{2})(?: .*)?\r?\n?", re.DOTALL)
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]|2) ([1-9][0-9]{2})(?: .*)?\r?\n?", re.DOTALL)
 
 # The fields of RFC 9110 section 7.6.1. Each message adds the names that its Connection field lists, and proxy-* is
 # tested by prefix (section 11.7).
@@ -158,7 +158,7 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
                 content_type = value
         elif name == "content-length":
             length = content_length(value)
-            framed = True
+            framed = framed or length is not None
         elif name == "content-encoding":
             encoded = True
             codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]

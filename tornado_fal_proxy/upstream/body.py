@@ -118,19 +118,21 @@ class Body:
         """Return the next piece of what is here, as it came or as it was decoded.
 
         Return ``b""`` when nothing is here, and also when a piece that is here decodes to nothing: ``has_more`` tells
-        which. One call takes one piece, so its time is bounded. Raise Undecodable or Truncated.
+        which. One call takes one piece, so its time is bounded. Raise Undecodable.
         """
         decoder = self.decoder
-        if decoder is not None:
-            if self.has_more:
-                return decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES)
-            if self.complete:
-                decoder.end()
-        elif self._chunks:
-            return self._pop()
-        elif self.complete and self.completeness is not None and not self.completeness.is_complete:
-            raise Truncated("its content ends too early")
+        if decoder is None:
+            return self._pop() if self._chunks else b""
+        if self.has_more:
+            return decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES)
         return b""
+
+    def check_end(self) -> None:
+        """Raise Undecodable or Truncated where a body that was read to its end is not whole."""
+        if self.decoder is not None:
+            self.decoder.end()
+        elif self.completeness is not None and not self.completeness.is_complete:
+            raise Truncated("its content ends too early")
 
     def read_rest_of_line(self, chunk: bytes) -> bytes:
         """Return ``chunk`` and the pieces behind it that are here and were cut off in the middle of a line."""

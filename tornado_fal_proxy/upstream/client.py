@@ -4,6 +4,10 @@ Strategy. :class:`UpstreamClient` is Tornado's curl client with a second, leaner
 takes an easy handle that is configured already, sets what differs for this call, and returns a
 :class:`~tornado_fal_proxy.upstream.transfer.Transfer`. ``fetch()`` still works, with none of this module's rules.
 
+HTTP/1: a connection serves one call. libcurl would take surplus bytes behind a response, such as a second response to
+the same request, for the response to the next request on the connection: another client's data. Bytes that OpenSSL has
+read ahead cannot be seen from here, so there is no check that would make a second call safe.
+
 HTTP/2: calls to a host known to speak it wait for a connection that is being made (PIPEWAIT) and share it. Against a
 host that speaks HTTP/1.1 PIPEWAIT would line up all calls behind the first response; ``hosts`` decides which call waits
 for which. libcurl tells the protocol that a handshake negotiated (ALPN) only in its verbose text, before the request is
@@ -18,7 +22,6 @@ Only ``connected``, ``protocol_known`` and ``open_window_soon`` run inside libcu
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable
 
 import pycurl
@@ -39,13 +42,11 @@ from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES
 from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.curl_errors import HTTP2_STREAM_ERROR, upstream_error
 from tornado_fal_proxy.upstream.curl_loop import CurlLoop
-from tornado_fal_proxy.upstream.handles import HandlePool, set_connection, set_request, set_window
+from tornado_fal_proxy.upstream.handles import HandlePool, forbid_reuse, set_connection, set_request, set_window
 from tornado_fal_proxy.upstream.hosts import HANDSHAKE_WAIT_S, HANG_S, Hosts
 from tornado_fal_proxy.upstream.transfer import Transfer
 
 __all__ = ["UpstreamClient"]
-
-logger = logging.getLogger("tornado_fal_proxy")
 
 # Limit how many transfers of a crowd that timed out end at once, and how soon the next do: 5 ms of responses, and a
 # quarter of the process's time. A call that another client makes meanwhile takes several turns of the loop.
@@ -78,7 +79,6 @@ class UpstreamClient(CurlLoop):
         self._hosts: Hosts[Transfer] = Hosts()
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._ports: dict[int, str] = {}  # the host of the connection that leaves from this port
-        self._idle_http1_ports: set[int] = set()  # the ports of connections that have brought a whole response
         self._to_open: list[Transfer] = []
         interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, MAX_SWEEP_INTERVAL_S)
         self._sweep = Sweep(interval_s, self._end_idle_transfers)
@@ -137,14 +137,17 @@ class UpstreamClient(CurlLoop):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note which host the connection from that port goes to, and let the calls go that wait for the transfer."""
         self._ports[local_port] = transfer.host
-        self._idle_http1_ports.discard(local_port)
         if transfer.leads or transfer.resolving:
             # Not now, because this runs inside libcurl.
             self._loop.call_soon(self._on_connected, transfer)
 
-    def protocol_known(self, host: str, http2: bool) -> None:
-        """Note whether ``host`` speaks HTTP/2."""
-        self._hosts.set_protocol(host, http2)
+    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
+        """Note whether the transfer's host speaks HTTP/2, and let go of a connection that speaks HTTP/1 later."""
+        if not transfer.http1_only:
+            self._hosts.set_protocol(transfer.host, http2)
+        if not http2 and not transfer.forbids_reuse:
+            # Not now, because this runs inside libcurl.
+            self._loop.call_soon(_forbid_reuse, transfer)
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on with the transfer."""
@@ -195,7 +198,9 @@ class UpstreamClient(CurlLoop):
             self._loop.call_later(HANDSHAKE_WAIT_S, self._on_lead_timeout, transfer)
         if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
             transfer.fresh_connect = True
-        set_connection(curl, transfer, shares=bool(self._hosts.speaks_http2(transfer.host)) and not transfer.http1_only)
+        http2 = self._hosts.speaks_http2(transfer.host)
+        transfer.forbids_reuse = transfer.http1_only or http2 is False
+        set_connection(curl, transfer, shares=bool(http2) and not transfer.http1_only)
         transfer.started = True
         self._multi.add_handle(curl)
 
@@ -220,14 +225,6 @@ class UpstreamClient(CurlLoop):
         if hangs:
             self._loop.call_later(HANG_S, self._on_lookup_timeout)
         self._add_all(self._hosts.leave(transfer, self.now(), hangs=hangs))
-
-    def accepts_idle_bytes(self, local_port: int) -> bool:
-        """Tell whether bytes may come on that idle connection. Over HTTP/1 there is no request that they answer."""
-        if local_port not in self._idle_http1_ports:
-            return True
-        # No warning, because the bytes may also be TLS's notice that the server closes the connection.
-        logger.info("idle connection closed: bytes came from %s", self._ports.get(local_port, "?"))
-        return False
 
     def on_idle_closed(self, local_ports: Iterable[int]) -> None:
         """Suspect the hosts of these connections, and let libcurl find the connections closed.
@@ -268,8 +265,6 @@ class UpstreamClient(CurlLoop):
             failure = upstream_error(curl_error, curl_message or "", may_have_run=_may_have_run(transfer))
         elif transfer.head is None:
             failure = MalformedResponse("no head", may_have_run=_may_have_run(transfer))
-        elif transfer.head.protocol != "2":
-            self._idle_http1_ports.add(transfer.local_port)
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
             self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)
@@ -322,6 +317,12 @@ class UpstreamClient(CurlLoop):
                 self.abort(transfer, reason)
         if rest := timed_out[MAX_ENDED_AT_ONCE:]:
             self._loop.call_later(ENDING_INTERVAL_S, self._end_some, rest)
+
+
+def _forbid_reuse(transfer: Transfer) -> None:
+    if transfer.curl is not None:
+        transfer.forbids_reuse = True
+        forbid_reuse(transfer.curl)
 
 
 def _may_have_run(transfer: Transfer) -> bool:

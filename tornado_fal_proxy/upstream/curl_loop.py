@@ -7,9 +7,6 @@ transfers wake together, and a crowd of new handles makes libcurl run once.
 A POST that is written to a pooled connection which fal has closed meanwhile is lost, because it must not be sent again.
 libcurl checks a pooled connection at most once a second, so the idle ones are watched here as well.
 
-Bytes on an idle connection are a second response to a request that has one, except over HTTP/2. They are thrown away
-with the connection, because libcurl would take them for the response to the next request.
-
 No transfer and no rule of the relay is known here.
 """
 
@@ -39,8 +36,6 @@ logger = logging.getLogger("tornado_fal_proxy")
 TIMER_STEP_MS = 100
 # Limits how often the kernel is asked which idle connections were closed: less often than calls come under load.
 REFRESH_INTERVAL_S = 0.001
-# Limits what is thrown away of the bytes on an idle connection, in reads of this size, before it is closed anyway.
-DROP_READS, DROP_BYTES = 16, 64 * 1024
 
 
 class CurlLoop(CurlAsyncHTTPClient):
@@ -64,10 +59,6 @@ class CurlLoop(CurlAsyncHTTPClient):
 
     def on_idle_closed(self, local_ports: Iterable[int]) -> None:
         """Handle that the peer has closed idle connections, which leave from these ports."""
-
-    def accepts_idle_bytes(self, local_port: int) -> bool:
-        """Tell whether the idle connection that leaves from this port may receive bytes. Otherwise it is closed."""
-        return True
 
     def refresh_idle(self, now: float) -> None:
         """Ask the kernel which idle connections were closed, before a new call may get one of them."""
@@ -111,7 +102,7 @@ class CurlLoop(CurlAsyncHTTPClient):
     def _ready_sockets(self) -> list[tuple[int, int]]:
         """Return the sockets on which libcurl has to act, and report the idle ones that were closed."""
         assert self._poller is not None
-        active, closed, unread = self._poller.ready()
+        active, closed = self._poller.ready()
         ports = set()
         for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
@@ -119,13 +110,6 @@ class CurlLoop(CurlAsyncHTTPClient):
                 # libcurl 8.23 takes an HTTP/2 connection that TLS has ended for alive until both sides have closed it.
                 # No response can come on this one any more.
                 duplicate.shutdown(socket.SHUT_WR)
-        for fd in unread:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
-                port = duplicate.getsockname()[1]
-                if not self.accepts_idle_bytes(port):
-                    ports.add(port)
-                    _drop_unread(duplicate)
-                    duplicate.shutdown(socket.SHUT_RDWR)
         if ports:
             self.on_idle_closed(ports)
         return active
@@ -164,10 +148,3 @@ class CurlLoop(CurlAsyncHTTPClient):
         self._timer = None
         if not self._is_closed:
             super()._handle_timeout()
-
-
-def _drop_unread(connection: socket.socket) -> None:
-    """Throw away the bytes that wait: a closed socket would still hand them to libcurl."""
-    with contextlib.suppress(BlockingIOError):
-        for _ in range(DROP_READS):
-            connection.recv(DROP_BYTES, socket.MSG_DONTWAIT)

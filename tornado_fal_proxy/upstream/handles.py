@@ -32,6 +32,7 @@ __all__ = [
     "RATE_IS_WINDOW",
     "UNACKNOWLEDGED_S",
     "HandlePool",
+    "forbid_reuse",
     "set_connection",
     "set_request",
     "set_window",
@@ -92,12 +93,14 @@ class HandlePool:
         if pool is None or len(pool) >= MAX_IDLE_HANDLES or self._closed:
             curl.close()
             return
-        if RATE_IS_WINDOW and transfer.window != FIRST_WINDOW_BYTES:
+        if RATE_IS_WINDOW:  # always, because this also resets what libcurl has counted against the rate
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         if transfer.fresh_connect:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
         if transfer.http1_only:
             curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
+        if transfer.forbids_reuse:
+            curl.setopt(pycurl.FORBID_REUSE, 0)
         if transfer.leads:
             curl.setopt(pycurl.VERBOSE, 0)
             curl.setopt(pycurl.DEBUGFUNCTION, None)
@@ -163,11 +166,18 @@ def set_connection(curl: pycurl.Curl, transfer: Transfer, *, shares: bool) -> No
     curl.setopt(pycurl.PIPEWAIT, 1 if shares else 0)
     if transfer.http1_only:
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
+    if transfer.forbids_reuse:
+        forbid_reuse(curl)
     if transfer.leads:
         curl.setopt(pycurl.DEBUGFUNCTION, transfer.on_debug)
         curl.setopt(pycurl.VERBOSE, 1)
     if transfer.fresh_connect:
         curl.setopt(pycurl.FRESH_CONNECT, 1)
+
+
+def forbid_reuse(curl: pycurl.Curl) -> None:
+    """Close the handle's connection at the end of the call, because it speaks HTTP/1."""
+    curl.setopt(pycurl.FORBID_REUSE, 1)
 
 
 def set_window(curl: pycurl.Curl, transfer: Transfer) -> None:

@@ -58,13 +58,9 @@ class Poller:
             self._epoll.modify(fd, events)
         self._events[fd] = events
 
-    def ready(self) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-        """Return the sockets on which libcurl must act, with their CSELECT bits, and the idle ones with an event.
-
-        Of these the second list has those that were closed, and the third those with unread bytes, once for each time
-        that the socket became idle.
-        """
-        active, closed, unread = [], [], []
+    def ready(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return the sockets on which libcurl must act, with their CSELECT bits, and the idle ones that were closed."""
+        active, closed = [], []
         for fd, events in self._epoll.poll(0):
             if fd in self._active:
                 action = 0
@@ -79,8 +75,7 @@ class Poller:
             else:
                 self._epoll.modify(fd, _CLOSING_ONLY)
                 self._events[fd] = _CLOSING_ONLY
-                unread.append(fd)
-        return active, closed, unread
+        return active, closed
 
     def count(self) -> int:
         """Return how many are open. It asks the kernel about each, and forgets those that were closed."""

@@ -50,8 +50,8 @@ class TransferDelegate(Protocol):
     def connected(self, transfer: Transfer, local_port: int) -> None:
         """Note that the transfer has its connection, which leaves from ``local_port``. Called inside libcurl."""
 
-    def protocol_known(self, host: str, http2: bool) -> None:
-        """Note whether ``host`` speaks HTTP/2. Called inside libcurl."""
+    def protocol_known(self, transfer: Transfer, http2: bool) -> None:
+        """Note whether the transfer's connection speaks HTTP/2. Called inside libcurl."""
 
     def resume(self, transfer: Transfer) -> None:
         """Let libcurl go on where it is paused, and open its window, because the reader has caught up."""
@@ -69,10 +69,10 @@ class Transfer(Body):
     Every method that waits raises an UpstreamError when fal fails, and ClientDisconnected after :meth:`cancel`.
     ``head`` is None until it is known. The other attributes belong to the client: ``may_have_been_sent`` says that the
     request may have left, ``leads`` that other calls wait for its handshake, ``resolving`` that it occupies a place of
-    the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections, and
-    ``http1_only`` that it takes no connection over HTTP/2. ``last_progress_at`` is the loop's time when a byte moved
-    last. ``upload_bytes`` is the size of a request body that takes several writes, of which ``uploaded`` have left; 0
-    when all of it has.
+    the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections,
+    ``http1_only`` that it takes no connection over HTTP/2, and ``forbids_reuse`` that its connection serves no other
+    call. ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body
+    that takes several writes, of which ``uploaded`` have left; 0 when all of it has.
     """
 
     __slots__ = (
@@ -81,11 +81,13 @@ class Transfer(Body):
         "_failure",
         "_head_lines",
         "_interim",
+        "_negotiated_http1",
         "_retried",
         "_turn_ends",
         "_waiter",
         "client",
         "curl",
+        "forbids_reuse",
         "fresh_connect",
         "head",
         "host",
@@ -126,10 +128,12 @@ class Transfer(Body):
         self.local_port = 0
         self.fresh_connect = False
         self.http1_only = False
+        self.forbids_reuse = False
         self.last_progress_at = delegate.now()
         self.upload_bytes = 0
         self.uploaded = 0
         self._interim = 0
+        self._negotiated_http1 = False
         self._turn_ends = 0.0
         self._delegate = delegate
         self._failure: ProxyError | None = None
@@ -189,6 +193,7 @@ class Transfer(Body):
             if self.has_more:
                 continue
             if self.complete:
+                self.check_end()
                 return b""
             await self._wait()
             self._turn_ends = 0.0
@@ -199,12 +204,20 @@ class Transfer(Body):
         self.discard()
 
     def next_piece(self) -> bytes:
-        """Return the next piece, as :meth:`Body.next_piece` does. Raise MalformedResponse or ConnectionLost."""
-        error: type[UpstreamError]
+        """Return the next piece, as :meth:`Body.next_piece` does. Raise MalformedResponse."""
         try:
             return super().next_piece()
         except Undecodable as exc:
-            error, detail = MalformedResponse, f"the body is not in its content-encoding: {exc}"
+            detail = _undecodable(exc)
+        raise MalformedResponse(detail, may_have_run=not self.repeatable)
+
+    def check_end(self) -> None:
+        """Raise MalformedResponse or ConnectionLost where the body must not end here."""
+        error: type[UpstreamError]
+        try:
+            return super().check_end()
+        except Undecodable as exc:
+            error, detail = MalformedResponse, _undecodable(exc)
         except Truncated as exc:
             error, detail = ConnectionLost, f"the body is not whole: {exc}"
         raise error(detail, may_have_run=not self.repeatable)
@@ -245,8 +258,9 @@ class Transfer(Body):
 
     def on_debug(self, kind: int, text: bytes) -> None:
         """Note which protocol the handshake of a leading call chose (DEBUGFUNCTION)."""
-        if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN) and not self.http1_only:
-            self._delegate.protocol_known(self.host, text.rstrip().endswith(b" h2"))
+        if kind == pycurl.INFOTYPE_TEXT and text.startswith(_ALPN):
+            self._negotiated_http1 = not text.rstrip().endswith(b" h2")
+            self._delegate.protocol_known(self, not self._negotiated_http1)
 
     def on_header(self, line: bytes) -> None:
         """Take a line of the head, or of the trailers, which are not passed on (HEADERFUNCTION)."""
@@ -264,6 +278,8 @@ class Transfer(Body):
             return
         if head.status == 101:
             self._fail("101, but no upgrade was requested")
+        elif self._negotiated_http1 and head.protocol == "2":
+            self._fail("HTTP/2 on a connection for HTTP/1.1")
         elif head.status >= 200:
             self._begin_body(head)
         else:  # an interim response: the final one follows
@@ -281,8 +297,7 @@ class Transfer(Body):
         self.head = head
         if head.event_stream:
             self.high_water = HIGH_WATER_BYTES
-        if not self.http1_only:
-            self._delegate.protocol_known(self.host, head.protocol == "2")
+        self._delegate.protocol_known(self, head.protocol == "2")
         self._wake()
 
     def _fail(self, detail: str) -> None:
@@ -323,3 +338,7 @@ class Transfer(Body):
             return False
         self._retried = self.repeatable or not self.may_have_been_sent
         return self._retried
+
+
+def _undecodable(exc: Undecodable) -> str:
+    return f"the body is not in its content-encoding: {exc}"

@@ -11,11 +11,11 @@ from tests.support.bad_upstream.server import BadUpstream
 from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import ROUTE, Setup
-from tests.support.raw_client import RESULT, TARGET, RawClient, Response, call
+from tests.support.raw_client import RESULT, TARGET, Response, call
 from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy import Call, FalProxyHandler
 
-__all__ = ["CUT", "KINDS", "NOTHING", "OK", "STREAM_KINDS", "WAYS", "Row", "Want", "play"]
+__all__ = ["CUT", "KINDS", "NOTHING", "OK", "OWN", "STREAM_KINDS", "WAYS", "Row", "Want", "play"]
 
 # Which call is made, and whether a second one would be paid again.
 KINDS = {
@@ -37,10 +37,12 @@ class Want:
     """What the client gets: a status and a body, or else the proxy's own error, or perhaps an aborted response."""
 
     status: int = 0
-    body: bytes = b""
+    body: bytes | None = b""
     may_abort: bool = False
 
 
+#: The response of an upstream that has no script.
+OWN = Want(200, None)
 OK = Want(200, b"{}")
 #: No response that could be passed on: a status of the proxy's own.
 NOTHING = Want()
@@ -50,12 +52,18 @@ CUT = Want(may_abort=True)
 
 @dataclass(frozen=True)
 class Row:
-    """``error`` is the name in the log. ``reads`` limits how often a call is sent of which a second is not paid."""
+    """``error`` is the name in the log. ``reads`` limits how often a call is sent of which a second is not paid.
+
+    By default it is sent once more by libcurl, on a connection that was used before, and once more by the proxy, if no
+    byte of a response has come. ``read`` and ``read_error`` are what such a call gets where that differs.
+    """
 
     script: Script
     want: Want
     error: str = ""
-    reads: int = 1
+    reads: int = 0
+    read: Want | None = None
+    read_error: str | None = None
     stalls: bool = False
     body: bytes = b"{}"
     greeting: bytes | None = None
@@ -72,6 +80,11 @@ async def play(
         def on_call_end(self, call: Call) -> None:
             calls.append(call)
 
+    want, error, most = row.want, row.error, 1
+    if not paid:
+        want = row.read or want
+        error = error if row.read_error is None else row.read_error
+        most = row.reads or (3 if row.want == NOTHING else 1)
     async with BadUpstream(authority.context(), protocol, row.greeting) as upstream, asyncio.timeout(TIMEOUT_S):
         config = setup.config(upstream.address, idle_timeout_s=0.4 if row.stalls else 60)
         rule = (ROUTE, Handler, {"config": config})
@@ -81,26 +94,28 @@ async def play(
             upstream.apart = True
         upstream.script, upstream.requests[:], calls[:] = row.script, [], []
         response = await _call(port, method, target, row.body)
-        upstream.script = None
+        upstream.script, upstream.greeting = None, None
         upstream.responded.set()
         [ended] = calls
         if ended.error:
             logs.expect(rf"upstream error: \d+ {method} \S+ .* \({ended.error}\)")
         sent = len(upstream.requests)
         facts = (response and (response.status, response.body[:80]), ended.outcome, ended.error, ended.detail, sent)
-        assert (ended.outcome, ended.error) == (("upstream_error", row.error) if row.error else ("ok", "")), facts
-        assert sent <= (1 if paid else row.reads), facts
-        _check(row.want, response, paid=paid, stalls=row.stalls)
+        assert (ended.outcome, ended.error) == (("upstream_error", error) if error else ("ok", "")), facts
+        assert sent <= most, facts
+        if want.body is None:
+            want = Want(want.status, own_response(f"/{target.removeprefix('https://').partition('/')[2]}"))
+        _check(want, response, paid=paid, stalls=row.stalls, streams=target.endswith("/stream"))
         await upstream.scripts_are_over()
         upstream.next.set()
         for number, next_method in enumerate(("GET", "POST", "GET")):
             await _own(port, next_method, f"{RESULT if next_method == 'GET' else TARGET}?after={number}")
 
 
-def _check(want: Want, response: Response | None, *, paid: bool, stalls: bool) -> None:
+def _check(want: Want, response: Response | None, *, paid: bool, stalls: bool, streams: bool) -> None:
     if response is None:
         assert want.may_abort, "aborted"
-        assert not paid, "aborted, and so perhaps paid again"
+        assert not paid or streams, "aborted, and so perhaps paid again"
     elif want.status:
         assert (response.status, response.body) == (want.status, want.body)
     else:
@@ -118,9 +133,6 @@ async def _call(port: int, method: str, target: str, body: bytes) -> Response | 
 
 
 async def _own(port: int, method: str, target: str) -> None:
-    client = await RawClient.open(port)
-    await client.send(method, target=target)
-    response = await client.response()
+    response = await call(port, method, target=target)
     path = target.removeprefix("https://").partition("/")[2]
     assert (response.status, response.body) == (200, own_response(f"/{path}")), "not its own"
-    await client.close()

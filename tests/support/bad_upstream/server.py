@@ -156,7 +156,9 @@ class _Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         if self._out.pending:
-            self.transport.write(self._out.read())
+            content = self._out.read()
+            if not self.transport.is_closing():  # else the peer has left, which is no failure
+                self.transport.write(content)
 
     async def next_request(self) -> Request:
         """Wait for a request that the script which runs answers too."""
