@@ -46,6 +46,8 @@ BAD_STATUS_LINES = [
     b"HTTP/ 200 OK\r\n",
     b"http/1.1 200 OK\r\n",
     b" HTTP/1.1 200 OK\r\n",
+    b"HTTP/2.0 200 OK\r\n",
+    b"HTTP/3 200 OK\r\n",
     b"ICY 200 OK\r\n",
     b"SSH-2.0-OpenSSH\r\n",
     b"\x00\xff\r\n",

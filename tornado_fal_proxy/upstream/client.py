@@ -241,6 +241,13 @@ class UpstreamClient(CurlLoop):
                 transfer.paused, transfer.peer_closed = False, True
                 self.resume(transfer)
 
+    def on_idle_bytes(self, local_port: int) -> None:
+        """Suspect the host, because the bytes may announce the end of the connection (GOAWAY, close_notify).
+
+        libcurl reads them once a second, and until then would send a POST on that connection.
+        """
+        self._hosts.suspect(self._ports.get(local_port, ""), self.now())
+
     # Ends.
 
     def _finish_pending_requests(self) -> None:

@@ -39,7 +39,7 @@ REFRESH_INTERVAL_S = 0.001
 
 
 class CurlLoop(CurlAsyncHTTPClient):
-    """Run libcurl on the current asyncio loop. A subclass may override :meth:`on_idle_closed`."""
+    """Run libcurl on the current asyncio loop. A subclass may override :meth:`on_idle_closed` and :meth:`on_idle_bytes`."""
 
     def initialize(self) -> None:  # type: ignore[override]
         """Begin to wait for libcurl's sockets. Needs a running loop."""
@@ -59,6 +59,9 @@ class CurlLoop(CurlAsyncHTTPClient):
 
     def on_idle_closed(self, local_ports: Iterable[int]) -> None:
         """Handle that the peer has closed idle connections, which leave from these ports."""
+
+    def on_idle_bytes(self, local_port: int) -> None:
+        """Handle that bytes have come on the idle connection that leaves from this port."""
 
     def refresh_idle(self, now: float) -> None:
         """Ask the kernel which idle connections were closed, before a new call may get one of them."""
@@ -102,7 +105,7 @@ class CurlLoop(CurlAsyncHTTPClient):
     def _ready_sockets(self) -> list[tuple[int, int]]:
         """Return the sockets on which libcurl has to act, and report the idle ones that were closed."""
         assert self._poller is not None
-        active, closed = self._poller.ready()
+        active, closed, unread = self._poller.ready()
         ports = set()
         for fd in closed:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
@@ -112,6 +115,9 @@ class CurlLoop(CurlAsyncHTTPClient):
                 duplicate.shutdown(socket.SHUT_WR)
         if ports:
             self.on_idle_closed(ports)
+        for fd in unread:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+                self.on_idle_bytes(duplicate.getsockname()[1])
         return active
 
     def _act(self, fd: int, action: int) -> None:

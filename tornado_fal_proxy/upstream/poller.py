@@ -58,9 +58,13 @@ class Poller:
             self._epoll.modify(fd, events)
         self._events[fd] = events
 
-    def ready(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return the sockets on which libcurl must act, with their CSELECT bits, and the idle ones that were closed."""
-        active, closed = [], []
+    def ready(self) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+        """Return the sockets on which libcurl must act, with their CSELECT bits, and the idle ones with an event.
+
+        Of these the second list has those that were closed, and the third those with unread bytes, once for each time
+        that the socket became idle.
+        """
+        active, closed, unread = [], [], []
         for fd, events in self._epoll.poll(0):
             if fd in self._active:
                 action = 0
@@ -75,7 +79,8 @@ class Poller:
             else:
                 self._epoll.modify(fd, _CLOSING_ONLY)
                 self._events[fd] = _CLOSING_ONLY
-        return active, closed
+                unread.append(fd)
+        return active, closed, unread
 
     def count(self) -> int:
         """Return how many are open. It asks the kernel about each, and forgets those that were closed."""

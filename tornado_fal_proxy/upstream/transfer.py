@@ -34,6 +34,9 @@ __all__ = ["Transfer", "TransferDelegate"]
 _ALPN = b"ALPN: server "
 # Limits how long one transfer decodes before the other calls get their turn: a fraction of what a client may notice.
 MAX_TURN_S = 0.004
+# Limits how often a call that may be repeated is sent, with what libcurl repeats by itself: a server that refuses is not
+# helped by more.
+MAX_SENDS = 3
 # Limits interim responses (RFC 9110 section 15.2) to one request: more than any server sends. They bring no result, so
 # without a limit a server could keep a call for ever.
 MAX_INTERIM = 16
@@ -83,6 +86,7 @@ class Transfer(Body):
         "_interim",
         "_negotiated_http1",
         "_retried",
+        "_sends",
         "_turn_ends",
         "_waiter",
         "client",
@@ -140,6 +144,7 @@ class Transfer(Body):
         self._head_lines: list[bytes] = []
         self._buffering = False
         self._retried = False
+        self._sends = 0
         self._waiter: asyncio.Future[None] | None = None
 
     # For the coroutine that relays.
@@ -237,6 +242,11 @@ class Transfer(Body):
         finally:
             self._waiter = None
 
+    @property
+    def _has_response(self) -> bool:
+        """Tell whether a part of a response has come."""
+        return bool(self.head or self._head_lines or self._interim or self._failure)
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -246,12 +256,14 @@ class Transfer(Body):
     def on_connected(self, _remote_ip: str, _local_ip: str, _remote_port: int, local_port: int) -> int:
         """Allow or refuse that the request is written to a connection that is ready (PREREQFUNCTION).
 
-        libcurl sends a request again by itself when a reused connection dies before the response. Only a call that may
-        be repeated is allowed a second time.
+        libcurl sends a request again by itself when a reused connection dies before the response, or when the server
+        refuses the stream. Only a call that may be repeated is allowed that, and only before a response has begun: a
+        second one would be appended to the first.
         """
-        if self.may_have_been_sent and not self.repeatable:
+        if self.may_have_been_sent and (not self.repeatable or self._has_response or self._sends >= MAX_SENDS):
             return pycurl.PREREQFUNC_ABORT
         self.may_have_been_sent = True
+        self._sends += 1
         self.local_port = local_port
         self._delegate.connected(self, local_port)
         return pycurl.PREREQFUNC_OK
@@ -333,8 +345,7 @@ class Transfer(Body):
 
     def may_retry(self, failure: UpstreamError) -> bool:
         """Tell whether to send it once more on a new connection: it broke in the pool and cannot run twice."""
-        answered = self.head is not None or self._head_lines or self._interim or self._failure is not None
-        if self._retried or answered or not isinstance(failure, ConnectionLost):
+        if self._retried or self._has_response or not isinstance(failure, ConnectionLost):
             return False
         self._retried = self.repeatable or not self.may_have_been_sent
         return self._retried
