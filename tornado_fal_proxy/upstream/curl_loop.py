@@ -39,7 +39,7 @@ REFRESH_INTERVAL_S = 0.001
 
 
 class CurlLoop(CurlAsyncHTTPClient):
-    """Run libcurl on the current asyncio loop. A subclass may override :meth:`on_idle_closed` and :meth:`on_idle_bytes`."""
+    """Run libcurl on the current asyncio loop. A subclass may override the methods that begin with ``on_idle``."""
 
     def initialize(self) -> None:  # type: ignore[override]
         """Begin to wait for libcurl's sockets. Needs a running loop."""

@@ -34,8 +34,8 @@ __all__ = ["Transfer", "TransferDelegate"]
 _ALPN = b"ALPN: server "
 # Limits how long one transfer decodes before the other calls get their turn: a fraction of what a client may notice.
 MAX_TURN_S = 0.004
-# Limits how often a call that may be repeated is sent, with what libcurl repeats by itself: a server that refuses is not
-# helped by more.
+# Limits how often a call that may be repeated is sent, with what libcurl repeats by itself. A server that refuses would
+# refuse more of them too.
 MAX_SENDS = 3
 # Limits interim responses (RFC 9110 section 15.2) to one request: more than any server sends. They bring no result, so
 # without a limit a server could keep a call for ever.
