@@ -153,7 +153,10 @@ class ProxyConfig:
         "SECONDS",
     )
     allowed_hosts: Sequence[str] | None = _access(
-        None, "hosts of fal's that may be called, such as queue.fal.run or *.fal.run", "HOST,...", as_list
+        None,
+        "hosts of fal's that may be called, such as queue.fal.run or *.fal.run; api.fal.ai only by its exact name",
+        "HOST,...",
+        as_list,
     )
     allow_cancel: bool = _access(False, "let PUT through to cancel a queued job", "")
     allowed_webhooks: Sequence[str] | None = _access(

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tornado_fal_proxy.errors import (
+    AccountNotAllowed,
     ConfigError,
     EndpointNotAllowed,
     HostNotAllowed,
@@ -30,7 +31,6 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.rules.cors import origin_problem
 from tornado_fal_proxy.rules.endpoints import (
-    NAMESPACES,
     QUEUE_HOST,
     REQUESTS,
     REST_HOSTS,
@@ -39,13 +39,14 @@ from tornado_fal_proxy.rules.endpoints import (
     TOKENS_PATH,
     UPLOADS,
     id_length,
+    is_account_call,
     is_cancel,
     is_queue_call,
 )
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import SEGMENT, Target, canonical_segments
 
-__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules"]
+__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules", "check_account"]
 
 # The life of a realtime token, in seconds. fal's JavaScript SDK asks for 120, and for a new token before they are over.
 DEFAULT_MAX_TOKEN_EXPIRATION_S = 300
@@ -77,10 +78,14 @@ class AccessRules:
     def check(self, method: str, target: Target) -> None:
         """Raise AccessRefused unless the rules allow this request.
 
-        Raises HostNotAllowed, then WebhookNotAllowed, then UploadNotAllowed or EndpointNotAllowed.
+        Raises HostNotAllowed, then AccountNotAllowed, then WebhookNotAllowed, then UploadNotAllowed or
+        EndpointNotAllowed. Only a host that ``allowed_hosts`` names without ``*`` may serve the account. Where
+        endpoints are restricted, none does.
         """
         if self.hosts is not None and not any(_is_host(target.host, allowed) for allowed in self.hosts):
             raise HostNotAllowed
+        if self.endpoints is None and target.host not in (self.hosts or ()):
+            check_account(target)
         if self.webhooks is not None and target.query is not None:
             self._check_webhook(target.query)
         if self.endpoints is None:
@@ -133,10 +138,12 @@ class AccessRules:
         )
 
     def _allows_whole(self, alias: str) -> bool:
-        """Return whether some owner's app of that name is allowed as such, because a token opens all below it."""
+        """Return whether a pattern allows an app of that name as such, because a token opens all below it.
+
+        The token opens the apps of that name of all owners, so a wildcard in its place allows none.
+        """
         assert self.endpoints is not None
-        ids = [[None, alias], *([namespace, None, alias] for namespace in NAMESPACES)]
-        return any(pattern.matches(segments) for pattern in self.endpoints for segments in ids)
+        return any(pattern.alias == alias for pattern in self.endpoints)
 
     def _check_rest_call(self, method: str, target: Target) -> None:
         if (target.host, target.request_target) in UPLOADS:
@@ -165,6 +172,12 @@ class AccessRules:
         return _WEBHOOK_URL.fullmatch(url) is not None and any(
             url == origin or url.startswith(f"{origin}/") for origin in self.webhooks
         )
+
+
+def check_account(target: Target) -> None:
+    """Raise AccountNotAllowed where ``target`` serves the key's account, which fal's SDKs call through no proxy."""
+    if is_account_call(target):
+        raise AccountNotAllowed
 
 
 def _may_be_webhook(parameter: str) -> bool:

@@ -2,7 +2,7 @@
 
 Strategy. :func:`decide` parses the target once, refuses in the order of fal's proxy formula (405, 400, 412, 415, then
 413), and returns a frozen :class:`Target`. The operator's own rules, where there are any, come as soon as the target is
-known (403, after 412).
+known (403, after 412). Without rules only calls for the key's account are refused there.
 
 This module never reads a body: it checks what the head declares of it, and the reader of the body enforces its length.
 
@@ -20,7 +20,7 @@ from tornado_fal_proxy.errors import (
     TargetRefused,
     UnsupportedMediaType,
 )
-from tornado_fal_proxy.rules.access import AccessRules
+from tornado_fal_proxy.rules.access import AccessRules, check_account
 from tornado_fal_proxy.rules.headers import Pairs, content_length
 from tornado_fal_proxy.rules.target import TARGET_HEADER, Target, parse_target
 
@@ -49,7 +49,9 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRu
         may_put = access is not None and access.allows_cancel(target)
         if method != "PUT" or not may_put:
             raise MethodNotAllowed(may_put=may_put)
-    if access is not None:
+    if access is None:
+        check_account(target)
+    else:
         access.check(method, target)
     _check_body(headers, max_body_bytes)
     return target

@@ -21,6 +21,8 @@ from tornado.web import Application, RequestHandler
 
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.handler import FalProxyHandler
+from tornado_fal_proxy.rules.endpoints import is_account_call
+from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
@@ -140,6 +142,11 @@ def describe_access(config: ProxyConfig) -> tuple[bool, str]:
     """Return whether anything keeps strangers from spending the key's money, and a line that lists what is open."""
     access, cors = config.access, config.cors
     parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
+    closed = "; closed: the key's account" if config.allowed_endpoints is None else ""
+    account = [host for host in config.allowed_hosts or () if "*" not in host and is_account_call(Target(host, "/"))]
+    if closed and account:
+        parts.append(f"the key's account on {', '.join(account)}")
+        closed = ""
     if config.allowed_endpoints is not None and config.allow_uploads:
         parts.append("uploads")
     if config.allowed_hosts is not None:
@@ -153,4 +160,4 @@ def describe_access(config: ProxyConfig) -> tuple[bool, str]:
         parts.append(f"pages of {', '.join(config.allowed_origins)}")
     restricted = config.allowed_endpoints is not None or config.authorize is not None
     advice = "" if restricted else " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
-    return restricted, f"open: {', '.join(parts)}{advice}"
+    return restricted, f"open: {', '.join(parts)}{advice}{closed}; a key should have the scope API, not ADMIN"
