@@ -6,7 +6,8 @@ the endpoint has. The rules refuse whatever fal's server might read in another w
 thought of. Because fal drops the rest of an endpoint's id in the queue's calls, a job of any endpoint of an app can be
 read where one of the app's endpoints is allowed.
 
-This module never refuses what no rule restricts, and its errors name the rule but nothing of what the rule contains.
+This module never refuses what no rule restricts, except calls for the key's account. Its errors name the rule but
+nothing of what the rule contains. Their ``detail``, for the operator's log, has the target that was refused.
 
 Sources: fal's pages on its queue, webhooks and realtime tokens, and the source of fal's SDKs.
 """
@@ -43,6 +44,7 @@ from tornado_fal_proxy.rules.endpoints import (
     is_cancel,
     is_queue_call,
 )
+from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import SEGMENT, Target, canonical_segments
 
@@ -83,11 +85,11 @@ class AccessRules:
         endpoints are restricted, none does.
         """
         if self.hosts is not None and not any(_is_host(target.host, allowed) for allowed in self.hosts):
-            raise HostNotAllowed
+            raise HostNotAllowed(_described("allowed_hosts", target))
         if self.endpoints is None and target.host not in (self.hosts or ()):
             check_account(target)
         if self.webhooks is not None and target.query is not None:
-            self._check_webhook(target.query)
+            self._check_webhook(target)
         if self.endpoints is None:
             return
         if target.host in REST_HOSTS:
@@ -95,7 +97,7 @@ class AccessRules:
             return
         segments = canonical_segments(target.path)
         if segments is None or not self._allows(method, target.host, segments):
-            raise EndpointNotAllowed
+            raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
     def needs_body(self, target: Target) -> bool:
         """Return whether :meth:`check_body` must see the whole body before the request goes to fal."""
@@ -113,7 +115,7 @@ class AccessRules:
         if not 1 <= expiration_s <= self.max_token_expiration_s:
             raise TokenNotAllowed("token: it would live too long")
         if not all(map(self._allows_whole, apps)):
-            raise TokenNotAllowed("token: for an app that is not allowed")
+            raise TokenNotAllowed("token: for an app that no pattern of allowed_endpoints spells")
 
     def _allows(self, method: str, host: str, segments: Sequence[str]) -> bool:
         """Return whether this is an allowed endpoint, its stream, or one of the queue's calls for its jobs."""
@@ -148,23 +150,26 @@ class AccessRules:
     def _check_rest_call(self, method: str, target: Target) -> None:
         if (target.host, target.request_target) in UPLOADS:
             if method != "POST" or not self.uploads:
-                raise UploadNotAllowed
+                raise UploadNotAllowed(_described("allow_uploads", target))
         elif method != "POST" or target.request_target != TOKENS_PATH:
-            raise EndpointNotAllowed
+            raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
-    def _check_webhook(self, query: str) -> None:
+    def _check_webhook(self, target: Target) -> None:
         """Raise WebhookNotAllowed unless the query has no webhook, or exactly one whose origin is allowed.
 
         Every parameter counts that some server could take for ``fal_webhook``: a server may separate parameters at
         semicolons too, or decode the query before it separates them.
         """
+        query = target.query or ""
         layers = (query, unquote(query), unquote(unquote(query)))
         counts = {sum(map(_may_be_webhook, re.split("[&;]", layer))) for layer in layers}
         if counts == {0}:
             return
         parameter = next((text for text in query.split("&") if text.startswith(f"{WEBHOOK}=")), "")
-        if counts != {1} or not self._allows_webhook(parameter.removeprefix(f"{WEBHOOK}=")):
-            raise WebhookNotAllowed
+        value = parameter.removeprefix(f"{WEBHOOK}=")
+        if counts != {1} or not self._allows_webhook(value):
+            host = unquote(value).partition("//")[2].partition("/")[0]  # its path is often a secret
+            raise WebhookNotAllowed(f"allowed_webhooks: {excerpt(host) or 'an odd spelling'}")
 
     def _allows_webhook(self, value: str) -> bool:
         assert self.webhooks is not None
@@ -177,7 +182,12 @@ class AccessRules:
 def check_account(target: Target) -> None:
     """Raise AccountNotAllowed where ``target`` serves the key's account, which fal's SDKs call through no proxy."""
     if is_account_call(target):
-        raise AccountNotAllowed
+        raise AccountNotAllowed(_described("the key's account", target))
+
+
+def _described(rule: str, target: Target) -> str:
+    """Return what the log shows of a refused target, after the rule that refused it."""
+    return f"{rule}: {excerpt(target.host + target.path)}"
 
 
 def _may_be_webhook(parameter: str) -> bool:

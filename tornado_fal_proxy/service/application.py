@@ -22,6 +22,7 @@ from tornado.web import Application, RequestHandler
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.handler import FalProxyHandler
 from tornado_fal_proxy.rules.endpoints import is_account_call
+from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
@@ -108,6 +109,7 @@ class ProxyApplication(Application):
         call.sent_bytes = int(handler._headers.get("Content-Length", 0))
         if isinstance(handler, MessageHandler) and status == handler.status:
             call.error = handler.error
+            call.detail = excerpt(request.path)
         elif status >= 400:
             call.error = "HTTPError"
         call.finish(status)
