@@ -28,6 +28,7 @@ from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
 from tornado_fal_proxy.service.connection import close_after
+from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.telemetry import Call
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ProxyApplication(Application):
     closing = False
     access_log: AccessLog | None = None
     metrics: Metrics | None = None
+    key_alarm: KeyAlarm | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,6 +119,8 @@ class ProxyApplication(Application):
 
     def record(self, call: Call, request: HTTPServerRequest) -> None:
         """Log and count a call that is over."""
+        if self.key_alarm is not None:
+            self.key_alarm.note(call)
         if self.access_log is not None:
             self.access_log.add(call, request.remote_ip or "")
         if self.metrics is not None:

@@ -25,6 +25,7 @@ from tornado_fal_proxy.relay.backend import backends_of, close_upstreams
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
+from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.service.systemd import Notifier
@@ -87,6 +88,7 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     shutdown = Shutdown()
     process.handle_signals(shutdown)
     application = _application(context)
+    application.key_alarm = KeyAlarm(process.scoreboard)
     access_log = AccessLog(access_logger)
     if access_logger.isEnabledFor(logging.INFO):
         application.access_log = access_log
