@@ -73,13 +73,15 @@ class ProxyApplication(Application):
     """The application of one process.
 
     ``closing`` is set when the process ends, and concerns connections that are still open then. ``shed`` holds
-    connections for which there are too few open files.
+    connections for which there are too few open files. ``host_header`` is the header, if any, in which the sandbox is
+    told how the client calls this machine.
     """
 
     closing = False
     access_log: AccessLog | None = None
     metrics: Metrics | None = None
     key_alarm: KeyAlarm | None = None
+    host_header: str | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +99,8 @@ class ProxyApplication(Application):
             close_after(connection)
             return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
         if request.path == self.route:
+            if self.host_header is not None:
+                request.headers[self.host_header] = request.headers.get("Host", "")
             return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
         return super().find_handler(request, **kwargs)
 

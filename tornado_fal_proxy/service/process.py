@@ -121,10 +121,14 @@ def _application(context: ServiceContext) -> ProxyApplication:
     if sandbox is not None:
         sandbox.start()
         sandbox.public_url = url_of(context.sockets[0])
-        texts = {**settings.texts, "ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
+        # The page cancels jobs, and a job here costs nothing.
+        texts = {"allow_cancel": "yes"} | {name: text for name, text in settings.texts.items() if text}
+        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
-    return make_application(config, settings.route, more, settings.trusted_proxies)
+    application = make_application(config, settings.route, more, settings.trusted_proxies)
+    application.host_header = None if sandbox is None else sandbox.host_header
+    return application
 
 
 def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> HTTPServer:
