@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -128,6 +129,27 @@ def run_block(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), names)
     return names
+
+
+LOGGING = """
+import logging, logging.config, sys
+import tornado_fal_proxy
+config = {"version": 1, "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}}}
+config |= {"root": {"level": "INFO", "handlers": ["out"]}, **eval(sys.argv[1])}
+logging.config.dictConfig(config)
+logging.getLogger("tornado_fal_proxy").error("seen")
+"""
+
+
+def test_logging() -> None:
+    """dictConfig silences the proxy's logger after the import, and does not with the setting that is shown."""
+    (setting,) = re.findall(r'give it\s+`("disable_existing_loggers": \w+)`', README)
+
+    def printed(more: str) -> str:
+        return subprocess.check_output([sys.executable, "-c", LOGGING, more], cwd=ROOT, text=True)
+
+    assert printed("{}") == ""
+    assert printed("{" + setting + "}") == "seen\n"
 
 
 @pytest.mark.gen_test

@@ -119,9 +119,10 @@ FAILS = [
         "--admin-port=on", match=r"--admin-port: must be a number from 0 to 65535, or none, not 'on'", environ=WITH_KEY
     ),
     start(
+        "--port=0",
         "--admin-port=0",
-        "--admin-address=192.0.2.1",
-        match=r"192.0.2.1 port 0: .*; see --admin-address",
+        "--admin-address=203.0.113.1",
+        match=r"203.0.113.1 port 0: .*; see --admin-address",
         environ=WITH_KEY,
     ),
     start(
