@@ -97,6 +97,13 @@ def test_cancel_reaches_the_queue(page: Any) -> None:
     assert page["seen"]["run_cancelled_at_once"]["queue-position"][-1] == ""
 
 
+def test_a_stream_fails_below_a_picture(page: Any) -> None:
+    """The picture stays, and the error is in sight all the same."""
+    seen = page["seen"]["stream_after_picture"]
+    assert seen["picture"] is not None
+    assert (seen["error"], seen["error_form"], seen["error_in_sight"]) == (ERRORS[-1][1], "stream-form", True)
+
+
 @pytest.mark.parametrize("form", ["run", "stream"])
 @pytest.mark.parametrize("name", ["422", "429", "500", "cancelled"])
 def test_an_error_is_shown_beside_its_form(page: Any, form: str, name: str) -> None:

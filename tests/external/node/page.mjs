@@ -84,5 +84,7 @@ await page.fill("#prompt", "Cancelled at once");
 seen.run_cancelled_at_once = await use("run", () => page.evaluate(() => document.getElementById("run-cancel").click()));
 await page.fill("#prompt", "Ein Kätzchen 🐱");
 seen.run_again = await use("run");
+await page.selectOption("#scenario", "500");
+seen.stream_after_picture = await use("stream");
 await browser.close();
 report({ seen, origins: [...origins], problems });
