@@ -294,7 +294,7 @@ def response(lines: Sequence[bytes]) -> ResponseHead | None:
 # A token's body: however its JSON is read, it asks for allowed apps and a short life.
 
 TOKEN_RULES = _rules(allowed_endpoints=("fal-ai/flux", "fal-ai/fast-*", "a/b/c"))
-MAY_HAVE_TOKENS = re.compile(r"flux|fast-[^/]*")
+MAY_HAVE_TOKENS = re.compile("flux")
 
 
 def _first_key_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,25 +16,29 @@ import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
-from tornado_fal_proxy.credentials import KEY_CHARACTERS, authorization_line, key_from_env, key_from_file
+from tornado_fal_proxy.credentials import KEY_CHARACTERS, authorization_line, configured_key, key_from_env
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
 from tornado_fal_proxy.rules.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, AccessRules, access_rules
 from tornado_fal_proxy.rules.cors import CorsRules, cors_rules
+from tornado_fal_proxy.rules.excerpt import excerpt
 
 __all__ = [
     "DEFAULT_ROUTE",
     "EMPTY_LIST",
     "ENV_PREFIX",
     "FALSE",
+    "SERVICE_OPTIONS",
     "TRUE",
     "ProxyConfig",
     "as_list",
     "option",
     "relay_options",
+    "unknown_variables",
 ]
 
 ENV_PREFIX = "FAL_PROXY_"
@@ -61,6 +65,16 @@ TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 EMPTY_LIST = "none"
 # Limits counts and sizes: the largest number that libcurl takes on every platform, and more than is ever needed.
 MAX_NUMBER = 2**31 - 1
+
+# The options of the command that are no fields here. An application may share the variables of both.
+SERVICE_OPTIONS = (
+    *("address", "port", "route", "processes", "drain_timeout_s", "log_level", "log_format", "trusted_proxies"),
+    *("admin_port", "admin_address", "sandbox"),
+)
+# The variables that are ours, or were meant to be. Environments ignore no case, but people do.
+_OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)
+# The variables that Kubernetes sets in every pod for a Service named fal-proxy. Nobody has misspelled them.
+_SERVICE_LINK = re.compile(r"FAL_PROXY_(?:SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|PORT_[0-9]+_[A-Z]+(?:_[A-Z]+)?)")
 
 _LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
 _SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1")
@@ -164,7 +178,10 @@ class ProxyConfig:
         "SECONDS",
     )
     allowed_hosts: Sequence[str] | None = _access(
-        None, "hosts of fal's that may be called, such as queue.fal.run or *.fal.run", "HOST,...", as_list
+        None,
+        "hosts of fal's that may be called, such as queue.fal.run or *.fal.run; api.fal.ai only by its exact name",
+        "HOST,...",
+        as_list,
     )
     allow_cancel: bool = _access(False, "let PUT through to cancel a queued job", "")
     allowed_webhooks: Sequence[str] | None = _access(
@@ -271,11 +288,24 @@ class ProxyConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ProxyConfig:
         """Read ``FAL_KEY``, or the file ``FAL_KEY_FILE``, and the ``FAL_PROXY_<FIELD>`` variables of the environment.
 
-        The file is read now, and not again. Raise ConfigError.
+        The file is read now, and not again. Raise ConfigError, also for a ``FAL_PROXY_`` variable that is unknown: a
+        rule whose name is misspelled would leave everything open.
         """
         environ = os.environ if environ is None else environ
+        problems = unknown_variables(environ)
         texts = {known.name: environ.get(ENV_PREFIX + known.name.upper()) for known in relay_options()}
-        return cls.from_texts(texts, key=key_from_env(environ) or key_from_file(environ))
+        key = None
+        try:
+            key = configured_key(environ)
+        except ConfigError as exc:
+            problems.extend(exc.problems)
+        try:
+            config = cls.from_texts(texts, key=key)
+        except ConfigError as exc:
+            raise ConfigError([*problems, *exc.problems]) from None
+        if problems:
+            raise ConfigError(problems)
+        return config
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str | None], *, key: str | None) -> ProxyConfig:
@@ -303,6 +333,22 @@ class ProxyConfig:
 def relay_options() -> tuple[Any, ...]:
     """Return the dataclass fields that are options of the command: all but the key, which must never stand in argv."""
     return tuple(known for known in fields(ProxyConfig) if known.metadata)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return a problem for each variable whose name begins as ours do and is none of ours."""
+    options = [*SERVICE_OPTIONS, *(known.name for known in relay_options())]
+    known = {name: ENV_PREFIX + name for name in map(str.upper, options)}
+    meant = known | {name.removeprefix("FAL_"): name for name in ("FAL_KEY", "FAL_KEY_FILE", "FAL_KEY_ID")}
+    problems = []
+    for name in sorted(environ):
+        match = _OUR_VARIABLE.fullmatch(name)
+        if match is None or name in known.values() or _SERVICE_LINK.fullmatch(name):
+            continue
+        near = get_close_matches(match[1].upper(), meant, n=1)
+        hint = f", did you mean {meant[near[0]]}?" if near else "; README.md has a table of the variables"
+        problems.append(f"unknown variable {excerpt(name)}{hint}")
+    return problems
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
 
-__all__ = ["KEY_CHARACTERS", "authorization_line", "key_from_env", "key_from_file"]
+__all__ = ["KEY_CHARACTERS", "authorization_line", "configured_key", "key_from_env", "key_from_file"]
 
 # A key of fal's, and all that may stand in a header line without a second meaning: printable ASCII without spaces.
 KEY_CHARACTERS = re.compile(r"[!-~]+")
@@ -49,6 +49,27 @@ def key_from_file(environ: Mapping[str, str]) -> str | None:
     if not KEY_CHARACTERS.fullmatch(key):
         raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"])
     return key
+
+
+def configured_key(environ: Mapping[str, str]) -> str | None:
+    """Return the key that the environment or the file FAL_KEY_FILE has, None where neither has one.
+
+    Raise ConfigError where two of them are set, or half of one: an operator who changes one would otherwise not notice
+    that the other is used.
+    """
+    key, key_id, secret = (environ.get(name, "").strip() for name in ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET"))
+    problems = []
+    if bool(key_id) != bool(secret):
+        given, missing = ("FAL_KEY_ID", "FAL_KEY_SECRET") if key_id else ("FAL_KEY_SECRET", "FAL_KEY_ID")
+        problems.append(f"no key: {given} is set without {missing}")
+    elif key and key_id and key != f"{key_id}:{secret}":
+        problems.append("FAL_KEY and FAL_KEY_ID with FAL_KEY_SECRET are set, to different keys: unset one of them")
+    if environ.get("FAL_KEY_FILE") and (key or key_id or secret):
+        other = "FAL_KEY" if key else "FAL_KEY_ID" if key_id else "FAL_KEY_SECRET"
+        problems.append(f"{other} and FAL_KEY_FILE are both set: unset one of them")
+    if problems:
+        raise ConfigError(problems)
+    return key_from_env(environ) or key_from_file(environ)
 
 
 def authorization_line(key: str, source: str) -> bytes:

@@ -12,6 +12,7 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     ├── TargetRefused         412   not a URL of fal's
     ├── AccessRefused         403   a rule that the operator has set
     │   ├── HostNotAllowed
+    │   ├── AccountNotAllowed also where the operator has set no rule
     │   ├── WebhookNotAllowed
     │   ├── EndpointNotAllowed
     │   ├── UploadNotAllowed
@@ -43,6 +44,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "AccessRefused",
+    "AccountNotAllowed",
     "BodyTooLarge",
     "BodyTooSlow",
     "BuffersFull",
@@ -130,6 +132,10 @@ class AccessRefused(ProxyError):
 
 class HostNotAllowed(AccessRefused):
     message = "This host is not allowed by this proxy's allowed_hosts."
+
+
+class AccountNotAllowed(AccessRefused):
+    message = "Calls for fal's account are not allowed: this proxy's allowed_hosts does not name their host."
 
 
 class WebhookNotAllowed(AccessRefused):

@@ -44,6 +44,7 @@ from tornado_fal_proxy.errors import (
 from tornado_fal_proxy.relay.backend import Backend, shared_backend
 from tornado_fal_proxy.relay.response import RelayResponse, describe_exception
 from tornado_fal_proxy.rules.cors import CorsRules
+from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import request_headers
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import Target
@@ -197,7 +198,8 @@ class FalProxyHandler(RelayResponse):
 
     def _answer_preflight(self, cors: CorsRules) -> None:
         if not cors.allows(self._origin()):
-            raise OriginNotAllowed
+            origins = ", ".join(self.request.headers.get_list("Origin"))
+            raise OriginNotAllowed(f"allowed_origins: {excerpt(origins)}")
         for name, value in cors.preflight_headers(self.request.headers.get("Access-Control-Request-Headers")):
             self.set_header(name, value)
         self._set_vary("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")

@@ -40,7 +40,7 @@ class Call:
     since the head of the request had arrived; ``first_byte_s`` is None when there was no response. ``sent_bytes`` and
     ``received_bytes`` count bodies, to and from the client. ``error`` is the name of the exception because of which
     there is no response of fal's, or no whole one. It is empty when all went well. ``detail`` explains it to an
-    operator.
+    operator. If the call was refused, ``detail`` has the rule and an excerpt of the text that was refused.
 
     ``outcome`` is one of these:
 

@@ -37,8 +37,9 @@ def page(authority: Authority) -> Any:
     chromium = tool("chromium")
 
     async def make() -> Any:
-        async with serve_sandbox(Setup(authority), PACE) as sandbox:
-            return await run_script("page.mjs", sandbox.public_url, chromium)
+        async with serve_sandbox(Setup(authority), PACE, allow_cancel=True) as sandbox:
+            page = await run_script("page.mjs", sandbox.public_url, chromium)
+            return page | {"cancelled": [job.prompt for job in sandbox.jobs.values() if job.cancelled]}
 
     return asyncio.run(make())
 
@@ -87,6 +88,36 @@ def test_cancel(page: Any, form: str, output: str, whole: str) -> None:
     assert (seen["error"], seen["idle"]) == ("Cancelled.", True)
     assert whole not in seen[output][-1]
     assert form == "stream" or seen["picture"] is None
+
+
+def test_cancel_reaches_the_queue(page: Any) -> None:
+    """Cancel cancels the queued job itself, also while the job is submitted, and no other job."""
+    assert page["cancelled"] == ["A lighthouse in a snow storm", "Cancelled at once"]
+    assert page["seen"]["run_cancelled_at_once"]["error"] == "Cancelled."
+    assert page["seen"]["run_cancelled_at_once"]["queue-position"][-1] == ""
+
+
+def test_a_stream_fails_below_a_picture(page: Any) -> None:
+    """The picture stays, and the error is in sight all the same."""
+    seen = page["seen"]["stream_after_picture"]
+    assert seen["picture"] is not None
+    assert (seen["error"], seen["error_form"], seen["error_in_sight"]) == (ERRORS[-1][1], "stream-form", True)
+
+
+@pytest.mark.parametrize("form", ["run", "stream"])
+@pytest.mark.parametrize("name", ["422", "429", "500", "cancelled"])
+def test_an_error_is_shown_beside_its_form(page: Any, form: str, name: str) -> None:
+    """A user of a small screen sees the error, also of a stream below a picture."""
+    seen = page["seen"][f"{form}_{name}"]
+    assert (seen["error"] != "", seen["error_form"], seen["error_in_sight"]) == (True, f"{form}-form", True)
+
+
+def test_the_focus_stays(page: Any) -> None:
+    """A user of the keyboard keeps the focus on the button, and gets it there after Cancel."""
+    assert page["seen"]["run_by_enter"]["focus"] == ["run", "run", "run"]
+    assert page["seen"]["run_by_enter"]["executions"] == 1
+    assert page["seen"]["run_cancelled"]["focus"][-1] == "run"
+    assert page["seen"]["stream_cancelled"]["focus"][-1] == "stream"
 
 
 def test_the_page_calls_no_other_origin(page: Any) -> None:

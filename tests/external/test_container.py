@@ -171,6 +171,20 @@ def test_compose_is_right() -> None:
     run(tool("check-jsonschema"), "--builtin-schema=vendor.compose-spec", COMPOSE)
 
 
+def test_compose_restarts_one_at_a_time() -> None:
+    """Both share the loopback of a third service, so a restart of the proxy takes neither nginx nor its port away."""
+    services = compose()["services"]
+    network, proxy, nginx = (services.pop(name) for name in ("network", "proxy", "nginx"))
+    assert not services
+    assert proxy["network_mode"] == nginx["network_mode"] == "service:network"
+    assert (network["ports"], "ports" in proxy, "ports" in nginx) == (["443:443"], False, False)
+    assert nginx["depends_on"] == {"proxy": {"condition": "service_healthy"}}  # once, at the start
+    assert "depends_on" not in proxy
+    # The third one never changes: it is built from nothing here, and mounts nothing.
+    assert not {"build", "volumes", "environment", "secrets", "depends_on", "network_mode"} & network.keys()
+    assert network["image"] == nginx["image"]
+
+
 def test_compose_agrees() -> None:
     """The files that it names exist. Both services get the time of a drain, and no more rights than they need."""
     content = compose()
@@ -182,12 +196,12 @@ def test_compose_agrees() -> None:
     assert f"ssl_certificate {certificate}/" in NGINX.read_text()
     for service in (proxy, nginx):
         assert float(service["stop_grace_period"].removesuffix("s")) > LONGEST_END_S
+    for service in content["services"].values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
-    # Both share one loopback, on which nginx's file expects the proxy; only nginx's port is published.
-    assert (nginx["network_mode"], proxy["environment"]["FAL_PROXY_ADDRESS"]) == ("service:proxy", DEFAULT_ADDRESS)
-    assert proxy["ports"] == ["443:443"]
-    settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY": KEY})
+        assert service["restart"] == "unless-stopped"
+    assert proxy["environment"]["FAL_PROXY_ADDRESS"] == DEFAULT_ADDRESS
+    settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY_FILE": "", "FAL_KEY": KEY})
     assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
     assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS,)
     assert proxy["tmpfs"] == ["/tmp"]

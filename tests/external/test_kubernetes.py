@@ -6,7 +6,7 @@ Kubernetes does not run here. The file is validated, and its command is run with
 import asyncio
 import re
 import stat
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
@@ -106,6 +106,51 @@ async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
     assert await statuses() == [200, 503]
     assert (await last).status == 200
     await running.ended()
+
+
+# Destinations, as the namespace of a pod or an address, with port and protocol, and whether a pod may send there.
+EGRESS = [
+    ("kube-system", 53, "UDP", True),
+    ("kube-system", 53, "TCP", True),
+    ("dns", 53, "UDP", True),
+    ("169.254.20.10", 53, "UDP", True),
+    ("169.254.20.10", 53, "TCP", True),
+    ("203.0.113.7", 443, "TCP", True),
+    ("2001:db8::7", 443, "TCP", True),
+    ("kube-system", 443, "TCP", False),
+    ("default", 8080, "TCP", False),
+    ("169.254.169.254", 53, "UDP", False),
+    ("169.254.169.254", 80, "TCP", False),
+    ("169.254.169.254", 443, "TCP", False),
+    ("169.254.20.10", 443, "TCP", False),
+    ("203.0.113.7", 53, "UDP", False),
+    ("10.96.0.1", 443, "TCP", False),
+    ("fd00::1", 443, "TCP", False),
+]
+
+
+@pytest.mark.parametrize(("to", "port", "protocol", "passes"), EGRESS)
+def test_egress(kubernetes: dict[str, Any], to: str, port: int, protocol: str, passes: bool) -> None:
+    """Pods reach DNS, wherever the cluster has it, and fal, and neither other pods nor a cloud's metadata."""
+
+    def is_peer(peer: dict[str, Any]) -> bool:
+        """Tell whether the peer of a rule has that destination."""
+        if "ipBlock" not in peer:
+            assert peer.keys() == {"namespaceSelector"}
+            labels = peer["namespaceSelector"].get("matchLabels", {})
+            return not re.search("[.:]", to) and labels in ({}, {"kubernetes.io/metadata.name": to})
+        block = peer["ipBlock"]
+        within = (
+            [ip_address(to) in ip_network(net) for net in (block["cidr"], *block.get("except", []))] if is_ip else []
+        )
+        return bool(within) and within[0] and not any(within[1:])
+
+    is_ip = bool(re.search("[.:]", to))
+    rules = kubernetes["NetworkPolicy"]["spec"]["egress"]
+    found = any(
+        {"port": port, "protocol": protocol} in rule["ports"] and any(map(is_peer, rule["to"])) for rule in rules
+    )
+    assert found is passes
 
 
 def test_pods_have_no_rights(kubernetes: dict[str, Any]) -> None:

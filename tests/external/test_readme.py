@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -130,6 +131,27 @@ def run_block(code: str) -> dict[str, Any]:
     return names
 
 
+LOGGING = """
+import logging, logging.config, sys
+import tornado_fal_proxy
+config = {"version": 1, "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}}}
+config |= {"root": {"level": "INFO", "handlers": ["out"]}, **eval(sys.argv[1])}
+logging.config.dictConfig(config)
+logging.getLogger("tornado_fal_proxy").error("seen")
+"""
+
+
+def test_logging() -> None:
+    """dictConfig silences the proxy's logger after the import, and does not with the setting that is shown."""
+    (setting,) = re.findall(r'give it\s+`("disable_existing_loggers": \w+)`', README)
+
+    def printed(more: str) -> str:
+        return subprocess.check_output([sys.executable, "-c", LOGGING, more], cwd=ROOT, text=True)
+
+    assert printed("{}") == ""
+    assert printed("{" + setting + "}") == "seen\n"
+
+
 @pytest.mark.gen_test
 async def test_example(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """examples/embed.py serves its page and the proxy, and ends at a signal."""
@@ -200,7 +222,7 @@ def test_statuses() -> None:
     rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
     assert set(rows) == own
     assert len(rows) == len(own)
-    assert [status for status, _ in rows[:12]] == [405, 400, 412, *[403] * 6, 415, 413, 401]
+    assert [status for status, _ in rows[:13]] == [405, 400, 412, *[403] * 7, 415, 413, 401]
     assert (
         f'**500 instead of 502 or 504**, with "{errors.ConnectionLost("", may_have_run=True).message}'.replace(
             errors.ConnectionLost.message + " ", ""

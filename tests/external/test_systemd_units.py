@@ -55,7 +55,7 @@ def test_units_agree() -> None:
     assert float(service["Service.TimeoutStopSec"][0]) > LONGEST_END_S
     program, *argv = shlex.split(service["Service.ExecStart"][0])
     assert program.startswith(INSTALLED)
-    settings = parse_settings(argv, {"FAL_KEY": KEY} | environment_of(service))
+    settings = parse_settings(argv, environment_of(service) | {"FAL_KEY_FILE": "", "FAL_KEY": KEY})
     assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
     assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS, UNIX)
     config = settings.config

@@ -126,6 +126,31 @@ async def test_authorize_is_not_called_for_refused_calls(setup: Setup) -> None:
     assert [(await call(port, method, **more)).status for method, more, _ in calls] == [case[2] for case in calls]
 
 
+ACCOUNT = ("https://api.fal.ai/v1/keys", "https://rest.alpha.fal.ai/keys/", "https://rest.fal.ai/storage/../keys")
+
+
+@pytest.mark.parametrize("target", ACCOUNT)
+@pytest.mark.gen_test
+async def test_the_account_of_the_key(setup: Setup, target: str) -> None:
+    """Calls for the account are 403 by default, before authorize is asked. The host's exact name opens them."""
+    upstream = await setup.upstream(echo)
+    host = target.split("/")[2]
+    closed = (
+        setup.proxy(upstream),
+        serve(setup, NoCall, upstream),
+        setup.proxy(upstream, allowed_hosts=("*.fal.ai", "*.alpha.fal.ai")),
+    )
+    for port in closed:
+        for method in ("GET", "POST"):
+            response = await call(port, method, target=target)
+            assert response.status == 403
+            assert "allowed_hosts does not name their host" in response.message
+    assert not upstream.exchanges
+    opened = setup.proxy(upstream, allowed_hosts=("*.fal.ai", host))
+    assert (await call(opened, "GET", target=target)).status == 200
+    assert upstream.exchanges[0].header("authorization") == f"Key {KEY}".encode()
+
+
 def raising(exception: BaseException) -> User:
     def function(handler: FalProxyHandler, target: Target) -> Any:
         raise exception

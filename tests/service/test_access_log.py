@@ -105,3 +105,36 @@ async def test_no_access_log(setup: Setup) -> None:
     running = await ServiceProcess.in_front_of(setup, await setup.upstream(as_asked), "--log-level=warning")
     assert (await call(running.port)).status == 200
     assert not [line for line in await ended_lines(running) if "access" in line]
+
+
+PREFLIGHT = ["origin: https://app.example", "access-control-request-method: POST"]
+
+
+@pytest.mark.parametrize(
+    ("option", "preflight"),
+    [
+        ("--allowed-endpoints=a/b", "preflight of https://app.example: no origin is allowed without --allowed-origins"),
+        ("--allowed-origins=https://other.example", "allowed_origins: https://app.example"),
+    ],
+)
+@pytest.mark.gen_test
+async def test_what_was_refused(setup: Setup, option: str, preflight: str) -> None:
+    """The line of a refused call has the target, host or origin that was refused, and no control character or query."""
+    options = (option, "--allowed-hosts=fal.run", "--log-format=json")
+    running, _ = await started(setup, await setup.upstream(as_asked), *options)
+    port = running.port
+    calls: list[tuple[str, str | None, list[str], str]] = [
+        ("OPTIONS", None, PREFLIGHT, preflight),
+        ("POST", "https://me:hidden@fal.run/\x85\x9b31m?hidden", [], "x-fal-target-url: https://***@fal.run/"),
+        ("POST", "https://ws.fal.run/x?hidden", [], "allowed_hosts: ws.fal.run/x"),
+        ("POST", None, [], "no x-fal-target-url header"),
+    ]
+    for method, target, headers, _ in calls:
+        assert (await call(port, method, target=target, headers=headers)).status in (400, 403, 405, 412)
+    await call(port, "GET", target=None, path="/nowhere?hidden")
+    lines = await ended_lines(running)
+    entries = [entry for entry in map(json.loads, lines) if entry["logger"] == "tornado_fal_proxy.access"]
+    for entry, detail in zip(entries, [*(case[3] for case in calls), "/nowhere"], strict=True):
+        assert entry["detail"].startswith(detail)
+        assert entry["detail"].isprintable()
+    assert not any("hidden" in line for line in lines)

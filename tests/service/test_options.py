@@ -142,18 +142,26 @@ def test_with_resolve_key_no_key_is_needed() -> None:
 
 # Options, and the line at the start. The first two leave the key to everyone.
 OPEN_TO_ALL = "anyone (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
+SCOPE = "; a key should have the scope API, not ADMIN"
+OWN_ACCOUNT = "the key's account on api.fal.ai"
+ACCOUNT = "; closed: the key's account"
 OPEN = [
-    ([], f"open: every model, {OPEN_TO_ALL}"),
+    ([], f"open: every model, {OPEN_TO_ALL}{ACCOUNT}"),
     (
         ["--allow-cancel", "--allowed-hosts=fal.run"],
-        f"open: every model, only on fal.run, cancel, {OPEN_TO_ALL}",
+        f"open: every model, only on fal.run, cancel, {OPEN_TO_ALL}{ACCOUNT}",
     ),
+    (
+        ["--allowed-hosts=*.api.fal.ai,api.fal.ai", "--authorize=os.path:exists"],
+        f"open: every model, {OWN_ACCOUNT}, only on *.api.fal.ai, api.fal.ai, clients that authorize accepts",
+    ),
+    (["--allowed-hosts=api.fal.ai", "--allowed-endpoints=a/b"], "open: endpoints a/b, only on api.fal.ai, anyone"),
     (["--allowed-endpoints=fal-ai/flux/**,a/b"], "open: endpoints fal-ai/flux/**, a/b, anyone"),
     (["--allowed-endpoints=a/b", "--allow-uploads"], "open: endpoints a/b, uploads, anyone"),
-    (["--authorize=os.path:exists"], "open: every model, clients that authorize accepts"),
+    (["--authorize=os.path:exists"], f"open: every model, clients that authorize accepts{ACCOUNT}"),
     (
         ["--authorize=os.path:exists", "--allowed-webhooks=none", "--allowed-origins=https://a.example"],
-        "open: every model, webhooks to nobody, clients that authorize accepts, pages of https://a.example",
+        f"open: every model, webhooks to nobody, clients that authorize accepts, pages of https://a.example{ACCOUNT}",
     ),
 ]
 
@@ -164,7 +172,7 @@ def test_what_is_open(argv: list[str], line: str) -> None:
     config = parse_settings(argv, WITH_KEY).config
     assert config is not None
     restricted, found = describe_access(config)
-    assert found == line
+    assert found == line + SCOPE
     assert restricted is ("README" not in found) is ("README" not in line)
     assert SECRET not in found
 

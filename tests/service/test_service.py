@@ -1,6 +1,7 @@
 """The command at work: what it serves, and how it ends."""
 
 import asyncio
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.support.logs import Logs
 from tests.support.proxy import KEY, ROUTE, SECRET, Setup
-from tests.support.raw_client import RawClient, Response, call
+from tests.support.raw_client import RawClient, Response, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment
 from tests.support.stub_handlers import silent
@@ -213,3 +214,49 @@ async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
     assert response.status == 200
     stdout, _ = await running.end()
     assert f"http://127.0.0.1:{running.port}/" in stdout
+
+
+# A Host header, and the beginning of the picture's URL: None for the address that the service itself knows.
+HOSTS = [
+    ("192.0.2.7:8080", "http://192.0.2.7:8080/sandbox/"),
+    ("laptop.local", "http://laptop.local/sandbox/"),
+    ("[2001:db8::7]:8080", "http://[2001:db8::7]:8080/sandbox/"),
+    ("me@evil.example", None),
+    ("evil.example/x?", None),
+    ("a b", None),
+    ('"><script>', None),
+    ("evil.example:port", None),
+    ("", None),
+]
+
+
+@pytest.mark.gen_test
+async def test_pictures_of_the_sandbox_follow_the_browsers_address() -> None:
+    """A phone that calls this machine by its address gets pictures from there, and no odd Host header gets anywhere."""
+    running = await ServiceProcess.start("--sandbox", "--address=0.0.0.0", "--log-level=error")
+    own = f"http://127.0.0.1:{running.port}/sandbox/"
+    for host, begin in HOSTS:
+        client = await RawClient.open(running.port)
+        body = b'{"sandbox": {"think_s": 0}}'
+        sent = request(body=body, headers=["x-fal-sandbox-host: forged.example"])
+        client.writer.write(sent.replace(b"app.example", host.encode()))
+        response = await client.response()
+        await client.close()
+        if response.status != 400:  # Tornado refuses some by itself
+            url = json.loads(response.body)["images"][0]["url"]
+            assert url.startswith(begin or own), url
+            picture = await call(running.port, "GET", target=None, path=f"/sandbox/{url.partition('/sandbox/')[2]}")
+            assert (picture.status, picture.header("content-type")) == (200, "image/png")
+        else:
+            assert begin is None
+    await running.end()
+
+
+@pytest.mark.parametrize(("text", "status"), [("", 202), ("yes", 202), ("no", 405)])
+@pytest.mark.gen_test
+async def test_the_sandbox_cancels(text: str, status: int) -> None:
+    """The page cancels jobs, so PUT passes in sandbox mode, unless the variable says no."""
+    running = await ServiceProcess.start("--sandbox", FAL_PROXY_ALLOW_CANCEL=text)
+    job = json.loads((await call(running.port, target="https://queue.fal.run/a/b")).body)
+    assert (await call(running.port, "PUT", target=job["cancel_url"])).status == status
+    await running.end()

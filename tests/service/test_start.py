@@ -36,7 +36,21 @@ FAILS = [
     # The key.
     start(match=r"no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET"),
     start(match=r"no key", environ={"FAL_KEY": " "}),
-    start(match=r"no key", environ={"FAL_KEY_ID": "a"}),
+    start(match=r"no key: FAL_KEY_ID is set without FAL_KEY_SECRET", environ={"FAL_KEY_ID": "a"}),
+    start(
+        match=r"\Atornado-fal-proxy: FAL_KEY and FAL_KEY_FILE are both set: unset one of them\Z",
+        environ={"FAL_KEY_FILE": "{dir}/empty.pem", **WITH_KEY},
+    ),
+    start(
+        match=r"FAL_KEY and FAL_KEY_ID with FAL_KEY_SECRET are set, to different keys",
+        environ={"FAL_KEY_ID": "a", "FAL_KEY_SECRET": SECRET, **WITH_KEY},
+    ),
+    # Variables.
+    start(
+        match=r": unknown variable FAL_PROXY_ALLOWED_ENDPOINT, did you mean FAL_PROXY_ALLOWED_ENDPOINTS\?\Z",
+        environ={"FAL_PROXY_ALLOWED_ENDPOINT": "a/b", **WITH_KEY},
+    ),
+    start("--sandbox", match=r"unknown variable FAL_PROXY_SANDBX, did you mean", environ={"FAL_PROXY_SANDBX": ""}),
     start(match=r"FAL_KEY: must be printable ASCII", environ={"FAL_KEY": f"{KEY} {KEY}"}),
     start(match=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
     start(match=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
@@ -105,9 +119,10 @@ FAILS = [
         "--admin-port=on", match=r"--admin-port: must be a number from 0 to 65535, or none, not 'on'", environ=WITH_KEY
     ),
     start(
+        "--port=0",
         "--admin-port=0",
-        "--admin-address=192.0.2.1",
-        match=r"192.0.2.1 port 0: .*; see --admin-address",
+        "--admin-address=203.0.113.1",
+        match=r"203.0.113.1 port 0: .*; see --admin-address",
         environ=WITH_KEY,
     ),
     start(

@@ -18,7 +18,7 @@ def rules(**fields: Any) -> AccessRules:
     return made
 
 
-def refusal(access: AccessRules, method: str, url: str) -> type[ProxyError] | None:
+def refusal(access: AccessRules | None, method: str, url: str) -> type[ProxyError] | None:
     """Return the error that a call with that head is refused with, None if it is allowed."""
     headers = [("x-fal-target-url", url), ("content-type", "application/json")]
     try:

@@ -235,6 +235,7 @@ def test_the_check_of_certificates_depends_on_them_alone(
 
 # The key.
 
+HALVES = (["FAL_KEY_ID"], ["FAL_KEY_SECRET"])
 # The environment, and the key that fal's tools find in it.
 ENVIRONMENTS: list[tuple[dict[str, str], str | None]] = [
     ({}, None),
@@ -250,15 +251,19 @@ ENVIRONMENTS: list[tuple[dict[str, str], str | None]] = [
     ({"FAL_KEY_ID": "", "FAL_KEY_SECRET": "b"}, None),
     ({"FAL_KEY": "c:d", "FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}, "c:d"),
     ({"FAL_KEY": " ", "FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}, "a:b"),
-    ({"FAL_PROXY_KEY": "a:b", "fal_key": "a:b", "FAL_KEYS": "a:b"}, None),
+    ({"fal_key": "a:b", "FAL_KEYS": "a:b"}, None),
 ]
 
 
 @pytest.mark.parametrize(("environ", "key"), ENVIRONMENTS)
 def test_the_key_is_found_as_fals_tools_find_it(environ: dict[str, str], key: str | None) -> None:
-    """The key is FAL_KEY, else FAL_KEY_ID and FAL_KEY_SECRET together, without white space around them."""
+    """The key is FAL_KEY, else FAL_KEY_ID and FAL_KEY_SECRET together, without white space around them.
+
+    It is read so for each call. A start is stricter, where some are set that could be forgotten (test_environment).
+    """
     assert key_from_env(environ) == key
-    assert ProxyConfig.from_env(environ).key == key
+    if len(environ) < 3 and [name for name, text in environ.items() if text.strip()] not in HALVES:
+        assert ProxyConfig.from_env(environ).key == key
 
 
 KEY_FILES: list[tuple[bytes, str | None]] = [
@@ -275,7 +280,7 @@ KEY_FILES: list[tuple[bytes, str | None]] = [
 
 @pytest.mark.parametrize(("content", "key"), KEY_FILES)
 def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Path) -> None:
-    """FAL_KEY_FILE names a file with the key, where no other variable has one. No problem shows the file's content."""
+    """FAL_KEY_FILE names a file with the key. No problem shows the file's content."""
     file = tmp_path / "key"
     file.write_bytes(content)
     environ = {"FAL_KEY_FILE": str(file)}
@@ -286,7 +291,6 @@ def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Pat
         assert caught.value.__suppress_context__ or caught.value.__context__ is None
     else:
         assert (key_from_file(environ), ProxyConfig.from_env(environ).key) == (key, key)
-    assert ProxyConfig.from_env(environ | {"FAL_KEY": "c:d"}).key == "c:d"
     assert key_from_file({"FAL_KEY_FILE": ""}) is None
 
 
@@ -354,7 +358,7 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
     }
     assert list(texts) == [option.name for option in relay_options()]
     environ = {ENV_PREFIX + name.upper(): text for name, (text, _) in texts.items()}
-    config = ProxyConfig.from_env({**environ, "FAL_KEY": KEY, "FAL_PROXY_KEY": "another", "FAL_PROXY_NONE": "1"})
+    config = ProxyConfig.from_env({**environ, "FAL_KEY": KEY, "FAL_PROXY_PORT": "x", "FAL_PROX": "1"})
     assert dataclasses.asdict(config) == {"key": KEY, **{name: value for name, (_, value) in texts.items()}}
     for name, (_, value) in texts.items():
         assert type(getattr(config, name)) is type(value)

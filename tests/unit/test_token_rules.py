@@ -20,6 +20,9 @@ TOKEN_PATTERNS = (
     "*/any-owner",
     "workflows/me/flow/**",
     "fal-ai/Mixed",
+    "my-team/*",
+    "other-*/**",
+    "**/endings",
 )
 TOKENS_GIVEN = [
     b'{"allowed_apps":["whole"],"token_expiration":120}',
@@ -41,6 +44,10 @@ TOKENS_REFUSED = [
                 ["mixed"],
                 ["workflows"],
                 ["WHOLE"],
+                ["my-app"],
+                ["my-team"],
+                ["other-1"],
+                ["endings"],
             ),
             *(
                 [],

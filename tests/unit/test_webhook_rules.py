@@ -105,7 +105,7 @@ WEBHOOKS_REFUSED = [
 def test_webhook_allowed(query: str) -> None:
     """A webhook of an allowed origin passes, for every host and method."""
     access = rules(allowed_webhooks=HOOKS)
-    for method, host in itertools.product(("GET", "POST"), (RUN, QUEUE, "https://rest.fal.ai")):
+    for method, host in itertools.product(("GET", "POST"), (RUN, QUEUE, "https://new.fal.run")):
         assert refusal(access, method, f"{host}/x/y?{query}") is None
     assert (refusal(rules(allowed_webhooks=()), "POST", f"{QUEUE}/x/y?{query}") is None) is (
         "fal_webhook=" not in query

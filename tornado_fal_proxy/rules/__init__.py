@@ -7,6 +7,7 @@
 * ``patterns``: the patterns of ``allowed_endpoints``
 * ``access``: the operator's own rules, for targets and for the bodies of token requests
 * ``cors``: which pages of other origins may read responses
+* ``excerpt``: the part of a refused text that a log shows
 * ``trusted_proxies``: the address of the client behind the operator's own proxies
 
 Everything here is pure. A rule returns a value or raises one of the package's errors. No rule does I/O, logs, reads the

@@ -6,7 +6,8 @@ the endpoint has. The rules refuse whatever fal's server might read in another w
 thought of. Because fal drops the rest of an endpoint's id in the queue's calls, a job of any endpoint of an app can be
 read where one of the app's endpoints is allowed.
 
-This module never refuses what no rule restricts, and its errors name the rule but nothing of what the rule contains.
+This module never refuses what no rule restricts, except calls for the key's account. Its errors name the rule but
+nothing of what the rule contains. Their ``detail``, for the operator's log, has the target that was refused.
 
 Sources: fal's pages on its queue, webhooks and realtime tokens, and the source of fal's SDKs.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tornado_fal_proxy.errors import (
+    AccountNotAllowed,
     ConfigError,
     EndpointNotAllowed,
     HostNotAllowed,
@@ -30,7 +32,6 @@ from tornado_fal_proxy.errors import (
 )
 from tornado_fal_proxy.rules.cors import origin_problem
 from tornado_fal_proxy.rules.endpoints import (
-    NAMESPACES,
     QUEUE_HOST,
     REQUESTS,
     REST_HOSTS,
@@ -39,13 +40,15 @@ from tornado_fal_proxy.rules.endpoints import (
     TOKENS_PATH,
     UPLOADS,
     id_length,
+    is_account_call,
     is_cancel,
     is_queue_call,
 )
+from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import SEGMENT, Target, canonical_segments
 
-__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules"]
+__all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules", "check_account"]
 
 # The life of a realtime token, in seconds. fal's JavaScript SDK asks for 120, and for a new token before they are over.
 DEFAULT_MAX_TOKEN_EXPIRATION_S = 300
@@ -77,12 +80,16 @@ class AccessRules:
     def check(self, method: str, target: Target) -> None:
         """Raise AccessRefused unless the rules allow this request.
 
-        Raises HostNotAllowed, then WebhookNotAllowed, then UploadNotAllowed or EndpointNotAllowed.
+        Raises HostNotAllowed, then AccountNotAllowed, then WebhookNotAllowed, then UploadNotAllowed or
+        EndpointNotAllowed. Only a host that ``allowed_hosts`` names without ``*`` may serve the account. Where
+        endpoints are restricted, none does.
         """
         if self.hosts is not None and not any(_is_host(target.host, allowed) for allowed in self.hosts):
-            raise HostNotAllowed
+            raise HostNotAllowed(_described("allowed_hosts", target))
+        if self.endpoints is None and target.host not in (self.hosts or ()):
+            check_account(target)
         if self.webhooks is not None and target.query is not None:
-            self._check_webhook(target.query)
+            self._check_webhook(target)
         if self.endpoints is None:
             return
         if target.host in REST_HOSTS:
@@ -90,7 +97,7 @@ class AccessRules:
             return
         segments = canonical_segments(target.path)
         if segments is None or not self._allows(method, target.host, segments):
-            raise EndpointNotAllowed
+            raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
     def needs_body(self, target: Target) -> bool:
         """Return whether :meth:`check_body` must see the whole body before the request goes to fal."""
@@ -108,7 +115,7 @@ class AccessRules:
         if not 1 <= expiration_s <= self.max_token_expiration_s:
             raise TokenNotAllowed("token: it would live too long")
         if not all(map(self._allows_whole, apps)):
-            raise TokenNotAllowed("token: for an app that is not allowed")
+            raise TokenNotAllowed("token: for an app that no pattern of allowed_endpoints spells")
 
     def _allows(self, method: str, host: str, segments: Sequence[str]) -> bool:
         """Return whether this is an allowed endpoint, its stream, or one of the queue's calls for its jobs."""
@@ -133,31 +140,36 @@ class AccessRules:
         )
 
     def _allows_whole(self, alias: str) -> bool:
-        """Return whether some owner's app of that name is allowed as such, because a token opens all below it."""
+        """Return whether a pattern allows an app of that name as such, because a token opens all below it.
+
+        The token opens the apps of that name of all owners, so a wildcard in its place allows none.
+        """
         assert self.endpoints is not None
-        ids = [[None, alias], *([namespace, None, alias] for namespace in NAMESPACES)]
-        return any(pattern.matches(segments) for pattern in self.endpoints for segments in ids)
+        return any(pattern.alias == alias for pattern in self.endpoints)
 
     def _check_rest_call(self, method: str, target: Target) -> None:
         if (target.host, target.request_target) in UPLOADS:
             if method != "POST" or not self.uploads:
-                raise UploadNotAllowed
+                raise UploadNotAllowed(_described("allow_uploads", target))
         elif method != "POST" or target.request_target != TOKENS_PATH:
-            raise EndpointNotAllowed
+            raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
-    def _check_webhook(self, query: str) -> None:
+    def _check_webhook(self, target: Target) -> None:
         """Raise WebhookNotAllowed unless the query has no webhook, or exactly one whose origin is allowed.
 
         Every parameter counts that some server could take for ``fal_webhook``: a server may separate parameters at
         semicolons too, or decode the query before it separates them.
         """
+        query = target.query or ""
         layers = (query, unquote(query), unquote(unquote(query)))
         counts = {sum(map(_may_be_webhook, re.split("[&;]", layer))) for layer in layers}
         if counts == {0}:
             return
         parameter = next((text for text in query.split("&") if text.startswith(f"{WEBHOOK}=")), "")
-        if counts != {1} or not self._allows_webhook(parameter.removeprefix(f"{WEBHOOK}=")):
-            raise WebhookNotAllowed
+        value = parameter.removeprefix(f"{WEBHOOK}=")
+        if counts != {1} or not self._allows_webhook(value):
+            host = unquote(value).partition("//")[2].partition("/")[0]  # its path is often a secret
+            raise WebhookNotAllowed(f"allowed_webhooks: {excerpt(host) or 'an odd spelling'}")
 
     def _allows_webhook(self, value: str) -> bool:
         assert self.webhooks is not None
@@ -165,6 +177,17 @@ class AccessRules:
         return _WEBHOOK_URL.fullmatch(url) is not None and any(
             url == origin or url.startswith(f"{origin}/") for origin in self.webhooks
         )
+
+
+def check_account(target: Target) -> None:
+    """Raise AccountNotAllowed where ``target`` serves the key's account, which fal's SDKs call through no proxy."""
+    if is_account_call(target):
+        raise AccountNotAllowed(_described("the key's account", target))
+
+
+def _described(rule: str, target: Target) -> str:
+    """Return what the log shows of a refused target, after the rule that refused it."""
+    return f"{rule}: {excerpt(target.host + target.path)}"
 
 
 def _may_be_webhook(parameter: str) -> bool:

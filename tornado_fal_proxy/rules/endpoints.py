@@ -34,6 +34,7 @@ __all__ = [
     "UPLOADS",
     "WELL_KNOWN_HOSTS",
     "id_length",
+    "is_account_call",
     "is_cancel",
     "is_queue_call",
     "is_repeatable",
@@ -61,6 +62,12 @@ STREAM = "stream"
 REQUESTS = "requests"
 # Each call of a queued job: the method, then the segments behind the request's id.
 QUEUE_CALLS = frozenset({("GET",), ("GET", "status"), ("GET", "status", "stream"), ("PUT", "cancel")})
+
+# A host with one of these labels serves the account: "api" everything about it, "rest" the same beside a few paths
+# that belong to models. Hosts such as rest.alpha.fal.ai show that the label need not be the last but two.
+_ACCOUNT_LABEL, _REST_LABEL = "api", "rest"
+# The first segments of those few paths: realtime tokens and uploads.
+_MODEL_SERVICES = ("tokens", "storage")
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -106,6 +113,23 @@ def is_repeatable(method: str, target: Target) -> bool:
         return False
     segments = canonical_segments(target.path)
     return segments is not None and is_queue_call(method, segments)
+
+
+def is_account_call(target: Target) -> bool:
+    """Return whether ``target`` is known to serve the key's account (keys, usage, billing), and not a model.
+
+    A path on a REST host counts as a model's only in a spelling that all servers read alike.
+    """
+    host = target.host
+    if host in (RUN_HOST, QUEUE_HOST):  # nearly every call
+        return False
+    labels = host.split(".")
+    if _ACCOUNT_LABEL in labels:
+        return True
+    if _REST_LABEL not in labels:
+        return False
+    segments = canonical_segments(target.path.removesuffix("/"))
+    return segments is None or segments[0] not in _MODEL_SERVICES
 
 
 def kind_of(target: Target | None) -> str:

@@ -27,10 +27,15 @@ _PATTERN_CHARS = re.compile(r"[A-Za-z0-9._*/-]+")
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """One of ``allowed_endpoints``: its ``text``, and its segments, among which None stands for ``**``."""
+    """One of ``allowed_endpoints``: its ``text``, and its segments, among which None stands for ``**``.
+
+    ``alias`` is the name of the one app that the pattern allows as a whole. It is None where a wildcard stands at its
+    place or before it as ``**``, or where the pattern allows no more than a part of the app.
+    """
 
     text: str
     segments: tuple[re.Pattern[str] | None, ...]
+    alias: str | None
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -47,17 +52,17 @@ class Pattern:
             raise ValueError("has the segment requests: the queue's calls are allowed together with their endpoint")
         if "**" not in parts and len(parts) < id_length(parts):
             raise ValueError("has too few segments to be an endpoint's; for all below it add /**")
-        return cls(text, tuple(None if part == "**" else _segment_pattern(part) for part in parts))
+        return cls(text, tuple(None if part == "**" else _segment_pattern(part) for part in parts), _alias(parts))
 
-    def matches(self, segments: Sequence[str | None]) -> bool:
-        """Return whether the pattern allows this endpoint. A segment that is None stands for any owner."""
+    def matches(self, segments: Sequence[str]) -> bool:
+        """Return whether the pattern allows this endpoint."""
         return len(self.segments) in self._positions(segments)
 
-    def may_begin(self, segments: Sequence[str | None]) -> bool:
+    def may_begin(self, segments: Sequence[str]) -> bool:
         """Return whether the pattern allows this endpoint, or may allow one below it."""
         return bool(self._positions(segments))
 
-    def _positions(self, segments: Iterable[str | None]) -> set[int]:
+    def _positions(self, segments: Iterable[str]) -> set[int]:
         """Return how many of the pattern's segments ``segments`` can use up exactly: no, one or several numbers."""
         positions = self._skipping({0})
         for segment in segments:
@@ -66,9 +71,9 @@ class Pattern:
                 if position < len(self.segments):
                     pattern = self.segments[position]
                     if pattern is None:
-                        if segment is None or segment == segment.lower():
+                        if segment == segment.lower():
                             taken.add(position)
-                    elif segment is None or pattern.fullmatch(segment):
+                    elif pattern.fullmatch(segment):
                         taken.add(position + 1)
             positions = self._skipping(taken)
         return positions
@@ -79,6 +84,14 @@ class Pattern:
             if pattern is None and position in positions:
                 positions.add(position + 1)
         return positions
+
+
+def _alias(parts: Sequence[str]) -> str | None:
+    """Return the name of the app in a pattern of these segments, if the pattern spells it and allows all of the app."""
+    length = id_length(parts)
+    *before, alias = parts[:length]
+    spelled = len(before) == length - 1 and "**" not in before and "*" not in alias
+    return alias if spelled and all(part == "**" for part in parts[length:]) else None
 
 
 def _segment_pattern(text: str) -> re.Pattern[str]:

@@ -2,7 +2,7 @@
 
 Strategy. :func:`decide` parses the target once, refuses in the order of fal's proxy formula (405, 400, 412, 415, then
 413), and returns a frozen :class:`Target`. The operator's own rules, where there are any, come as soon as the target is
-known (403, after 412).
+known (403, after 412). Without rules only calls for the key's account are refused there.
 
 This module never reads a body: it checks what the head declares of it, and the reader of the body enforces its length.
 
@@ -12,6 +12,7 @@ Sources: fal's "server-side integration" page (the formula), RFC 9110 sections 8
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from tornado_fal_proxy.errors import (
     BodyTooLarge,
@@ -20,7 +21,9 @@ from tornado_fal_proxy.errors import (
     TargetRefused,
     UnsupportedMediaType,
 )
-from tornado_fal_proxy.rules.access import AccessRules
+from tornado_fal_proxy.rules.access import AccessRules, check_account
+from tornado_fal_proxy.rules.endpoints import is_cancel
+from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import Pairs, content_length
 from tornado_fal_proxy.rules.target import TARGET_HEADER, Target, parse_target
 
@@ -38,21 +41,42 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRu
     urls = [value for name, value in headers if name == TARGET_HEADER]
     always_allowed = method in ("GET", "POST")
     try:
-        if len(urls) != 1 or not urls[0]:
-            raise TargetMissing
-        target = parse_target(urls[0])
+        target = _target(urls)
     except (TargetMissing, TargetRefused):
         if always_allowed:
             raise
-        raise MethodNotAllowed from None
+        raise MethodNotAllowed(_refused_method(method, headers)) from None
     if not always_allowed:
         may_put = access is not None and access.allows_cancel(target)
         if method != "PUT" or not may_put:
-            raise MethodNotAllowed(may_put=may_put)
-    if access is not None:
+            raise MethodNotAllowed(_refused_method(method, headers, target), may_put=may_put)
+    if access is None:
+        check_account(target)
+    else:
         access.check(method, target)
     _check_body(headers, max_body_bytes)
     return target
+
+
+def _target(urls: Sequence[str]) -> Target:
+    """Return the target that the only one of ``urls`` is. Raise TargetMissing or TargetRefused."""
+    if len(urls) != 1 or not urls[0]:
+        raise TargetMissing(f"{len(urls)} {TARGET_HEADER} headers" if len(urls) > 1 else f"no {TARGET_HEADER} header")
+    try:
+        return parse_target(urls[0])
+    except TargetRefused as exc:
+        raise TargetRefused(f"{exc.detail or TARGET_HEADER}: {excerpt(urls[0])}") from None
+
+
+def _refused_method(method: str, headers: Pairs, target: Target | None = None) -> str:
+    """Return what the log shows of a request with a wrong method: its cause, where an option would let it in."""
+    named = dict(headers)
+    if method == "OPTIONS" and "origin" in named and "access-control-request-method" in named:
+        return f"preflight of {excerpt(named['origin'])}: no origin is allowed without --allowed-origins"
+    if target is None:
+        return f"method {excerpt(method)}"
+    needs = ", which needs --allow-cancel" if method == "PUT" and is_cancel(target) else ""
+    return f"{excerpt(method[:20])} {excerpt(target.host + target.path)}{needs}"
 
 
 def _check_body(headers: Pairs, max_body_bytes: int) -> None:
@@ -74,6 +98,7 @@ def _check_body(headers: Pairs, max_body_bytes: int) -> None:
     if not has_body:
         return
     if other_type or encoded or not is_json:
-        raise UnsupportedMediaType
+        name = "content-encoding" if encoded and is_json and not other_type else "content-type"
+        raise UnsupportedMediaType(f"{name} {excerpt(dict(headers).get(name, 'none'))}")
     if too_large:
-        raise BodyTooLarge
+        raise BodyTooLarge(f"declared longer than {max_body_bytes} bytes")

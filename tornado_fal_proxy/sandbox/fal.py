@@ -28,10 +28,12 @@ from tornado_fal_proxy.sandbox.jobs import (
     refuse,
     text_of,
 )
-from tornado_fal_proxy.sandbox.state import SandboxState
+from tornado_fal_proxy.sandbox.state import SandboxState, file_url
 
 # The longest time until a stream of statuses notices that its job was cancelled: a moment for the person who cancelled.
 CANCEL_NOTICE_S = 0.25
+# A name or an address, and a port: nothing else that a Host header may have belongs into a URL.
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])(?::[1-9][0-9]{0,4})?")
 
 
 class FalHandler(RequestHandler):
@@ -63,6 +65,11 @@ class FalHandler(RequestHandler):
         """Finish the response with a JSON body."""
         self.set_status(status, responses.get(status, "Unknown"))
         self.finish(json.dumps(body))
+
+    def public_url(self) -> str:
+        """Return where the client of this call reaches the application of the proxy; an empty text if nobody knows."""
+        host = self.request.headers.get(self.state.host_header, "")
+        return f"http://{host}" if _HOST.fullmatch(host) else self.state.public_url
 
     def fields(self) -> dict[str, Any]:
         """Return the input: the JSON body, or the query of a GET."""
@@ -112,7 +119,7 @@ class Run(FalHandler):
         job = self.state.accept(app, self.fields(), RUN_S)
         self.set_header("X-Fal-Request-Id", job.id)
         await self.state.sleep(job.duration_s)
-        self.respond(self.state.result(job))
+        self.respond(self.state.result(job, self.public_url()))
 
     get = post
 
@@ -185,7 +192,7 @@ class Result(FalHandler):
         if job.step(time.time()) < len(LIFE) - 1:
             refuse(400, "Request is still in progress")
         self.state.fail(job.scenario, "result")
-        self.respond(self.state.result(job))
+        self.respond(self.state.result(job, self.public_url()))
 
 
 class Cancel(FalHandler):
@@ -213,7 +220,8 @@ class Initiate(FalHandler):
 
     def post(self) -> None:
         fields = self.fields()
-        if not self.state.public_url:
+        public_url = self.public_url()
+        if not public_url:
             refuse(503, "Uploads need the address of the proxy: set Sandbox.public_url")
         kind = str(fields.get("content_type", ""))
         if not re.fullmatch(r"[\w.+-]+/[\w.+;= -]+", kind, re.ASCII):
@@ -221,4 +229,4 @@ class Initiate(FalHandler):
         plain = re.sub(r"[^\w.-]+", "_", str(fields.get("file_name", "file")), flags=re.ASCII)[-80:]
         name = f"{secrets.token_hex(8)}_{plain}"
         self.state.keep(name, kind, b"")
-        self.respond(dict.fromkeys(("upload_url", "file_url"), self.state.file_url(name)))
+        self.respond(dict.fromkeys(("upload_url", "file_url"), file_url(public_url, name)))

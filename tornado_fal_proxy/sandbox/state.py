@@ -18,7 +18,7 @@ from typing import Any
 
 from tornado_fal_proxy.sandbox.jobs import PICTURE_SIZE, Job, Scenario, invalid, picture, refuse, text_of, trim
 
-__all__ = ["SandboxState"]
+__all__ = ["SandboxState", "file_url"]
 
 # Queued jobs: far more than one person or one test has under way.
 MAX_JOBS = 500
@@ -34,16 +34,21 @@ class SandboxState:
     """The state of one sandbox.
 
     Attributes:
+        host_header: the header that has the Host header of the client's own request. The application of the proxy adds
+            it, and the proxy relays a header with such a name.
         pace: the factor for every simulated delay.
         key: the only key that is accepted; any other call gets a 401.
         public_url: where browsers reach the application of the proxy, e.g. ``http://127.0.0.1:8080``. Set it once that
-            application listens. Without it pictures become ``data:`` URLs and uploads get a 503.
+            application listens. A call's own ``host_header`` wins, because a browser on another machine has another
+            address for this one. Without either pictures become ``data:`` URLs and uploads get a 503.
         executions: how many jobs were accepted and executed, by tag.
         jobs: the queued jobs by id.
         files: the files by name, each with its content type.
         calls: the tasks of the handlers that are running.
         closing: set when the sandbox closes, to wake up the handlers that sleep.
     """
+
+    host_header = "X-Fal-Sandbox-Host"
 
     def __init__(self, pace: float = 1.0) -> None:
         self.pace = pace
@@ -90,11 +95,11 @@ class SandboxState:
             invalid("value_error", ["body", "prompt"], "This error was asked for")
         refuse(scenario.error, f"This error was asked for: {responses.get(scenario.error, scenario.error)}")
 
-    def result(self, job: Job) -> dict[str, object]:
+    def result(self, job: Job, public_url: str) -> dict[str, object]:
         """Return the result of an image model; the picture is drawn again if it was dropped."""
         name = f"{job.id}.png"
         _, png = self.files.get(name) or self.keep(name, "image/png", picture(job.prompt, job.seed))
-        url = self.file_url(name) if self.public_url else "data:image/png;base64," + base64.b64encode(png).decode()
+        url = file_url(public_url, name) if public_url else "data:image/png;base64," + base64.b64encode(png).decode()
         return {
             "images": [{"url": url, "width": PICTURE_SIZE[0], "height": PICTURE_SIZE[1], "content_type": "image/png"}],
             "timings": {"inference": round(job.duration_s, 3)},
@@ -112,6 +117,7 @@ class SandboxState:
             trim(self.files, len(self.files) - 1)
         return content_type, body
 
-    def file_url(self, name: str) -> str:
-        """Return the URL at which browsers find that file."""
-        return f"{self.public_url}/sandbox/files/{name}"
+
+def file_url(public_url: str, name: str) -> str:
+    """Return the URL at which browsers find that file."""
+    return f"{public_url}/sandbox/files/{name}"

@@ -21,10 +21,14 @@ from tornado.web import Application, RequestHandler
 
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.handler import FalProxyHandler
+from tornado_fal_proxy.rules.endpoints import is_account_call
+from tornado_fal_proxy.rules.excerpt import excerpt
+from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
 from tornado_fal_proxy.service.connection import close_after
+from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.telemetry import Call
 
 if TYPE_CHECKING:
@@ -69,12 +73,15 @@ class ProxyApplication(Application):
     """The application of one process.
 
     ``closing`` is set when the process ends, and concerns connections that are still open then. ``shed`` holds
-    connections for which there are too few open files.
+    connections for which there are too few open files. ``host_header`` is the header, if any, in which the sandbox is
+    told how the client calls this machine.
     """
 
     closing = False
     access_log: AccessLog | None = None
     metrics: Metrics | None = None
+    key_alarm: KeyAlarm | None = None
+    host_header: str | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,6 +99,8 @@ class ProxyApplication(Application):
             close_after(connection)
             return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
         if request.path == self.route:
+            if self.host_header is not None:
+                request.headers[self.host_header] = request.headers.get("Host", "")
             return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
         return super().find_handler(request, **kwargs)
 
@@ -106,6 +115,7 @@ class ProxyApplication(Application):
         call.sent_bytes = int(handler._headers.get("Content-Length", 0))
         if isinstance(handler, MessageHandler) and status == handler.status:
             call.error = handler.error
+            call.detail = excerpt(request.path)
         elif status >= 400:
             call.error = "HTTPError"
         call.finish(status)
@@ -113,6 +123,8 @@ class ProxyApplication(Application):
 
     def record(self, call: Call, request: HTTPServerRequest) -> None:
         """Log and count a call that is over."""
+        if self.key_alarm is not None:
+            self.key_alarm.note(call)
         if self.access_log is not None:
             self.access_log.add(call, request.remote_ip or "")
         if self.metrics is not None:
@@ -140,6 +152,11 @@ def describe_access(config: ProxyConfig) -> tuple[bool, str]:
     """Return whether anything keeps strangers from spending the key's money, and a line that lists what is open."""
     access, cors = config.access, config.cors
     parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
+    closed = "; closed: the key's account" if config.allowed_endpoints is None else ""
+    account = [host for host in config.allowed_hosts or () if "*" not in host and is_account_call(Target(host, "/"))]
+    if closed and account:
+        parts.append(f"the key's account on {', '.join(account)}")
+        closed = ""
     if config.allowed_endpoints is not None and config.allow_uploads:
         parts.append("uploads")
     if config.allowed_hosts is not None:
@@ -153,4 +170,4 @@ def describe_access(config: ProxyConfig) -> tuple[bool, str]:
         parts.append(f"pages of {', '.join(config.allowed_origins)}")
     restricted = config.allowed_endpoints is not None or config.authorize is not None
     advice = "" if restricted else " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
-    return restricted, f"open: {', '.join(parts)}{advice}"
+    return restricted, f"open: {', '.join(parts)}{advice}{closed}; a key should have the scope API, not ADMIN"

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Iterator
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
 import prometheus_client
@@ -33,6 +34,10 @@ __all__ = ["Metrics"]
 # Upper bounds of the histograms' buckets: refusals take milliseconds, slow models many minutes.
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+# The statuses that have a number of their own in a label. An app on fal.run may answer with any number, and a label has
+# few values: those that HTTP defines, and nginx's for a client that left.
+CODES = frozenset({*HTTPStatus, 499})
+
 
 class Metrics:
     """The metrics of the worker in ``slot``. ``directory`` is shared by the workers, and None if there is only one."""
@@ -52,14 +57,16 @@ class Metrics:
             return Histogram(name, text, ["kind"], namespace="fal_proxy", registry=registry, buckets=BUCKETS_S)
 
         self._calls = counter("calls", "Calls that are over.", "method", "kind", "outcome", "error")
-        self._responses = counter("upstream_responses", "Responses of fal's servers.", "protocol", "status")
+        self._responses = counter("upstream_responses", "Responses of fal's servers.", "protocol", "status", "code")
         self._bytes = counter("body_bytes", "Bytes of bodies from clients and to them.", "direction")
         self._cancellations = counter("cancellations", "Calls to fal that were cancelled because the client left.")
         self._first_byte = seconds("first_byte_seconds", "From a call's head to the first byte of fal's response.")
         self._total = seconds("call_seconds", "From a call's head to its end, if fal was called.")
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
-        self._responses_of = lru_cache(1024)(lambda protocol, status: self._responses.labels(protocol, f"{status}xx"))
+        self._responses_of = lru_cache(1024)(self._labels_of_response)
+        for protocol in ("1.1", "2"):
+            self._responses_of(protocol, 401)  # from 0 on, because Prometheus takes a counter's first value for none
         self._first_byte_of = lru_cache(64)(self._first_byte.labels)
         self._total_of = lru_cache(64)(self._total.labels)
         self._received, self._sent = self._bytes.labels("received"), self._bytes.labels("sent")
@@ -75,7 +82,7 @@ class Metrics:
         self._calls_of(call.method, kind, call.outcome, call.error).inc()
         if call.relayed:
             if call.head is not None and call.first_byte_s is not None:
-                self._responses_of(call.head.protocol, call.head.status // 100).inc()
+                self._responses_of(call.head.protocol, call.head.status).inc()
                 self._first_byte_of(kind).observe(call.first_byte_s)
             self._total_of(kind).observe(call.seconds)
             if call.outcome == "client_disconnected":
@@ -84,6 +91,11 @@ class Metrics:
             self._received.inc(call.received_bytes)
         if call.sent_bytes:
             self._sent.inc(call.sent_bytes)
+
+    def _labels_of_response(self, protocol: str, status: int) -> Any:
+        """Return the counter of the responses with that protocol and status."""
+        code = str(status) if status in CODES else "other"
+        return self._responses.labels(protocol, f"{status // 100}xx", code)
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """Return all workers' metrics, in the format that ``accept`` asks for, and their content type."""

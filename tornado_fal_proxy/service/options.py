@@ -28,8 +28,9 @@ from tornado_fal_proxy.config import (
     as_list,
     option,
     relay_options,
+    unknown_variables,
 )
-from tornado_fal_proxy.credentials import key_from_env, key_from_file
+from tornado_fal_proxy.credentials import configured_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 
@@ -246,6 +247,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         for name, value in vars(arguments).items()
     }
     values, problems = _parsed(texts)
+    problems.extend(unknown_variables(environ))
     sandbox, config = values.get("sandbox", False), None
     if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
         problems.append("processes: the sandbox runs in one")
@@ -280,7 +282,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
         texts = {**texts, **dict.fromkeys(set_by_it)}
     else:
         try:
-            key = key_from_env(environ) or key_from_file(environ)
+            key = configured_key(environ)
             if key is None and not texts["resolve_key"]:
                 problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"]
         except ConfigError as exc:

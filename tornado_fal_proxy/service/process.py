@@ -25,6 +25,7 @@ from tornado_fal_proxy.relay.backend import backends_of, close_upstreams
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
+from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.service.systemd import Notifier
@@ -87,6 +88,7 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     shutdown = Shutdown()
     process.handle_signals(shutdown)
     application = _application(context)
+    application.key_alarm = KeyAlarm(process.scoreboard)
     access_log = AccessLog(access_logger)
     if access_logger.isEnabledFor(logging.INFO):
         application.access_log = access_log
@@ -120,10 +122,14 @@ def _application(context: ServiceContext) -> ProxyApplication:
     if sandbox is not None:
         sandbox.start()
         sandbox.public_url = url_of(context.sockets[0])
-        texts = {**settings.texts, "ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
+        # The page cancels jobs, and a job here costs nothing.
+        texts = {"allow_cancel": "yes"} | {name: text for name, text in settings.texts.items() if text}
+        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
-    return make_application(config, settings.route, more, settings.trusted_proxies)
+    application = make_application(config, settings.route, more, settings.trusted_proxies)
+    application.host_header = None if sandbox is None else sandbox.host_header
+    return application
 
 
 def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> HTTPServer:

@@ -31,6 +31,7 @@ class Scoreboard:
     def __init__(self, size: int) -> None:
         self._cells = memoryview(mmap.mmap(-1, 8 * self._COLUMNS * size)).cast("q")
         self._offsets = range(0, self._COLUMNS * size, self._COLUMNS)
+        self._turn_ns = memoryview(mmap.mmap(-1, 8)).cast("q")  # the only cell that all workers write
         for slot in range(size):
             self.clear(slot)
 
@@ -73,6 +74,14 @@ class Scoreboard:
             )
             for offset in self._offsets
         ]
+
+    def take_turn(self, interval_s: float) -> bool:
+        """Return whether no worker has taken a turn in the last ``interval_s``, and take it then."""
+        now_ns = time.monotonic_ns()
+        if self._turn_ns[0] and now_ns - self._turn_ns[0] < interval_s * 1e9:
+            return False
+        self._turn_ns[0] = now_ns
+        return True
 
     def heartbeat(self, slot: int) -> None:
         """Note that the worker's loop runs now."""

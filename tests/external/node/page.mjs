@@ -9,7 +9,7 @@ const OFFLINE = ["--disable-quic", "--no-first-run", "--disable-sync"];
 OFFLINE.push("--disable-background-networking", "--disable-component-update");
 
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", ...OFFLINE] });
-const page = await browser.newPage();
+const page = await browser.newPage({ viewport: { width: 500, height: 500 } }); // a small screen
 const origins = new Set();
 const problems = [];
 page.on("request", (request) => origins.add(new URL(request.url()).origin));
@@ -25,30 +25,47 @@ await page.evaluate(() => {
 });
 
 /** Start that form's call, act as a user does meanwhile, wait for the end, and return all that was shown. */
-async function use(form, meanwhile = async () => {}) {
+async function use(form, meanwhile = async () => {}, start = () => page.click(`#${form}`)) {
+  const focus = [];
+  const note = async () => focus.push(await page.evaluate(() => document.activeElement.id));
   await page.evaluate((form) => {
     window.shown = {};
     document.getElementById(form).removeAttribute("aria-busy");
   }, `${form}-form`);
-  await page.click(`#${form}`);
+  await start();
+  await note();
   await meanwhile();
+  await note();
   await page.waitForSelector(`#${form}-form[aria-busy=false]`);
-  return page.evaluate((form) => {
+  await note();
+  return page.evaluate(([form, focus]) => {
     const ids = ["picture", "run", "stream", `${form}-cancel`];
     const [picture, run, stream, cancel] = ids.map((id) => document.getElementById(id));
+    const error = document.getElementById("error");
+    const { top, bottom } = error.getBoundingClientRect();
+    const idle = ({ disabled, ariaDisabled }) => !disabled && ariaDisabled !== "true";
     return {
       ...window.shown,
-      error: document.getElementById("error").textContent,
+      error: error.textContent,
+      error_form: error.closest("form")?.id,
+      error_in_sight: top >= 0 && bottom <= innerHeight && bottom > top,
+      focus,
       picture: picture.hidden ? null : [picture.naturalWidth, picture.naturalHeight, picture.alt],
-      idle: !run.disabled && !stream.disabled && cancel.disabled,
+      idle: idle(run) && idle(stream) && cancel.disabled,
     };
-  }, form);
+  }, [form, focus]);
 }
 
 /** Return an action that cancels as soon as that output shows that text. */
 const cancel = (form, output, text) => async () => {
   await page.waitForFunction(([id, text]) => document.getElementById(id).value.includes(text), [output, text]);
   await page.click(`#${form}-cancel`);
+};
+
+/** Press Enter on a button that has the focus, and once more while its call runs. */
+const enter = (form) => async () => {
+  await page.focus(`#${form}`);
+  await page.keyboard.press("Enter");
 };
 
 const seen = { run: await use("run"), stream: await use("stream") };
@@ -60,7 +77,14 @@ for (const error of ["422", "429", "500"]) {
   seen[`stream_${error}`] = await use("stream");
 }
 await page.selectOption("#scenario", "");
+let submits = 0;
+page.on("request", (request) => (submits += /^https:..queue[^?]+dev$/.test(request.headers()["x-fal-target-url"])));
+seen.run_by_enter = { ...(await use("run", enter("run"), enter("run"))), executions: submits };
+await page.fill("#prompt", "Cancelled at once");
+seen.run_cancelled_at_once = await use("run", () => page.evaluate(() => document.getElementById("run-cancel").click()));
 await page.fill("#prompt", "Ein Kätzchen 🐱");
 seen.run_again = await use("run");
+await page.selectOption("#scenario", "500");
+seen.stream_after_picture = await use("stream");
 await browser.close();
 report({ seen, origins: [...origins], problems });

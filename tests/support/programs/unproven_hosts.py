@@ -85,7 +85,7 @@ def usage(pid: int) -> dict[str, int]:
 
 async def timed(port: int, host: str = "fal.run") -> float:
     began = time.monotonic()
-    assert (await call(port, target=f"https://{host}/x")).status == 200
+    assert (await call(port, target=f"https://{host}/tokens/")).status == 200
     return time.monotonic() - began
 
 
