@@ -6,6 +6,7 @@ differs where docs/threat-model.md says so.
 
 import asyncio
 import re
+import socket
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -16,6 +17,7 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import RawClient, Response, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON, fine, must_not_be_called
+from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy.service import connection, server
 
 TARGET = "x-fal-target-url: https://fal.run/a/b"
@@ -130,6 +132,7 @@ def line_rows() -> list[Row]:
         bad("9112 3", "8 kB of URL", get(f"GET /{'a' * 8192} HTTP/1.1", HOST), 414, LARGE),
         bad("9112 3", "64 kB of URL", get(f"GET /{'a' * 70_000} HTTP/1.1", HOST), 414, LARGE),
         Row("9112 3", "8000 bytes of first line", get(f"GET /{'a' * 7986} HTTP/1.1", HOST), 404, "NotFound"),
+        bad("9110 4.1", "a query of 1001 fields", get(f"GET /healthz?{'a=b&' * 1001} HTTP/1.1", HOST)),
         Row("9112 2.2", "an empty line first", b"\r\n" + HEALTH, 200, None),
         Row("9112 2.2", "many", b"\r\n" * 50 + b"\n" + HEALTH, 200, None),
         Row("9112 2.2", "bare line feeds", HEALTH.replace(b"\r", b""), 200, None),
@@ -352,19 +355,6 @@ async def test_the_body_of_a_chunked_request_reaches_fal(setup: Setup) -> None:
     await client.close()
 
 
-@pytest.mark.gen_test
-async def test_the_host_of_an_absolute_target_counts(setup: Setup) -> None:
-    """The path is what counts for the route, and the Host of the header is ignored (RFC 9112 section 3.2.2)."""
-    upstream = await setup.upstream(fine)
-    port, entries = serve_and_log(setup, upstream)
-    client = await RawClient.open(port)
-    for line in (f"POST http://evil.example{ROUTE} HTTP/1.1", f"POST http://a{ROUTE}?b HTTP/1.1"):
-        client.writer.write(post("content-length: 2", body="{}", line=line))
-        assert (await client.response()).status == 200
-    assert [entry["status"] for entry in entries] == [200, 200]
-    await client.close()
-
-
 @pytest.mark.parametrize("spelling", ["100-continue", "100-Continue"])
 @pytest.mark.gen_test
 async def test_expectation(setup: Setup, spelling: str) -> None:
@@ -449,6 +439,16 @@ async def test_a_response_without_a_body(setup: Setup, status: int, headers: lis
     await client.close()
 
 
+@pytest.mark.gen_test
+async def test_a_client_that_is_not_let_in_is_challenged(setup: Setup) -> None:
+    """A 401 has a challenge (RFC 9110 section 15.5.2)."""
+    client = await RawClient.open(serve(setup, authorize=lambda handler, target: False))
+    await client.send()
+    head = await client.head()
+    assert (head.status, head.header("www-authenticate")) == (401, "Bearer")
+    await client.close()
+
+
 # Bodies that nobody wants.
 
 
@@ -468,21 +468,32 @@ async def test_a_path_that_is_not_the_route_takes_no_body(setup: Setup, path: st
     await client.close()
 
 
+def send_all_then_read(port: int, head: bytes) -> bytes:
+    """Send a head and 3 MB without reading, as most clients do, then read to the end."""
+    with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as client:
+        client.sendall(head + bytes(3_000_000))
+        client.shutdown(socket.SHUT_WR)
+        received = b""
+        while data := client.recv(65_536):
+            received += data
+        return received
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (get("POST /x HTTP/1.1", HOST, "content-length: 3000000"), b"404"),
+        (get("POST /x HTTP/1.1", HOST, "content-length: 3000001"), b"404"),
+        (get("POST /x HTTP/1.1", HOST, "content-length: 3000000", CHUNKED), b"400"),
+        (get(HEALTHZ, *["a: b"] * 300), b"431"),
+        (get("POST /healthz HTTP/1.1", HOST, "content-length: 3000000"), b"413"),
+    ],
+)
 @pytest.mark.gen_test
-async def test_a_client_that_still_sends_receives_the_response(setup: Setup) -> None:
-    """What comes behind a refused head is read and thrown away: a reset would take the response from the client."""
-    port = serve(setup)
-    for sent in (
-        get("POST /x HTTP/1.1", HOST, "content-length: 3000000") + bytes(3_000_000),
-        get("POST /x HTTP/1.1", HOST, "content-length: 3000000", CHUNKED) + bytes(3_000_000),
-        get(HEALTHZ, *["a: b"] * 300) + bytes(3_000_000),
-        get("POST /healthz HTTP/1.1", HOST, "content-length: 3000000") + bytes(3_000_000),
-    ):
-        client = await RawClient.open(port)
-        client.writer.write(sent)
-        await client.writer.drain()
-        assert (await client.response()).status >= 400
-        await client.close()
+async def test_a_client_that_still_sends_receives_the_response(setup: Setup, head: bytes, status: bytes) -> None:
+    """All that comes behind a refused head is read and thrown away: a reset would take the response from the client."""
+    received = await asyncio.to_thread(send_all_then_read, serve(setup), head)
+    assert received.startswith(b"HTTP/1.1 " + status)
 
 
 @pytest.mark.parametrize("held_back", [0, 1])

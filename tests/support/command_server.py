@@ -1,12 +1,14 @@
 """Serve with the command's own server and application in the loop of the test."""
 
 import socket
+from collections.abc import Sequence
 from typing import Any
+
+from tornado.routing import URLSpec
 
 from tests.support.proxy import ROUTE, Setup
 from tests.support.scripted_upstream import Upstream
 from tornado_fal_proxy import close_upstreams
-from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.telemetry import Call
@@ -38,11 +40,11 @@ def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
 
 
 def serve_and_log(
-    setup: Setup, upstream: Upstream | None = None, trusted: TrustedProxies | None = None, **fields: Any
+    setup: Setup, upstream: Upstream | None = None, more: Sequence[URLSpec] = (), **fields: Any
 ) -> tuple[int, Entries]:
-    """Do as ``serve``, and return the access log too."""
+    """Do as ``serve`` with the rules ``more`` beside its own, and return the access log too."""
     config = setup.config(upstream or "127.0.0.1:1", **fields)
-    application: ProxyApplication = make_application(config, ROUTE, trusted=trusted or TrustedProxies())
+    application: ProxyApplication = make_application(config, ROUTE, more)
     entries = Entries()
     application.access_log = entries  # type: ignore[assignment]
     listener = socket.create_server(("127.0.0.1", 0))

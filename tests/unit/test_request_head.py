@@ -91,6 +91,21 @@ def test_any_head_is_refused_or_read_as_tornado_reads_it(first: bytes, lines: li
         assert read[2] == other[2] | lengths
 
 
+@pytest.mark.parametrize(
+    ("target", "path", "host"),
+    [
+        ("/a?b", "/a?b", "given"),
+        ("http://a.example/b?c", "/b?c", "a.example"),
+        ("HTTPS://a.example:1?c", "/?c", "a.example:1"),
+        ("http://[::1]:80", "/", "[::1]:80"),
+    ],
+)
+def test_an_absolute_target(target: str, path: str, host: str) -> None:
+    """A target in absolute form is read as its path, and its host replaces the header's (RFC 9112 section 3.2.2)."""
+    start_line, headers = parse_head(f"GET {target} HTTP/1.1\r\nHost: given\r\n\r\n".encode())
+    assert (start_line.path, headers.get_list("Host")) == (path, [host])
+
+
 def test_hostile_heads_fill_no_cache() -> None:
     """A cache has a bounded number of short names and lines, whatever clients send."""
     caches = (request_head._cached_name, request_head._cached_line, request_head._is_host)

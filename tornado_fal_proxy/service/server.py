@@ -37,7 +37,16 @@ from tornado_fal_proxy.service.connection import ClientConnection, ClientStream,
 from tornado_fal_proxy.service.limits import max_open_files, reserved_files
 from tornado_fal_proxy.service.request_head import RequestFault, RequestTooSlow
 
-__all__ = ["CLOSE_GRACE_S", "CLOSE_POLL_S", "LISTEN_BACKLOG", "FaultLog", "Neighbours", "Server", "fair_share"]
+__all__ = [
+    "CLOSE_GRACE_S",
+    "CLOSE_POLL_S",
+    "LISTEN_BACKLOG",
+    "MAX_OTHER_BODY_BYTES",
+    "FaultLog",
+    "Neighbours",
+    "Server",
+    "fair_share",
+]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
