@@ -176,8 +176,11 @@ class BodyTooSlow(ProxyError):
 
 
 class Unauthorized(ProxyError):
+    """Refuse a client that ``authorize`` did not let in. RFC 9110 section 15.5.2 requires a challenge."""
+
     status = 401
     message = "This proxy does not let you in."
+    headers = (("WWW-Authenticate", "Bearer"),)  # makes no browser ask for a password
 
 
 class KeyMissing(ProxyError):

@@ -99,7 +99,7 @@ class Call:
             self.outcome = "client_disconnected"
         elif isinstance(error, UpstreamError):
             self.outcome = "upstream_error"
-        elif not self.relayed and (400 <= status < 500 or status == 503):
+        elif not self.relayed and (400 <= status < 500 or status in (501, 503, 505)):
             self.outcome = "refused"
         else:
             self.outcome = "failed" if self.error else "ok"

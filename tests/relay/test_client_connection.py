@@ -1,4 +1,4 @@
-"""A client's connection: heads are read faster than by Tornado with the same result, and silent clients are closed."""
+"""A client's connection: silent clients are closed, bytes are looked at once, and no call leaves a cycle."""
 
 import asyncio
 import gc
@@ -9,155 +9,57 @@ import weakref
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
-from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.iostream import IOStream, StreamClosedError
 
+from tests.support.command_server import HEALTH, serve, serve_and_log
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
-from tests.support.scripted_upstream import Exchange, Upstream
-from tornado_fal_proxy import close_upstreams
+from tests.support.scripted_upstream import Exchange
 from tornado_fal_proxy.service import connection, server
 from tornado_fal_proxy.service.application import make_application
-from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, Request
+from tornado_fal_proxy.service.connection import MAX_LINE_BYTES, ClientStream
+from tornado_fal_proxy.service.request_head import MAX_HEAD_BYTES, RequestTooLarge
 from tornado_fal_proxy.service.server import Server
 from tornado_fal_proxy.upstream.client import UpstreamClient
 
-# Heads by their peculiarity.
-HEADS = {
-    "as clients send them": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n\r\n",
-    "no header": b"GET / HTTP/1.1\r\n\r\n",
-    "a header twice": b"GET / HTTP/1.1\r\nHost: a\r\nx-fal-a: 1\r\nX-Fal-A: 2\r\nhost: b\r\n\r\n",
-    "an empty value": b"GET / HTTP/1.1\r\nx-fal-a:\r\nx-fal-b: \r\n\r\n",
-    "white space around a value": b"GET / HTTP/1.1\r\nx-fal-a: \t 1 \t\r\n\r\n",
-    "colons in a value": b"GET / HTTP/1.1\r\nx-fal-target-url: https://fal.run:443/a?b:c\r\n\r\n",
-    "bytes above ASCII": b"GET / HTTP/1.1\r\nx-fal-a: \xe4\xff\r\n\r\n",
-    "a long value": b"GET / HTTP/1.1\r\nx-fal-a: " + b"a" * 1000 + b"\r\n\r\n",
-    "line ends before it": b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
-    "bare LF": b"GET / HTTP/1.1\nHost: a\n\n",
-    "a bare LF among others": b"GET / HTTP/1.1\r\nHost: a\nx-fal-a: 1\r\n\r\n",
-    "a bare LF at its end": b"GET / HTTP/1.1\r\nHost: a\n\r\n",
-    "a bare CR": b"GET / HTTP/1.1\r\nHost: a\rx-fal-a: 1\r\n\r\n",
-    "a CR before the line end": b"GET / HTTP/1.1\r\nHost: a\r\r\n\r\n",
-    "a folded line": b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
-    "a folded line with a colon": b"GET / HTTP/1.1\r\nHost: a\r\n\tx-fal-b: c\r\n\r\n",
-    "a folded first line": b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
-    "no colon": b"GET / HTTP/1.1\r\nHost\r\n\r\n",
-    "no name": b"GET / HTTP/1.1\r\n: a\r\n\r\n",
-    "a space before the colon": b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
-    "NUL": b"GET / HTTP/1.1\r\nx-fal-a: \0\r\n\r\n",
-    "DEL": b"GET / HTTP/1.1\r\nx-fal-a: \x7f\r\n\r\n",
-}
-
-
-def read(kind: type[HTTP1Connection], data: bytes) -> tuple[str, list[tuple[str, str]], dict[str, str]] | None:
-    """Return the start line, the headers one by one and combined; None if the head is refused."""
-    one, other = socket.socketpair()
-    with one, other:
-        parser = kind(IOStream(one), False)
-        if isinstance(parser, Request):
-            parser.client_connection = ClientConnection(parser.stream)
-        try:
-            start_line, headers = parser._parse_headers(data)
-        except HTTPInputError:
-            return None
-        return start_line, list(headers.get_all()), dict(headers)
-
-
-@pytest.mark.parametrize("name", list(HEADS))
-@pytest.mark.gen_test
-async def test_a_head_is_read_as_tornado_reads_it(name: str) -> None:
-    """A head gives the same headers as with Tornado's parser, also when its lines are in the cache."""
-    assert [read(Request, HEADS[name]) for _ in range(2)] == [read(HTTP1Connection, HEADS[name])] * 2
-
-
-LINES = st.lists(
-    st.one_of(
-        st.sampled_from([b"Host: a", b"host:b", b"x-fal-a: 1", b" folded", b"", b"none", b"a\rb: c", b"a: b\nc: d"]),
-        st.binary(max_size=12),
-    ),
-    max_size=5,
-)
-
-
-@given(LINES, st.sampled_from([b"\r\n\r\n", b"\n\n", b"\r\n\n", b"\n\r\n"]))
-@example([b"Host: a", b""], b"\r\n\r\n")
-def test_any_head_is_read_as_tornado_reads_it(lines: list[bytes], end: bytes) -> None:
-    """A head made of any lines gives the same headers as with Tornado's parser."""
-
-    async def both() -> None:
-        head = b"\r\n".join([b"GET / HTTP/1.1", *lines]) + end
-        assert read(Request, head) == read(HTTP1Connection, head)
-
-    asyncio.run(both())
-
-
-@pytest.mark.gen_test
-async def test_secrets_are_not_cached() -> None:
-    """Lines that authorize a client are parsed each time."""
-    connection._cached.cache_clear()
-    for name in (b"Authorization", b"cookie", b"Proxy-Authorization"):
-        read(Request, b"GET / HTTP/1.1\r\n" + name + b": secret\r\n\r\n")
-    assert connection._cached.cache_info().currsize == 0
-    read(Request, HEADS["as clients send them"])
-    assert connection._cached.cache_info().currsize == 2
-
-
-class NoNeighbours:
-    def set_connections(self, connections: int | None) -> None:
-        pass
-
-    def fewest_connections(self) -> int | None:
-        return None
-
-
-def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
-    """Serve with the service's own server in the loop of the test, in front of ``upstream`` or of none."""
-    application = make_application(setup.config(upstream or "127.0.0.1:1", **fields), "/api/fal/proxy")
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setblocking(False)
-    running = Server(application)
-    running.listen_on([listener], NoNeighbours(), application.shed)
-
-    async def close() -> None:
-        running.stop()
-        close_upstreams(application)
-        await running.close_all_connections()
-
-    setup._closers.append(close)
-    return int(listener.getsockname()[1])
-
-
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-
 
 @pytest.mark.parametrize(
-    ("served", "part", "limit"),
+    ("served", "part", "limit", "status"),
     [
-        (False, b"", "HEAD_TIMEOUT_S"),
-        (False, b"GET / HT", "HEAD_TIMEOUT_S"),
-        (True, b"", "KEEP_ALIVE_TIMEOUT_S"),
-        (True, b"GET / HTTP/1.1\r\nHost: a\r\n", "HEAD_TIMEOUT_S"),
+        (False, b"", "HEAD_TIMEOUT_S", None),
+        (False, b"GET / HT", "HEAD_TIMEOUT_S", 408),
+        (False, b"\r\n\r\n", "HEAD_TIMEOUT_S", None),
+        (True, b"", "KEEP_ALIVE_TIMEOUT_S", None),
+        (True, b"\r\n", "KEEP_ALIVE_TIMEOUT_S", None),
+        (True, b"GET / HTTP/1.1\r\nHost: a\r\n", "HEAD_TIMEOUT_S", 408),
     ],
 )
 @pytest.mark.gen_test
 async def test_silent_connections_are_closed(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch, served: bool, part: bytes, limit: str
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, served: bool, part: bytes, limit: str, status: int | None
 ) -> None:
-    """After its time limit a connection without a request, or with a part of one, is closed; others are not."""
+    """After its time limit a connection without a request is closed, one with a part of one answered; others are not.
+
+    The rest of a head that comes too late is not served.
+    """
     monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.01)
-    port = serve(setup)
+    port, entries = serve_and_log(setup)
     client, other = await RawClient.open(port), await RawClient.open(port)
     for one in (client, other) if served else ():
         one.writer.write(HEALTH)
         assert (await one.response()).status == 200
     monkeypatch.setattr(server, limit, 0.05)
     client.writer.write(part)
+    if status is not None:
+        response = await client.response()
+        assert (response.status, response.header("connection")) == (status, "close")
+        assert response.message == "The head of the request took too long to arrive."
+        client.writer.write(b"x-fal-a: b\r\n\r\n" + HEALTH)
     assert await client.reader.read() == b""
+    assert [(entry["status"], entry["error"]) for entry in entries] == [(status, "RequestTooSlow")] * bool(status)
     if limit == "HEAD_TIMEOUT_S" and served:
         # A connection that has served a request has the longer limit until a part of a head is here.
         other.writer.write(HEALTH)
@@ -313,12 +215,82 @@ async def test_an_idle_handle_keeps_no_call(setup: Setup, protocol: str) -> None
     assert [kept for handle in idle for kept in gc.get_referents(handle) if hasattr(kept, "__self__")] == []
 
 
+@pytest.mark.parametrize("size", [1, 7, 1400, 20_000])
+@pytest.mark.gen_test
+async def test_each_byte_of_a_head_is_searched_once(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A head or a line that comes in many parts costs as much as one that comes at once."""
+    searched = 0
+
+    class Counting:
+        def search(self, buffer: bytearray, start: int) -> Any:
+            nonlocal searched
+            searched += len(buffer) - start
+            return real.search(buffer, start)
+
+    real: Any = connection._HEAD_END
+    monkeypatch.setattr(connection, "_HEAD_END", Counting())
+    one, other = socket.socketpair()
+    with one, other:
+        stream = ClientStream(one)
+        reading = stream.read_head()
+        sent = b"GET / HTTP/1.1\r\nHost: a\r\na: " + b"b" * 40_000 + b"\r\n\r\n"
+        for start in range(0, len(sent), size):
+            other.send(sent[start : start + size])
+            if size > 1 or start % 50 == 0:  # all that is there is read at once
+                await asyncio.sleep(0)
+        assert await reading == sent
+        stream.close()
+    assert len(sent) <= searched <= 2 * len(sent)
+
+
+@pytest.mark.parametrize("part", [b"a", b"a" * 500])
+@pytest.mark.gen_test
+async def test_what_is_too_long_is_not_waited_for(part: bytes) -> None:
+    """A head or a line without end is given back when it is longer than may be, and no more of it is read."""
+    for head in (True, False):
+        one, other = socket.socketpair()
+        with one, other:
+            stream = ClientStream(one)
+            reading = stream.read_head() if head else stream.read_line()
+            limit = MAX_HEAD_BYTES if head else MAX_LINE_BYTES
+            for n in range(0, limit + 1, len(part)):
+                other.send(part)
+                if len(part) > 1 or n % 50 == 0:
+                    await asyncio.sleep(0)
+            if head:
+                with pytest.raises(RequestTooLarge):
+                    stream.check_size(await reading)
+            assert limit < len(await reading) <= limit + 2 * len(part) + stream.read_chunk_size
+            stream.close()
+
+
 def test_private_names_of_tornado() -> None:
-    """The methods that are overridden or called have these parameters, and headers are kept in these two dicts."""
-    assert list(inspect.signature(HTTP1Connection._parse_headers).parameters) == ["self", "data"]
-    assert list(inspect.signature(HTTP1ServerConnection._server_request_loop).parameters) == ["self", "delegate"]
-    assert list(inspect.signature(_HTTPRequestContext.__init__).parameters) == [
-        *("self", "stream", "address", "protocol", "trusted_downstream")
-    ]
-    headers = HTTPHeaders({"a": "1"})
-    assert (headers._as_list, headers._combined_cache) == ({"A": ["1"]}, {"A": "1"})
+    """The methods that are overridden or called have these parameters, and the attributes that are used exist."""
+    parameters: dict[Any, list[str]] = {
+        HTTP1Connection._read_message: ["self", "delegate"],
+        HTTP1Connection._read_fixed_body: ["self", "content_length", "delegate"],
+        HTTP1Connection._deliver_body: ["self", "delegate", "data"],
+        HTTP1Connection._finish_request: ["self", "future"],
+        HTTP1Connection._on_connection_close: ["self"],
+        HTTP1Connection._clear_callbacks: ["self"],
+        HTTP1Connection.write_headers: ["self", "start_line", "headers", "chunk"],
+        HTTP1ServerConnection._server_request_loop: ["self", "delegate"],
+        _HTTPRequestContext.__init__: ["self", "stream", "address", "protocol", "trusted_downstream"],
+        IOStream._find_read_pos: ["self"],
+        IOStream.read_until: ["self", "delimiter", "max_bytes"],
+    }
+    for function, names in parameters.items():
+        assert list(inspect.signature(function).parameters) == names
+    one, other = socket.socketpair()
+    with one, other:
+
+        async def attributes() -> set[str]:
+            stream = IOStream(one)
+            return {*vars(stream), *vars(HTTP1Connection(stream, False)), *vars(_HTTPRequestContext(stream, (), None))}
+
+        assert asyncio.run(attributes()) >= {
+            *("_read_delimiter", "_read_buffer", "_read_buffer_size", "_read_finished", "_write_finished"),
+            *("_finish_future", "_disconnect_on_finish", "_request_start_line", "_request_headers"),
+            *("_response_start_line", "_expected_content_remaining", "_max_body_size"),
+            *("address_family", "remote_ip"),
+        }

@@ -16,8 +16,11 @@ from tornado.platform.asyncio import AsyncIOLoop
 from tornado.simple_httpclient import HTTPStreamClosedError, SimpleAsyncHTTPClient
 from tornado.web import Application
 
+from tests.support.command_server import serve_and_log
 from tests.support.proxy import Setup
+from tests.support.raw_client import RawClient, Response
 from tornado_fal_proxy.sandbox import Sandbox, state
+from tornado_fal_proxy.service import server
 
 HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai")
 RUN = "https://fal.run/fal-ai/flux/dev"
@@ -292,6 +295,33 @@ async def test_uploads(sandbox: Sandbox, setup: Setup) -> None:
     assert (read.body, read.headers["Content-Type"]) == (b"ab", "video/mp4")
     assert (await send("GET", f"{url}/1")).code == 404
     client.close()
+
+
+@pytest.mark.gen_test
+async def test_under_the_commands_server(sandbox: Sandbox, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads are no larger or slower there than the sandbox and the server allow, and a 405 names what is allowed."""
+    monkeypatch.setattr(server, "SWEEP_INTERVAL_S", 0.01)
+    port, entries = serve_and_log(setup, more=sandbox.page_rules("/proxy"))
+    sandbox.public_url = f"http://127.0.0.1:{port}"
+    _, given = await call(sandbox, "POST", INITIATE, {"file_name": "a", "content_type": "a/b"})
+    path = given["upload_url"].removeprefix(sandbox.public_url)
+
+    async def status(method: str, path: str, body: bytes = b"", length: int | None = None) -> Response:
+        client = await RawClient.open(port)
+        lines = [f"{method} {path} HTTP/1.1", "Host: a", f"Content-Length: {len(body) if length is None else length}"]
+        client.writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        response = await client.response()
+        await client.close()
+        return response
+
+    assert (await status("PUT", path, bytes(300_000))).status == 200
+    assert (await status("PUT", path, length=101 * 1024 * 1024)).status == 413
+    for page, allowed in (("/", "GET"), (path, "GET, PUT, POST, OPTIONS")):
+        refused = await status("DELETE", page)
+        assert (refused.status, refused.header("allow")) == (405, allowed)
+    monkeypatch.setattr(server, "BODY_WINDOW_S", 0.05)
+    assert (await status("PUT", path, b"a", length=2)).status == 408
+    assert [entry["status"] for entry in entries] == [200, 413, 405, 405, 408]
 
 
 # The end.

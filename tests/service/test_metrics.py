@@ -160,4 +160,5 @@ async def test_the_admin_port_is_not_for_clients(setup: Setup) -> None:
         assert (await call(running.port, "GET", target=None, path=path)).status == 404
     assert (await call(running.port, "GET", target=None, path="/healthz")).status == 200
     assert (await call(admin)).status == 404
+    assert (await call(admin, body=b"x" * 5000, path="/healthz")).status == 400  # no body is kept there either
     await running.end()

@@ -2,7 +2,8 @@
 
 Strategy. ``X-Forwarded-For`` is a text that anyone may send. It is read from its end, where the nearest proxy has
 written, and only as long as the writer is trusted. The first writer is the peer of the connection, and each address
-that a trusted writer names is the next. The first address that is not trusted is the client's.
+that a trusted writer names is the next. The first address that is not trusted is the client's. Some writers add a port
+(Azure, IIS), which is not part of the address, or leave an element empty, which names nobody.
 
 This module never believes an untrusted peer, and never resolves a name.
 
@@ -11,6 +12,7 @@ Sources: RFC 7239 section 8.1, nginx's ``real_ip_recursive``, which does the sam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,9 +22,11 @@ __all__ = ["UNIX", "TrustedProxies"]
 
 # The name of a peer on a socket in the file system, which has no address.
 UNIX = "unix"
-# The number of addresses read from the end of X-Forwarded-For, which bounds the work. No operator has as many proxies
+# The number of elements read from the end of X-Forwarded-For, which bounds the work. No operator has as many proxies
 # in a row.
 MAX_HOPS = 16
+# RFC 7239 section 6: an IPv6 address has brackets, with or without a port. IPv4 has dots, so its colon is a port's.
+_WITH_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)(?=:))(?::([0-9]{1,5}))?")
 # The length of an address as text: the longest form of RFC 4291 section 2.2 is the third.
 MAX_ADDRESS_CHARS = 45
 
@@ -55,9 +59,12 @@ class TrustedProxies:
         """
         if not (self.texts and forwarded_for):
             return peer
-        client, hops = peer, ",".join(forwarded_for).rsplit(",", MAX_HOPS)[-MAX_HOPS:]
+        client, hops = peer, ",".join(forwarded_for).rstrip(", \t").rsplit(",", MAX_HOPS)[-MAX_HOPS:]
         while hops and self._trusts(client):
-            address = _address(hops.pop().strip(" \t"))
+            hop = hops.pop().strip(" \t")
+            if not hop:
+                continue
+            address = _address(hop) or _address(_without_port(hop))
             if address is None:
                 break
             client = str(address)
@@ -68,6 +75,12 @@ class TrustedProxies:
             return UNIX in self.texts
         address = _address(peer)
         return address is not None and any(address in network for network in self._networks)
+
+
+def _without_port(text: str) -> str:
+    """Return what stands before the port of ``address:port``, or in brackets; an empty text for anything else."""
+    match = _WITH_PORT.fullmatch(text[: MAX_ADDRESS_CHARS + len("[]:65535")])
+    return "" if match is None or int(match[3] or 1) not in range(1, 65536) else match[1] or match[2]
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:

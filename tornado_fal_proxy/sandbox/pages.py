@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from tornado.http1connection import HTTP1Connection
 from tornado.web import HTTPError, RequestHandler, stream_request_body
@@ -14,8 +15,20 @@ from tornado_fal_proxy.sandbox.state import SandboxState
 MAX_UPLOAD_BYTES = 100 * 1024 * 1024
 
 
-class Page(RequestHandler):
+class _Handler(RequestHandler):
+    """A handler whose ``SUPPORTED_METHODS`` are all that it has."""
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Respond as Tornado does. A 405 names what is allowed."""
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
+        super().write_error(status_code, **kwargs)
+
+
+class Page(_Handler):
     """The page to try the proxy with."""
+
+    SUPPORTED_METHODS = ("GET",)
 
     def initialize(self, html: str) -> None:
         self.html = html
@@ -25,11 +38,13 @@ class Page(RequestHandler):
 
 
 @stream_request_body
-class Files(RequestHandler):
+class Files(_Handler):
     """The CDN's stand-in: downloads, and uploads as fal's SDKs make them, whole or in parts 1, 2, ... and ``complete``.
 
     Only a name that ``Initiate`` gave out can be written, and no file can run a script in the proxy's origin.
     """
+
+    SUPPORTED_METHODS = ("GET", "PUT", "POST", "OPTIONS")
 
     def initialize(self, state: SandboxState) -> None:
         self.state = state

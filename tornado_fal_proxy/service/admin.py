@@ -6,7 +6,9 @@ ends, which lets the tools see a drain as a drain.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from http.client import responses
 from typing import TYPE_CHECKING, Any
 
 from tornado.web import Application, RequestHandler
@@ -20,6 +22,8 @@ __all__ = ["HealthHandler", "admin_application"]
 class HealthHandler(RequestHandler):
     """``GET /healthz``: 200 while the process lives and its loop runs."""
 
+    SUPPORTED_METHODS = ("GET", "HEAD")
+
     def get(self) -> None:
         """Respond 200."""
         self.respond(200, b'{"status": "ok"}')
@@ -32,6 +36,15 @@ class HealthHandler(RequestHandler):
         self.set_header("Content-Type", content_type)
         self.set_header("Cache-Control", "no-store")
         self.finish(body)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Respond as the proxy does, with ``{"message": ...}``. A 405 names what is allowed."""
+        message = f"{responses.get(status_code, 'Error')}."
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
+            message = f"Only {' and '.join(self.SUPPORTED_METHODS)} are allowed."
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps({"message": message}))
 
 
 class ReadyHandler(HealthHandler):

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tornado.http1connection import HTTP1Connection
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.iostream import IOStream
 from tornado.routing import URLSpec
-from tornado.web import Application, RequestHandler
+from tornado.web import Application, RequestHandler, stream_request_body
 
 from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import BodyTooLarge
 from tornado_fal_proxy.handler import FalProxyHandler
 from tornado_fal_proxy.rules.endpoints import is_account_call
 from tornado_fal_proxy.rules.excerpt import excerpt
@@ -27,8 +28,9 @@ from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
-from tornado_fal_proxy.service.connection import close_after
+from tornado_fal_proxy.service.connection import Request, close_after
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
+from tornado_fal_proxy.service.request_head import RequestFault
 from tornado_fal_proxy.telemetry import Call
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ __all__ = ["CLOSING", "FULL", "NOT_FOUND", "ProxyApplication", "describe_access"
 # The responses that the service gives without relaying. Nothing was sent to fal: after a 503 the client may try again,
 # and finds another process.
 NOT_FOUND = {"status": 404, "message": "Not found.", "error": "NotFound"}
+UNKNOWN_METHOD = {"status": 501, "message": "This server does not know the method.", "error": "UnknownMethod"}
 CLOSING = {"status": 503, "message": "The proxy is closing; try again.", "error": "Closing"}
 FULL = {"status": 503, "message": "The proxy has no room for another connection; try again.", "error": "NoRoom"}
 
@@ -48,14 +51,44 @@ NO_PROXIES = TrustedProxies()
 class LoggedHandler(FalProxyHandler):
     """The proxy's handler, which passes each call that is over to the application."""
 
+    def initialize(self, config: ProxyConfig | None = None, **unknown: object) -> None:
+        """Take the configuration, and the faults of the request's body."""
+        super().initialize(config, **unknown)
+        if isinstance(self.request.connection, Request):
+            self.request.connection.fault_handler = weakref.ref(self)
+
+    async def prepare(self) -> None:
+        """Decide as the handler does, and let the connection refuse a chunk that is too large before it comes."""
+        await super().prepare()
+        self._connection.set_max_body_size(self._config.max_body_bytes)
+
+    def refuse(self, fault: RequestFault) -> None:
+        """Respond to a body that cannot be read, or is larger than was declared."""
+        self._body.clear()
+        self._refuse(BodyTooLarge() if fault.status == BodyTooLarge.status else fault)
+
     def on_call_end(self, call: Call) -> None:
         """Log and count the call."""
         assert isinstance(self.application, ProxyApplication)
-        self.application.record(call, self.request)
+        self.application.record(call, self.request.remote_ip or "")
 
 
+class _Any(Container[str]):
+    """All methods: Tornado answers others by itself, with a page."""
+
+    def __contains__(self, method: object) -> bool:
+        return True
+
+
+@stream_request_body
 class MessageHandler(RequestHandler):
-    """Responds to every request with a status and, like the proxy, with ``{"message": ...}``."""
+    """Responds to every request with a status and, like the proxy, with ``{"message": ...}``.
+
+    The response leaves as soon as the head has come. No body is kept, and a request that has one is the last on its
+    connection.
+    """
+
+    SUPPORTED_METHODS = _Any()  # type: ignore[assignment]
 
     def initialize(self, status: int, message: str, error: str) -> None:
         """Take the response, and the error's name in log and metrics."""
@@ -66,7 +99,25 @@ class MessageHandler(RequestHandler):
 
     def prepare(self) -> None:
         """Respond, whatever the method is."""
+        connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection)
+        if not connection._read_finished:
+            close_after(connection)
         self.finish(json.dumps({"message": self._message}))
+
+    def data_received(self, chunk: bytes) -> None:
+        """Drop a part of the body."""
+
+
+class OptionsHandler(RequestHandler):
+    """``OPTIONS *``: the methods that the server has (RFC 9110 section 9.3.7)."""
+
+    SUPPORTED_METHODS = ("OPTIONS",)
+
+    def options(self) -> None:
+        """Respond 204."""
+        self.set_status(204)
+        self.set_header("Allow", "GET, HEAD, POST, PUT, OPTIONS")
 
 
 class ProxyApplication(Application):
@@ -92,9 +143,7 @@ class ProxyApplication(Application):
         """Choose who responds, and set the request's ``remote_ip`` to the client's address."""
         connection = request.connection
         assert isinstance(connection, HTTP1Connection)
-        family = getattr(connection.context, "address_family", None)  # the socket may be closed by now
-        peer = UNIX if family == socket.AF_UNIX else request.remote_ip or ""
-        request.remote_ip = self._trusted.client(peer, request.headers.get_list("X-Forwarded-For"))
+        request.remote_ip = self._client(connection, request.headers)
         if self.closing or (self.shed and connection.stream in self.shed):
             close_after(connection)
             return self.get_handler_delegate(request, MessageHandler, CLOSING if self.closing else FULL)
@@ -102,7 +151,15 @@ class ProxyApplication(Application):
             if self.host_header is not None:
                 request.headers[self.host_header] = request.headers.get("Host", "")
             return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
+        if request.method not in RequestHandler.SUPPORTED_METHODS:
+            return self.get_handler_delegate(request, MessageHandler, UNKNOWN_METHOD)
         return super().find_handler(request, **kwargs)
+
+    def _client(self, connection: HTTP1Connection, headers: HTTPHeaders | None) -> str:
+        """Return the client's address. Without headers it is the peer's, because no proxy could name another."""
+        context: Any = connection.context  # which knows the address when the socket is closed
+        peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
+        return self._trusted.client(peer, [] if headers is None else headers.get_list("X-Forwarded-For"))
 
     def log_request(self, handler: RequestHandler) -> None:
         """Log and count a request that was no call of the proxy."""
@@ -119,14 +176,22 @@ class ProxyApplication(Application):
         elif status >= 400:
             call.error = "HTTPError"
         call.finish(status)
-        self.record(call, request)
+        self.record(call, request.remote_ip or "")
 
-    def record(self, call: Call, request: HTTPServerRequest) -> None:
+    def record_fault(self, request: Request, fault: RequestFault, sent_bytes: int) -> None:
+        """Log and count a request that its connection has answered, because it cannot be read."""
+        call = Call(request.method, None)
+        call.mark_first_byte()
+        call.sent_bytes = sent_bytes
+        call.finish(fault.status, fault)
+        self.record(call, self._client(request, request.headers))
+
+    def record(self, call: Call, client: str) -> None:
         """Log and count a call that is over."""
         if self.key_alarm is not None:
             self.key_alarm.note(call)
         if self.access_log is not None:
-            self.access_log.add(call, request.remote_ip or "")
+            self.access_log.add(call, client)
         if self.metrics is not None:
             self.metrics.count(call)
 
@@ -141,6 +206,7 @@ def make_application(
         trusted,
         [
             URLSpec("/healthz", HealthHandler),
+            URLSpec(r"\*", OptionsHandler),
             *more,
         ],
         default_handler_class=MessageHandler,

@@ -27,7 +27,7 @@ from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.options import Settings
-from tornado_fal_proxy.service.server import Server
+from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
 
@@ -155,7 +155,12 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
     def is_ready() -> bool:
         return any(worker.connections is not None for worker in scoreboard.workers())
 
-    admin = HTTPServer(admin_application(metrics, is_ready, refresh), idle_connection_timeout=ADMIN_KEEP_ALIVE_S)
+    admin = HTTPServer(
+        admin_application(metrics, is_ready, refresh),
+        idle_connection_timeout=ADMIN_KEEP_ALIVE_S,
+        max_body_size=MAX_OTHER_BODY_BYTES,
+        body_timeout=ADMIN_KEEP_ALIVE_S,
+    )
     admin.add_sockets(context.admin_sockets)
     return admin
 

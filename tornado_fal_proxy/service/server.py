@@ -13,9 +13,10 @@ readable, so trying again at once would keep the loop busy.)
 To drain is to stop listening and to send every client ``connection: close`` with its next response. A connection that
 has carried nothing for :data:`IDLE_GRACE_S` is closed without notice, which a client must expect at any time.
 
-One timer sweeps over all connections and closes those whose client sends nothing, or never finishes a head.
+One timer sweeps over all connections. It closes those whose client sends nothing, and answers those whose client never
+finishes a head or a body.
 
-The server relays nothing and writes no response by itself.
+The server relays nothing.
 """
 
 from __future__ import annotations
@@ -31,10 +32,21 @@ from tornado.httpserver import HTTPServer, _HTTPRequestContext
 from tornado.iostream import IOStream
 
 from tornado_fal_proxy._sweep import Sweep
-from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, close_after
+from tornado_fal_proxy.relay.backend import BODY_WINDOW_BYTES, BODY_WINDOW_S
+from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, Request, close_after
 from tornado_fal_proxy.service.limits import max_open_files, reserved_files
+from tornado_fal_proxy.service.request_head import RequestFault, RequestTooSlow
 
-__all__ = ["CLOSE_GRACE_S", "CLOSE_POLL_S", "LISTEN_BACKLOG", "Neighbours", "Server", "fair_share"]
+__all__ = [
+    "CLOSE_GRACE_S",
+    "CLOSE_POLL_S",
+    "LISTEN_BACKLOG",
+    "MAX_OTHER_BODY_BYTES",
+    "FaultLog",
+    "Neighbours",
+    "Server",
+    "fair_share",
+]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -43,6 +55,8 @@ logger = logging.getLogger("tornado_fal_proxy")
 LISTEN_BACKLOG = 4096
 # Bytes that are read at once. Tornado's 64 kB would be cleared for each of two reads, and few requests have a thousand.
 READ_BYTES = 16 * 1024
+# Limits a body that no handler has asked for more of: requests beside the route need none, and it is kept whole.
+MAX_OTHER_BODY_BYTES = 4096
 # Time for a head, from its first part on, or from the start of a connection that never had a request: as
 # long as nginx waits by default.
 HEAD_TIMEOUT_S = 60.0
@@ -76,15 +90,22 @@ class Neighbours(Protocol):
         """Return the least number of connections that another has; None if there is no other."""
 
 
+class FaultLog(Protocol):
+    """Describe what the server needs of the application beside Tornado's interface."""
+
+    def record_fault(self, request: Request, fault: RequestFault, sent_bytes: int) -> None:
+        """Log and count a request that was answered without a handler."""
+
+
 class Server(HTTPServer):
-    """The HTTP server of one process."""
+    """The HTTP server of one process. Its application has the method of :class:`FaultLog`."""
 
     _neighbours: Neighbours
     _shed: MutableSet[IOStream]
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize(*args, **{"chunk_size": READ_BYTES} | kwargs)
-        self.conn_params.header_timeout = None  # _close_silent keeps the time
+        super().initialize(*args, **{"chunk_size": READ_BYTES, "max_body_size": MAX_OTHER_BODY_BYTES} | kwargs)
+        self.conn_params.header_timeout = None  # _end_silent keeps the time
         limit = max_open_files()
         self._serve_below = limit - reserved_files(limit)
         self._accept_below = limit - reserved_files(limit) // 2
@@ -92,7 +113,7 @@ class Server(HTTPServer):
         self._resume: asyncio.TimerHandle | None = None
         self._log_again_at = 0.0
         self._open = 0
-        self._sweep = Sweep(SWEEP_INTERVAL_S, self._close_silent)
+        self._sweep = Sweep(SWEEP_INTERVAL_S, self._end_silent)
 
     # Connections come.
 
@@ -169,7 +190,8 @@ class Server(HTTPServer):
         self._open += 1
         self._show_connections()
         context = _HTTPRequestContext(stream, address, self.protocol, self.trusted_downstream)
-        connection = ClientConnection(stream, self.conn_params, context)
+        report_fault = cast(FaultLog, self.request_callback).record_fault
+        connection = ClientConnection(stream, self.conn_params, context, report_fault=report_fault)
         self._connections.add(connection)
         connection.start_serving(self)
         self._sweep.start()
@@ -180,19 +202,21 @@ class Server(HTTPServer):
         self._open -= 1
         self._show_connections()
 
-    def _close_silent(self) -> bool:
-        """Close connections whose client sends nothing, or a head too slowly. Return whether any are open."""
+    def _end_silent(self) -> bool:
+        """End connections whose client sends nothing, or a request too slowly. Return whether any are open."""
         now = asyncio.get_running_loop().time()
         for connection in list(self._clients):
+            request = connection.request
             if connection.waiting_since is None:
+                if request is not None:
+                    request.check_body(now, BODY_WINDOW_S, BODY_WINDOW_BYTES)
                 continue
             if connection.has_part_of_head and connection.head_since is None:
                 connection.head_since = now
-            since = connection.waiting_since
-            limit = KEEP_ALIVE_TIMEOUT_S if connection.has_served else HEAD_TIMEOUT_S
-            if connection.head_since is not None:
-                since, limit = connection.head_since, HEAD_TIMEOUT_S
-            if now - since > limit:
+            if connection.head_since is not None and request is not None:
+                if now - connection.head_since > HEAD_TIMEOUT_S:
+                    request.fail(RequestTooSlow("The head of the request took too long to arrive."))
+            elif now - connection.waiting_since > (KEEP_ALIVE_TIMEOUT_S if connection.has_served else HEAD_TIMEOUT_S):
                 connection.stream.close()
         return self._open > 0
 
