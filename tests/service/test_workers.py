@@ -15,7 +15,8 @@ from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, alive, connects, environment, serving
 from tests.support.stub_handlers import Gate
-from tests.support.tools import ROOT
+from tests.support.systemd import notification, notified
+from tests.support.tools import ROOT, unused_port
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy.service.supervisor import MAX_FAILED_STARTS
 
@@ -78,6 +79,44 @@ def test_workers_that_die_at_start_end_the_service(tmp_path: Path) -> None:
 
 
 # The shutdown.
+
+# The second worker starts when the file "go" exists.
+SECOND_STARTS_LATE = """
+import pathlib, time
+from tornado_fal_proxy.service import process
+serve = process.serve
+def start_late(context, worker):
+    while worker.slot == 1 and not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    return serve(context, worker)
+process.serve = start_late
+"""
+
+
+@pytest.mark.gen_test
+async def test_a_stop_during_the_start(tmp_path: Path) -> None:
+    """A stop between the first worker's start and the second's ends with 0: nothing is announced, no READY=1 sent."""
+    (tmp_path / "sitecustomize.py").write_text(SECOND_STARTS_LATE)
+    port = unused_port()
+    environ = WITH_KEY | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    async with notified(tmp_path) as (name, manager):
+        process = await asyncio.create_subprocess_exec(
+            *(*COMMAND, f"--port={port}", "--admin-port=0", "--processes=2"),
+            cwd=tmp_path,
+            env=environment(environ | {"NOTIFY_SOCKET": name}),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await eventually(lambda: connects(port))
+        assert (await call(port, "GET", path="/healthz")).status == 200
+        process.terminate()
+        assert await notification(manager) == "STOPPING=1"
+        (tmp_path / "go").touch()
+        stdout, stderr = await process.communicate()
+        assert (process.returncode, stdout) == (0, b""), stderr.decode()
+        assert b"Traceback" not in stderr
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -64,7 +64,8 @@ class _Child:
 class Supervisor:
     """``size`` workers and the parent's life. ``worker_main`` runs in each worker and returns its exit code.
 
-    ``on_ready`` is called when all workers are ready for the first time, ``on_stop`` when the shutdown begins, and
+    ``on_ready`` is called when all workers are ready for the first time, unless the shutdown began before that.
+    ``on_stop`` is called when the shutdown begins, and
     ``on_alive`` every ``alive_s`` seconds if each worker's last heartbeat is younger than twice that.
     """
 
@@ -138,7 +139,7 @@ class Supervisor:
 
     def _start_due(self) -> None:
         for slot, at in list(self._due.items()):
-            if at <= time.monotonic():
+            if at <= time.monotonic() and slot in self._due:  # a start that fails may stop the service
                 del self._due[slot]
                 self._start(slot)
 
@@ -184,7 +185,9 @@ class Supervisor:
             if pid in self._children:
                 self._children[pid].ready_at = time.monotonic()
                 self._failed_starts = 0
-        if not self._was_ready and not self._due and all(child.ready_at for child in self._children.values()):
+        if self._was_ready or self._stopping or self._due:
+            return
+        if all(child.ready_at for child in self._children.values()):
             self._was_ready = True
             self.on_ready()
 
