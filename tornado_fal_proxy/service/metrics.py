@@ -41,6 +41,8 @@ class Metrics:
         # Metrics of several workers do not have these either.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
+        # The library chooses by PROMETHEUS_MULTIPROC_DIR, which may name a directory that is not ours, or none.
+        values.ValueClass = values.MutexValue
         if directory is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
