@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,10 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
 
 @pytest.mark.gen_test
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
-    """WATCHDOG=1 comes several times in its period, as long as the loops of all workers run."""
+    """WATCHDOG=1 comes several times in its period, as long as all loops run and the parent replaces nobody."""
     async with notified(tmp_path) as (name, manager):
-        running = await ServiceProcess.start(processes, NOTIFY_SOCKET=name, WATCHDOG_USEC="200000", FAL_KEY=KEY)
+        environ: dict[str, Any] = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000", "FAL_KEY": KEY}
+        running = await ServiceProcess.start(processes, "--worker-timeout-s=0", **environ)
         counts = Counter([await notification(manager) for _ in range(10)])
         assert counts.keys() == {"READY=1", "WATCHDOG=1"}
         victim = max(running.workers(), default=running.pid)

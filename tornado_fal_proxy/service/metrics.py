@@ -118,6 +118,9 @@ class _ScoreboardCollector(Collector):
         restarts = CounterMetricFamily("fal_proxy_worker_restarts", "Workers that replaced one that ended.")
         restarts.add_metric([], self._scoreboard.restarts())
         yield restarts
+        hangs = CounterMetricFamily("fal_proxy_worker_hangs", "Workers that were killed because they hung.")
+        hangs.add_metric([], self._scoreboard.hangs())
+        yield hangs
         yield InfoMetricFamily("fal_proxy_build", "Versions.", _versions())
 
 
