@@ -33,6 +33,24 @@ def test_no_room_for_metrics() -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("variable", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.gen_test
+async def test_another_programs_directory(
+    setup: Setup, tmp_path: Path, processes: str, variable: str, there: bool
+) -> None:
+    """The variable of prometheus_client, set for another program, stops no start, and its directory stays as it is."""
+    directory = tmp_path / "metrics"
+    if there:
+        directory.mkdir()
+    environ = {variable: str(directory)}
+    running, admin = await started(setup, await setup.upstream(as_asked), processes, **environ)
+    assert (await call(running.port)).status == 200
+    await until(admin, lambda scrape: scrape.total("fal_proxy_calls_total") == 1)
+    assert not list(tmp_path.glob("metrics/*"))
+    await running.end()
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.gen_test
 async def test_metrics(setup: Setup, processes: str) -> None:

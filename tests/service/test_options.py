@@ -36,6 +36,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
     "processes": ("3", "2", 3),
     "drain_timeout_s": ("0", "1.5", 0.0),
+    "worker_timeout_s": ("0", "1.5", 0.0),
     "log_level": ("WARNING", "debug", "warning"),
     "log_format": ("JSON", "text", "json"),
     "trusted_proxies": ("10.0.0.0/8, unix", "::1", TrustedProxies(("10.0.0.0/8", "unix"))),

@@ -135,6 +135,11 @@ FAILS = [
     start("--processes=two", match=r"--processes: must be .*'two'", environ=WITH_KEY),
     start("--drain-timeout-s=long", match=r"--drain-timeout-s: must be a number of seconds.*'long'", environ=WITH_KEY),
     start("--drain-timeout-s=86401", match=r"--drain-timeout-s: must be .*'86401'", environ=WITH_KEY),
+    start(
+        "--worker-timeout-s=0.5",
+        match=r"--worker-timeout-s: must be 0, or a number of seconds from 1 to 86400, not '0.5'",
+        environ=WITH_KEY,
+    ),
     # Several problems are one line.
     start(
         "--port=x",

@@ -5,11 +5,10 @@ import os
 import re
 import signal
 import socket
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,32 +16,9 @@ from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment
 from tests.support.stub_handlers import Gate
+from tests.support.systemd import notification, notified, within
 from tests.support.tools import tool, unused_port
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
-
-
-@asynccontextmanager
-async def notified(tmp_path: Path, abstract: bool = False) -> AsyncIterator[tuple[str, socket.socket]]:
-    """Yield a value for $NOTIFY_SOCKET, and the socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.setblocking(False)
-        name = f"\0test-{os.getpid()}-{time.monotonic_ns()}" if abstract else str(tmp_path / "notify")
-        manager.bind(name)
-        yield name.replace("\0", "@"), manager
-
-
-async def notification(manager: socket.socket) -> str:
-    """Return the next notification."""
-    async with asyncio.timeout(TIMEOUT_S):
-        return (await asyncio.get_running_loop().sock_recv(manager, 4096)).decode()
-
-
-async def within(seconds: float, manager: socket.socket) -> bytes | None:
-    """Return the next notification, None if there is none in that time."""
-    try:
-        return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 4096), seconds)
-    except TimeoutError:
-        return None
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -66,9 +42,10 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
 
 @pytest.mark.gen_test
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
-    """WATCHDOG=1 comes several times in its period, as long as the loops of all workers run."""
+    """WATCHDOG=1 comes several times in its period, as long as all loops run and the parent replaces nobody."""
     async with notified(tmp_path) as (name, manager):
-        running = await ServiceProcess.start(processes, NOTIFY_SOCKET=name, WATCHDOG_USEC="200000", FAL_KEY=KEY)
+        environ: dict[str, Any] = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000", "FAL_KEY": KEY}
+        running = await ServiceProcess.start(processes, "--worker-timeout-s=0", **environ)
         counts = Counter([await notification(manager) for _ in range(10)])
         assert counts.keys() == {"READY=1", "WATCHDOG=1"}
         victim = max(running.workers(), default=running.pid)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.proxy import KEY, Setup
-from tests.support.raw_client import RawClient, call
+from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, alive, connects, environment, serving
 from tests.support.stub_handlers import Gate
-from tests.support.tools import ROOT
+from tests.support.systemd import notification, notified
+from tests.support.tools import ROOT, unused_port
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy.service.supervisor import MAX_FAILED_STARTS
 
@@ -93,6 +94,44 @@ def test_workers_that_die_at_start_end_the_service(tmp_path: Path) -> None:
 
 # The shutdown.
 
+# The second worker starts when the file "go" exists.
+SECOND_STARTS_LATE = """
+import pathlib, time
+from tornado_fal_proxy.service import process
+serve = process.serve
+def start_late(context, worker):
+    while worker.slot == 1 and not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    return serve(context, worker)
+process.serve = start_late
+"""
+
+
+@pytest.mark.gen_test
+async def test_a_stop_during_the_start(tmp_path: Path) -> None:
+    """A stop between the first worker's start and the second's ends with 0: nothing is announced, no READY=1 sent."""
+    (tmp_path / "sitecustomize.py").write_text(SECOND_STARTS_LATE)
+    port = unused_port()
+    environ = WITH_KEY | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    async with notified(tmp_path) as (name, manager):
+        process = await asyncio.create_subprocess_exec(
+            *(*COMMAND, f"--port={port}", "--admin-port=0", "--processes=2"),
+            cwd=tmp_path,
+            env=environment(environ | {"NOTIFY_SOCKET": name}),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await eventually(lambda: connects(port))
+        assert (await call(port, "GET", path="/healthz")).status == 200
+        process.terminate()
+        assert await notification(manager) == "STOPPING=1"
+        (tmp_path / "go").touch()
+        stdout, stderr = await process.communicate()
+        assert (process.returncode, stdout) == (0, b""), stderr.decode()
+        assert b"Traceback" not in stderr
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.gen_test
@@ -140,6 +179,61 @@ async def test_a_drain_serves_kept_connections(setup: Setup, processes: str) -> 
     for client in (used, idle, fresh):
         await client.close()
     await running.ended()
+
+
+@pytest.mark.parametrize("stray", [b"\r\n", b"\n", b"\r", b"\r\n" * 500], ids=["CRLF", "LF", "CR", "many"])
+@pytest.mark.gen_test
+async def test_line_ends_behind_a_body_delay_no_drain(setup: Setup, processes: str, stray: bytes) -> None:
+    """They are no request: the next one is served all the same, and a drain closes the connection as an idle one."""
+    gate = Gate()
+    gate.open.set()
+    upstream = await setup.upstream(gate)
+    running = await ServiceProcess.in_front_of(setup, upstream, processes, "--drain-timeout-s=3600")
+    client = await RawClient.open(running.port)
+    for _ in range(2):
+        await client.send()
+        client.writer.write(stray)
+        assert (await client.response()).status == 200
+    running.process.terminate()
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await client.reader.read() == b""
+    await client.close()
+    await running.ended()
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_a_part_of_a_head_in_a_drain(setup: Setup, processes: str) -> None:
+    """The rest of the head may come, and the call is served. If it does not, the connection is closed."""
+    gate = Gate()
+    gate.open.set()
+    upstream = await setup.upstream(gate)
+    running = await ServiceProcess.in_front_of(setup, upstream, processes, "--drain-timeout-s=3600")
+    ends, stops = [await RawClient.open(running.port) for _ in range(2)]
+    head = request()
+    for client in (ends, stops):
+        client.writer.write(b"\r\n" + head[:50])
+    running.process.terminate()
+    await eventually(lambda: not connects(running.port))
+    ends.writer.write(head[50:])
+    got = await ends.response()
+    assert (got.status, got.header("connection")) == (200, "close")
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await stops.reader.read() == b""
+    for client in (ends, stops):
+        await client.close()
+    await running.ended()
+
+
+@pytest.mark.gen_test
+async def test_a_flood_of_line_ends(setup: Setup) -> None:
+    """More line ends than a client sends by mistake are answered 400."""
+    running = await ServiceProcess.start(FAL_KEY=KEY)
+    client = await RawClient.open(running.port)
+    client.writer.write(b"\r\n" * 513)
+    assert (await client.head()).status == 400
+    await client.close()
+    await running.end()
 
 
 @pytest.mark.gen_test

@@ -64,7 +64,7 @@ class LoggedHandler(FalProxyHandler):
 
     def refuse(self, fault: RequestFault) -> None:
         """Respond to a body that cannot be read, or is larger than was declared."""
-        self._body.clear()
+        self._drop_body()
         self._refuse(BodyTooLarge() if fault.status == BodyTooLarge.status else fault)
 
     def on_call_end(self, call: Call) -> None:

@@ -161,7 +161,8 @@ def _run(context: ServiceContext) -> int:
         on_ready=on_ready,
         on_stop=context.stopping,
         end_timeout_s=settings.drain_timeout_s + 2 * CLOSE_GRACE_S,
-        alive_s=context.heartbeat_s,
+        worker_timeout_s=settings.worker_timeout_s,
+        check_s=context.heartbeat_s,
         on_alive=notifier.alive,
     )
     return EXIT_OK if supervisor.run() else EXIT_ABORTED

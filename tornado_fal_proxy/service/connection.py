@@ -64,6 +64,9 @@ __all__ = ["LINGER_S", "ClientConnection", "ClientStream", "FaultHandler", "Requ
 LINGER_S = 5.0
 # Limits a line of a body in chunks: no line of a size or a trailer is as long, and nginx takes as much.
 MAX_LINE_BYTES = 4096
+# Limits the line ends that are skipped before a head: the one that some clients send behind a body, and 510 more. A
+# client that sends more gets 400, or its flood would keep the loop reading.
+MAX_SKIPPED_BYTES = 1024
 # Limits the work between two turns of the loop while a body is thrown away, as Tornado does for bodies that it keeps.
 _YIELD_BYTES = 256 * 1024
 
@@ -75,7 +78,12 @@ _NO_HEADERS = HTTPHeaders()
 
 
 class ClientStream(IOStream):
-    """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no cycle of references."""
+    """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no cycle of references.
+
+    Line ends before a head are skipped when they arrive (RFC 9112, section 2.2), and no part of the head.
+    """
+
+    _skipped = 0
 
     _searched = _lines = 0  # how much of the head or line that is read has been searched, and the line ends in it
 
@@ -97,7 +105,7 @@ class ClientStream(IOStream):
 
     def read_head(self) -> Awaitable[bytes]:
         """Return the head of a request without empty lines before it, or more of a head than may be."""
-        self._searched = self._lines = 0
+        self._searched = self._lines = self._skipped = 0
         return self.read_until(_HEAD, max_bytes=MAX_HEAD_BYTES + 1)
 
     def check_size(self, head: bytes) -> None:
@@ -129,11 +137,12 @@ class ClientStream(IOStream):
 
     def _end_of_head(self) -> int | None:
         buffer = self._read_buffer
-        if not self._searched and buffer.startswith((b"\r", b"\n")):
+        if not self._searched and self._skipped <= MAX_SKIPPED_BYTES and buffer.startswith((b"\r", b"\n")):
             empty = _EMPTY_LINES.match(buffer)
             if empty is not None and (size := empty.end()):
                 del buffer[:size]
                 self._read_buffer_size -= size
+                self._skipped += size
         match = _HEAD_END.search(buffer, max(self._searched - 3, 0))
         size = len(buffer) if match is None else match.end()
         self._lines += buffer.count(b"\n", self._searched, size)

@@ -46,6 +46,8 @@ class Metrics:
         # Metrics of several workers do not have these either.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
+        # The library chooses by PROMETHEUS_MULTIPROC_DIR, which may name a directory that is not ours, or none.
+        values.ValueClass = values.MutexValue
         if directory is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
@@ -128,6 +130,9 @@ class _ScoreboardCollector(Collector):
         restarts = CounterMetricFamily("fal_proxy_worker_restarts", "Workers that replaced one that ended.")
         restarts.add_metric([], self._scoreboard.restarts())
         yield restarts
+        hangs = CounterMetricFamily("fal_proxy_worker_hangs", "Workers that were killed because they hung.")
+        hangs.add_metric([], self._scoreboard.hangs())
+        yield hangs
         yield InfoMetricFamily("fal_proxy_build", "Versions.", _versions())
 
 

@@ -57,6 +57,11 @@ MAX_PROCESSES = 256
 MAX_PORT = 65_535
 # Limits a drain: the time that Kubernetes gives a pod, and longer than most models run. Endless streams reach it.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
+# Limits the time without a heartbeat after which a worker is replaced. Its clients wait for so long, and no sound
+# worker takes so long for one turn of its loop, even on a machine that swaps.
+DEFAULT_WORKER_TIMEOUT_S = 15.0
+# Limits that limit: below, a busy machine would have sound workers killed.
+MIN_WORKER_TIMEOUT_S = 1.0
 
 # The groups of ``--help`` in their order, each with its description.
 GROUPS = {
@@ -109,6 +114,13 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _worker_timeout_s(text: str) -> float:
+    seconds = _seconds(text)
+    if 0 < seconds < MIN_WORKER_TIMEOUT_S:
+        _refuse(text, f"0, or a number of seconds from {MIN_WORKER_TIMEOUT_S:g} to {MAX_S}")
+    return seconds
+
+
 def _route(text: str) -> str:
     if not _ROUTE.fullmatch(text) or text in TAKEN_ROUTES:
         _refuse(text, f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}")
@@ -155,6 +167,13 @@ class Settings:
         "time that calls in flight get when the service ends, before they are aborted",
         "SECONDS",
         _seconds,
+        group="processes",
+    )
+    worker_timeout_s: float = option(
+        DEFAULT_WORKER_TIMEOUT_S,
+        "with several processes: time without a sign of life after which one is killed and replaced; 0: never",
+        "SECONDS",
+        _worker_timeout_s,
         group="processes",
     )
     log_level: str = option(

@@ -43,8 +43,9 @@ ADMIN_KEEP_ALIVE_S = 120.0
 # Time between two updates of a process's numbers on the scoreboard: a scrape may reach another process, which then
 # reports numbers that are this old at most.
 REFRESH_INTERVAL_S = 5.0
-# Heartbeats within the watchdog's time limit: so many that a late one is still in time.
-HEARTBEATS_PER_WATCHDOG = 4
+# Heartbeats within the time limit of systemd's watchdog, and within --worker-timeout-s: so many that some late ones do
+# not matter.
+HEARTBEATS_PER_WATCHDOG, HEARTBEATS_PER_TIMEOUT = 4, 10
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ class ServiceContext:
 
     @property
     def heartbeat_s(self) -> float | None:
-        """Return the seconds between two heartbeats; None without a watchdog."""
-        return self.notifier.watchdog_s and self.notifier.watchdog_s / HEARTBEATS_PER_WATCHDOG
+        """Return the seconds between two heartbeats; None if nobody waits for them."""
+        intervals = []
+        if self.notifier.watchdog_s is not None:
+            intervals.append(self.notifier.watchdog_s / HEARTBEATS_PER_WATCHDOG)
+        if self.settings.processes > 1 and self.settings.worker_timeout_s:
+            intervals.append(self.settings.worker_timeout_s / HEARTBEATS_PER_TIMEOUT)
+        return min(intervals, default=None)
 
     def stopping(self) -> None:
         """Report that the service stops, and close the parent's listening sockets."""

@@ -2,7 +2,8 @@
 
 Strategy. The parent makes the memory before it forks. Each worker has a slot and writes only there; everyone reads.
 Nothing is locked, because the numbers are hints: where to leave connections to another worker, what the metrics show,
-whether a worker's loop still runs. A number may be a moment old.
+whether a worker's loop still runs. A number may be a moment old. A worker that has sent no heartbeat for a while is
+shown as one that accepts no calls.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ class WorkerStats:
 
 
 class Scoreboard:
-    """Shared numbers of ``size`` workers, each in its slot from 0 on."""
+    """Shared numbers of ``size`` workers, each in its slot from 0 on.
 
-    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _COLUMNS = range(6)
+    A worker whose last heartbeat is older than ``silent_after_s`` is silent; with None there are no heartbeats.
+    """
 
-    def __init__(self, size: int) -> None:
+    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _HANGS, _COLUMNS = range(7)
+
+    def __init__(self, size: int, silent_after_s: float | None = None) -> None:
+        self._silent_after_s = silent_after_s
         self._cells = memoryview(mmap.mmap(-1, 8 * self._COLUMNS * size)).cast("q")
         self._offsets = range(0, self._COLUMNS * size, self._COLUMNS)
         self._turn_ns = memoryview(mmap.mmap(-1, 8)).cast("q")  # the only cell that all workers write
@@ -49,6 +54,14 @@ class Scoreboard:
         """Return how many workers were started in place of one that ended."""
         return sum(max(self._cells[offset + self._STARTS] - 1, 0) for offset in self._offsets)
 
+    def count_hang(self, slot: int) -> None:
+        """Count one more worker of this slot that is killed because it hangs."""
+        self._cells[self._offsets[slot] + self._HANGS] += 1
+
+    def hangs(self) -> int:
+        """Return how many workers were killed because they hung."""
+        return sum(self._cells[offset + self._HANGS] for offset in self._offsets)
+
     def set_connections(self, slot: int, connections: int | None) -> None:
         """Set how many connections of clients a worker has; None means that it accepts no more."""
         self._cells[self._offsets[slot] + self._CONNECTIONS] = -1 if connections is None else connections
@@ -61,13 +74,25 @@ class Scoreboard:
     def fewest_connections(self, slot: int) -> int | None:
         """Return the least number of connections that a worker in another slot has; None if no other accepts any."""
         own = self._offsets[slot]
-        others = [n for at in self._offsets if at != own and (n := self._cells[at + self._CONNECTIONS]) >= 0]
+        others = [
+            count
+            for offset in self._offsets
+            if offset != own and (count := self._cells[offset + self._CONNECTIONS]) >= 0 and not self._is_silent(offset)
+        ]
         return min(others, default=None)
 
+    def _is_silent(self, offset: int) -> bool:
+        """Tell whether the worker's last heartbeat is too old. One that has just started has sent none."""
+        if self._silent_after_s is None or not (last := self._cells[offset + self._HEARTBEAT]):
+            return False
+        return time.monotonic_ns() - last > self._silent_after_s * 1e9
+
     def workers(self) -> list[WorkerStats]:
-        """Return the numbers of all workers, by slot."""
+        """Return the numbers of all workers, by slot. A silent worker has none, because its own are out of date."""
         return [
-            WorkerStats(
+            WorkerStats(None, 0, 0)
+            if self._is_silent(offset)
+            else WorkerStats(
                 None if (connections := self._cells[offset + self._CONNECTIONS]) < 0 else connections,
                 self._cells[offset + self._IN_FLIGHT],
                 self._cells[offset + self._UPSTREAM],
@@ -87,6 +112,6 @@ class Scoreboard:
         """Note that the worker's loop runs now."""
         self._cells[self._offsets[slot] + self._HEARTBEAT] = time.monotonic_ns()
 
-    def heartbeat_age_s(self, slot: int) -> float:
-        """Return the seconds since the worker's last heartbeat."""
-        return (time.monotonic_ns() - self._cells[self._offsets[slot] + self._HEARTBEAT]) / 1e9
+    def last_heartbeat(self, slot: int) -> int:
+        """Return the time of the worker's last heartbeat, which differs from that of any other; 0 if there was none."""
+        return self._cells[self._offsets[slot] + self._HEARTBEAT]

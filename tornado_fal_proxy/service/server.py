@@ -11,7 +11,8 @@ the other half is used up too, or accepting fails, nothing is accepted for :data
 readable, so trying again at once would keep the loop busy.)
 
 To drain is to stop listening and to send every client ``connection: close`` with its next response. A connection that
-has carried nothing for :data:`IDLE_GRACE_S` is closed without notice, which a client must expect at any time.
+has carried nothing for :data:`IDLE_GRACE_S` is closed without notice, which a client must expect at any time. One that
+has carried a part of a head is closed after :data:`PART_GRACE_S`, unless the rest comes before that.
 
 One timer sweeps over all connections. It closes those whose client sends nothing, and answers those whose client never
 finishes a head or a body.
@@ -76,6 +77,9 @@ SHED_S = 5.0
 # Time without a request after which a drain closes a connection: a client that sends its next request within this time
 # after a response still has it served.
 IDLE_GRACE_S = 1.0
+# The same where a part of that request's head has come: the rest, a few packets at most, may be lost and sent again
+# twice, and no client can delay the end for longer.
+PART_GRACE_S = 5.0
 # Time for responses that are being written when the process ends, and between two checks whether they have left.
 CLOSE_GRACE_S, CLOSE_POLL_S = 1.0, 0.02
 
@@ -262,11 +266,9 @@ class Server(HTTPServer):
             for connection in list(self._clients):
                 if connection.is_busy or connection.stream.closed():
                     idle_since.pop(connection, None)
-                elif (
-                    now - idle_since.setdefault(connection, now) >= IDLE_GRACE_S
-                    and not connection.has_part_of_head
-                    and not _has_unread(connection.stream)
-                ):
+                    continue
+                grace_s = PART_GRACE_S if connection.has_part_of_head else IDLE_GRACE_S
+                if now - idle_since.setdefault(connection, now) >= grace_s and not _has_unread(connection.stream):
                     connection.stream.close()
 
     async def close(self) -> None:

@@ -13,6 +13,10 @@ a message from a child, and decides. Parent and workers exchange little:
 A worker that dies is replaced: at once, or after a delay that doubles while workers die early. After
 :data:`MAX_FAILED_STARTS` in a row that did not even become ready, another try will not help and the service ends.
 
+A worker that hangs is killed. The parent checks the heartbeats at regular times and counts the checks that find no new
+one, and not the time since the last: when parent and workers were stopped together, or the machine was, that time is
+long and the parent may be the first to go on.
+
 The supervisor never imports what the workers do: it is given their main function.
 """
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -44,6 +49,9 @@ MIN_DELAY_S, MAX_DELAY_S = 0.1, 5.0
 # Starts that may fail in a row before the service ends. The delays between so many add up to 1.5 seconds: a
 # short lack of memory may pass, and a wrong setup is still reported soon.
 MAX_FAILED_STARTS = 5
+# The part of --worker-timeout-s after which a worker without a heartbeat is shown as one that accepts no calls: five
+# heartbeats are late by then, and the numbers are right for some seconds before the worker is replaced.
+SILENT_PART = 0.5
 # Time that a worker gets beyond its own limit before it is killed: enough to close what it has on a busy machine.
 KILL_AFTER_S = 2.0
 
@@ -58,14 +66,21 @@ class _Child:
 
     slot: int
     ready_at: float | None = None
+    last_heartbeat: int = 0
+    missed: int = 0  # checks in a row that found no new heartbeat
+    hung: bool = False
 
 
 @dataclass
 class Supervisor:
     """``size`` workers and the parent's life. ``worker_main`` runs in each worker and returns its exit code.
 
-    ``on_ready`` is called when all workers are ready for the first time, ``on_stop`` when the shutdown begins, and
-    ``on_alive`` every ``alive_s`` seconds if each worker's last heartbeat is younger than twice that.
+    ``on_ready`` is called when all workers are ready for the first time, unless the shutdown began before that.
+    ``on_stop`` is called when the shutdown begins.
+
+    Every ``check_s`` seconds, which is also the time between a worker's heartbeats, the parent checks them and calls
+    ``on_alive``. A worker without a heartbeat for ``worker_timeout_s`` is killed. If that is 0 nobody is, and
+    ``on_alive`` is called only if each worker that is ready sends heartbeats.
     """
 
     size: int
@@ -73,8 +88,9 @@ class Supervisor:
     on_ready: Callable[[], None]
     on_stop: Callable[[], None]
     end_timeout_s: float
-    alive_s: float | None = None
-    on_alive: Callable[[], None] = lambda: None
+    worker_timeout_s: float
+    check_s: float | None
+    on_alive: Callable[[], None]
     _children: dict[int, _Child] = field(default_factory=dict)
     _due: dict[int, float] = field(default_factory=dict)  # slots without a worker, and when they get one
     _failed_starts: int = 0  # in a row
@@ -90,7 +106,7 @@ class Supervisor:
 
         Raise CannotStartWorkers.
         """
-        self.scoreboard = Scoreboard(self.size)
+        self.scoreboard = Scoreboard(self.size, self.worker_timeout_s * SILENT_PART or None)
         self._lifeline, lifeline_end = os.pipe()
         self._ready_pipe, self._ready_pipe_end = os.pipe()
         os.set_blocking(self._ready_pipe, False)
@@ -98,13 +114,13 @@ class Supervisor:
             self._parents_pipes = (lifeline_end, self._ready_pipe, *signals)
             now = time.monotonic()
             self._due = dict.fromkeys(range(self.size), now)
-            next_alive = now
+            next_check = now
             while self._children or self._due:
                 self._start_due()
-                if self.alive_s is not None and time.monotonic() >= next_alive:
-                    next_alive = time.monotonic() + self.alive_s
-                    self._check_heartbeats(2 * self.alive_s)
-                readable, _, _ = select.select([signals[0], self._ready_pipe], [], [], self._select_timeout(next_alive))
+                if self.check_s is not None and time.monotonic() >= next_check:
+                    next_check = time.monotonic() + self.check_s
+                    self._check_heartbeats(self.check_s)
+                readable, _, _ = select.select([signals[0], self._ready_pipe], [], [], self._select_timeout(next_check))
                 if self._ready_pipe in readable:
                     self._read_ready_pipe()
                 if signals[0] in readable:
@@ -120,25 +136,38 @@ class Supervisor:
             )
         return self._all_clean
 
-    def _select_timeout(self, next_alive: float) -> float | None:
+    def _select_timeout(self, next_check: float) -> float | None:
         """Return the seconds until there is something to do without a message; None if only a message brings it."""
         times = list(self._due.values())
-        if self.alive_s is not None:
-            times.append(next_alive)
+        if self.check_s is not None:
+            times.append(next_check)
         if self._stopping:
             times.append(self._kill_at)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _check_heartbeats(self, limit_s: float) -> None:
-        ready = [child for child in self._children.values() if child.ready_at is not None]
-        if all(self.scoreboard.heartbeat_age_s(child.slot) < limit_s for child in ready):
+    def _check_heartbeats(self, check_s: float) -> None:
+        """Count the checks that each worker has missed, and kill those that hang."""
+        max_missed = math.ceil(self.worker_timeout_s / check_s)
+        for pid, child in self._children.items():
+            heartbeat = self.scoreboard.last_heartbeat(child.slot)
+            child.missed = child.missed + 1 if heartbeat == child.last_heartbeat else 0
+            child.last_heartbeat = heartbeat
+            if max_missed and child.missed >= max_missed and not child.hung:
+                child.hung = True
+                self.scoreboard.count_hang(child.slot)
+                logger.error(
+                    "worker hung: process %d is killed, no heartbeat for %g s (--worker-timeout-s)",
+                    *(pid, self.worker_timeout_s),
+                )
+                os.kill(pid, signal.SIGKILL)
+        if max_missed or all(child.missed < 2 for child in self._children.values() if child.ready_at is not None):
             self.on_alive()
 
     # Workers start.
 
     def _start_due(self) -> None:
         for slot, at in list(self._due.items()):
-            if at <= time.monotonic():
+            if at <= time.monotonic() and slot in self._due:  # a start that fails may stop the service
                 del self._due[slot]
                 self._start(slot)
 
@@ -184,7 +213,9 @@ class Supervisor:
             if pid in self._children:
                 self._children[pid].ready_at = time.monotonic()
                 self._failed_starts = 0
-        if not self._was_ready and not self._due and all(child.ready_at for child in self._children.values()):
+        if self._was_ready or self._stopping or self._due:
+            return
+        if all(child.ready_at for child in self._children.values()):
             self._was_ready = True
             self.on_ready()
 

@@ -73,8 +73,9 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        """Report that every process of the service still works."""
-        self._send("WATCHDOG=1")
+        """Report that the service still works. Do nothing without a watchdog."""
+        if self.watchdog_s is not None:
+            self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> None:
         if not self._address:
