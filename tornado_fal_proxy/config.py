@@ -69,7 +69,7 @@ MAX_NUMBER = 2**31 - 1
 # The options of the command that are no fields here. An application may share the variables of both.
 SERVICE_OPTIONS = (
     *("address", "port", "route", "processes", "drain_timeout_s", "log_level", "log_format", "trusted_proxies"),
-    *("admin_port", "admin_address", "sandbox"),
+    *("admin_port", "admin_address", "sandbox", "worker_timeout_s"),
 )
 # The variables that are ours, or were meant to be. Environments ignore no case, but people do.
 _OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)

@@ -7,7 +7,7 @@ import brotli
 import pytest
 
 from tests.support.bad_upstream import Do, chunked, drip, response
-from tests.support.bad_upstream.rows import CUT, KINDS, NOTHING, OK, STREAM_KINDS, WAYS, Row, Want, play
+from tests.support.bad_upstream.rows import CUT, KINDS, NOTHING, OK, STREAM_WAYS, WAYS, Row, Want, play
 from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
@@ -338,8 +338,7 @@ TABLES = {
 ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "way"), WAYS)
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.gen_test
 async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
@@ -347,10 +346,18 @@ async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, k
     await play(setup, authority, logs, "http/1.1", ROWS[name], KINDS[kind], way)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", STREAM_KINDS)
+@pytest.mark.parametrize("way", ["new", "used"])
+@pytest.mark.parametrize("kind", ["run by GET", "submit by GET"])
+@pytest.mark.parametrize("name", NO_RESPONSE)
+@pytest.mark.gen_test
+async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
+    """A GET that runs a model is sent once and answered whole, as a POST is."""
+    await play(setup, authority, logs, "http/1.1", NO_RESPONSE[name], KINDS[kind], way)
+
+
+@pytest.mark.parametrize(("kind", "way"), STREAM_WAYS)
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.gen_test
 async def test_stream(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """An event stream that was cut off is aborted."""
-    await play(setup, authority, logs, "http/1.1", STREAMS[name], STREAM_KINDS[kind], way)
+    await play(setup, authority, logs, "http/1.1", STREAMS[name], KINDS[kind], way)

@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "max_body_bytes": ("1024", "2", 1024),
     "max_in_flight": ("5", "6", 5),
     "response_buffer_bytes": ("7", "8", 7),
+    "max_buffered_bytes": ("2000000", "3000000", 2_000_000),
     "ca_certs": ("{ca}", "", "{ca}"),
     "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
     "allowed_endpoints": ("fal-ai/flux/**,a/b", "**", ("fal-ai/flux/**", "a/b")),
@@ -43,7 +44,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "admin_port": ("0", "9000", 0),
     "admin_address": ("::1", "0.0.0.0", "::1"),
 }
-SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials")
+SWITCHES = ("event_streams_over_http1", "allow_uploads", "allow_cancel", "allow_credentials")
 NO_DEFAULT = (
     *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
     *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),

@@ -184,7 +184,7 @@ async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str)
         ("POST", {}, 200),
         ("GET", {}, 200),
         ("POST", {"target": "https://fal.run/lost"}, 500),
-        ("GET", {"target": "https://fal.run/lost"}, 502),
+        ("GET", {"target": "https://fal.run/lost"}, 500),
         ("POST", {"target": "https://fal.run/odd"}, 500),
         ("POST", {"target": "https://untrusted.example.fal.run/"}, 502),
         ("POST", {"target": "https://evil.com/"}, 412),

@@ -42,6 +42,8 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "max_body_bytes": (COUNT_GOOD, COUNT_BAD),
     "max_in_flight": (COUNT_GOOD, COUNT_BAD),
     "response_buffer_bytes": (COUNT_GOOD, COUNT_BAD),
+    "max_buffered_bytes": ([None, 1024 * 1024, 2**40], [0, -1, 1024 * 1024 - 1, 2e6, True, "2000000", "", [2**20]]),
+    "event_streams_over_http1": ([True, False], SWITCH_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
         [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
@@ -343,6 +345,8 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
         "max_body_bytes": ("1024", 1024),
         "max_in_flight": (" 5 ", 5),
         "response_buffer_bytes": ("2048", 2048),
+        "max_buffered_bytes": ("2000000", 2_000_000),
+        "event_streams_over_http1": ("yes", True),
         "ca_certs": (authority.ca_file, authority.ca_file),
         "connect_to": ("localhost:1", "localhost:1"),
         "allowed_endpoints": ("fal-ai/flux/**, */b", ("fal-ai/flux/**", "*/b")),

@@ -18,7 +18,7 @@ _MORE = "..."
 # The beginning of a query or a fragment, also where it is escaped and a server may decode it.
 _QUERY = re.compile(r"[?#]|%(?:3[Ff]|23)")
 # The scheme of a URL, then the user name and the password in front of its host.
-_USER = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:(?=[/\\]))?([/\\]*)[^/\\]*@")
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:(?=[/\\]))?([/\\]*)[^/\\]*@")
 
 
 def excerpt(text: str) -> str:
@@ -27,7 +27,9 @@ def excerpt(text: str) -> str:
     It ends with ``...`` where something at its end was left out.
     """
     kept = _QUERY.split(text, maxsplit=1)[0]
-    shown = _USER.sub(r"\1\2***@", kept)[: MAX_EXCERPT_CHARS + 1].encode("unicode_escape").decode("ascii")
+    user = _USER.match(kept)
+    anonymous = kept if user is None else f"{user[1] or ''}{user[2]}***@{kept[user.end() :]}"
+    shown = anonymous[: MAX_EXCERPT_CHARS + 1].encode("unicode_escape").decode("ascii")
     if len(kept) == len(text) and len(shown) <= MAX_EXCERPT_CHARS:
         return shown
     return shown[: MAX_EXCERPT_CHARS - len(_MORE)] + _MORE

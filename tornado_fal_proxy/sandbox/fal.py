@@ -33,7 +33,7 @@ from tornado_fal_proxy.sandbox.state import SandboxState, file_url
 # The longest time until a stream of statuses notices that its job was cancelled: a moment for the person who cancelled.
 CANCEL_NOTICE_S = 0.25
 # A name or an address, and a port: nothing else that a Host header may have belongs into a URL.
-_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])(?::[1-9][0-9]{0,4})?")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[1-9][0-9]{0,4})?")
 
 
 class FalHandler(RequestHandler):

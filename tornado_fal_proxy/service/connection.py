@@ -71,7 +71,6 @@ MAX_SKIPPED_BYTES = 1024
 _YIELD_BYTES = 256 * 1024
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
-_EMPTY_LINES = re.compile(rb"(?:\r?\n)*")
 # Marks for reads whose end ClientStream finds by itself; they are compared by identity.
 _HEAD, _LINE = b"\n head", b"\n line"
 _NO_HEADERS = HTTPHeaders()
@@ -137,9 +136,9 @@ class ClientStream(IOStream):
 
     def _end_of_head(self) -> int | None:
         buffer = self._read_buffer
-        if not self._searched and self._skipped <= MAX_SKIPPED_BYTES and buffer.startswith((b"\r", b"\n")):
-            empty = _EMPTY_LINES.match(buffer)
-            if empty is not None and (size := empty.end()):
+        if not self._searched and buffer.startswith((b"\r", b"\n")):
+            size = len(buffer) - len(buffer.lstrip(b"\r\n"))
+            if self._skipped + size <= MAX_SKIPPED_BYTES:
                 del buffer[:size]
                 self._read_buffer_size -= size
                 self._skipped += size

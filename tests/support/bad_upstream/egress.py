@@ -10,9 +10,9 @@ __all__ = ["EgressProxy"]
 class EgressProxy:
     """A proxy on the way out: it answers CONNECT with a head of its own, and leads every host to one address."""
 
-    RESPONSE = b"HTTP/1.1 200 Connection established\r\ncontent-type: text/egress\r\nx-egress: 1\r\n\r\n"
-
     def __init__(self, address: str) -> None:
+        #: How it answers CONNECT. Where that is no success, the connection is closed behind it.
+        self.response = b"HTTP/1.1 200 Connection established\r\ncontent-type: text/egress\r\nx-egress: 1\r\n\r\n"
         self._host, _, self._port = address.rpartition(":")
         #: What each CONNECT asked for.
         self.connects: list[str] = []
@@ -38,7 +38,10 @@ class EgressProxy:
         self._tasks.add(task)
         head_bytes = await reader.readuntil(b"\r\n\r\n")
         self.connects.append(head_bytes.split(b" ")[1].decode())
-        writer.write(self.RESPONSE)
+        writer.write(self.response)
+        if b" 200 " not in self.response:
+            writer.close()
+            return
         their_reader, their_writer = await asyncio.open_connection(self._host, self._port)
         try:
             await asyncio.wait(

@@ -32,6 +32,7 @@ __all__ = [
     "frame",
     "goaway",
     "head",
+    "many",
     "own_response",
     "reset_stream",
     "response",
@@ -99,6 +100,11 @@ def frame(kind: int, flags: int, payload: bytes = b"", *, stream: int | None = N
         return struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, number) + payload
 
     return on
+
+
+def many(count: int, step: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """Return the same frame many times, in one write."""
+    return lambda own: step(own) * count
 
 
 def block(*fields: tuple[str, str]) -> bytes:

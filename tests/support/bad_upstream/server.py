@@ -26,6 +26,8 @@ class BadUpstream:
     def __init__(self, context: ssl.SSLContext, protocol: str, greeting: bytes | None = None) -> None:
         context.set_alpn_protocols([protocol])
         self.script: Script | None = None
+        #: What replaces ``script`` as soon as a request is about to get that.
+        self.next_script: Script | None = None
         #: Whether the proxy gets each step by itself, or several at once.
         self.apart = False
         #: All requests ever seen, in order.
@@ -37,6 +39,7 @@ class BadUpstream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: set[_Connection] = set()
         self._busy = 0
+        self._failures: list[Exception] = []
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.get_running_loop().create_server(lambda: _Connection(self), "127.0.0.1", 0)
@@ -50,9 +53,9 @@ class BadUpstream:
         for connection in list(self._open):
             connection.transport.abort()
         await self._server.wait_closed()
-        failures = [result for result in results if isinstance(result, Exception)]
-        if failures:
-            raise failures[0]
+        self._failures += [result for result in results if isinstance(result, Exception)]
+        if self._failures:
+            raise self._failures[0]
 
     @property
     def address(self) -> str:
@@ -84,9 +87,16 @@ class BadUpstream:
             connection.again = None
             return
         script = self.script if connection.http2 == (self.protocol == "h2") else None
+        if self.next_script is not None:
+            self.script, self.next_script = self.next_script, None
         task = asyncio.create_task(self._follow(connection, request, script or fine(request)))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._failures.append(error)
 
     async def _follow(self, connection: "_Connection", request: Request, script: Script) -> None:
         self._busy += 1
@@ -146,10 +156,11 @@ class _Connection(asyncio.Protocol):
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = upstream.context.wrap_bio(self._in, self._out, server_side=True)
         self._take: Callable[[bytes], None] | None = None
+        self._ended = False
 
     def write(self, content: bytes) -> None:
         rest = memoryview(content)
-        while rest:
+        while rest and not self._ended:
             rest = rest[self._tls.write(rest) :]
         if self._upstream.apart:
             self.flush()
@@ -169,6 +180,7 @@ class _Connection(asyncio.Protocol):
         return request
 
     def close_notify(self) -> None:
+        self._ended = True  # what is written from now on gets lost
         with suppress(ssl.SSLError):  # the peer's own has not come yet
             self._tls.unwrap()
         self.flush()
