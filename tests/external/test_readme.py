@@ -185,7 +185,7 @@ def test_options() -> None:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
         main(["--help"])
-    defaults = dict.fromkeys(re.findall(r"^  (--[a-z-]+)", text.getvalue(), re.MULTILINE), "")
+    defaults = dict.fromkeys(re.findall(r"^  (--[a-z0-9-]+)", text.getvalue(), re.MULTILINE), "")
     del defaults["--version"]
     for entry in re.split(r"\n  (?=--)", re.sub(r"\n {3,}", " ", text.getvalue())):
         name = entry.split()[0]

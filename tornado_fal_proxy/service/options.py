@@ -73,7 +73,7 @@ GROUPS = {
     "other": None,
 }
 
-_UNKNOWN_OPTION = re.compile(r"--[a-z-]+(?==|\Z)")
+_UNKNOWN_OPTION = re.compile(r"--[a-z0-9-]+(?==|\Z)")
 _ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?")
 
