@@ -45,7 +45,8 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "admin_address": ("::1", "0.0.0.0", "::1"),
 }
 SWITCHES = ("event_streams_over_http1", "allow_uploads", "allow_cancel", "allow_credentials")
-NO_DEFAULT = ("max_buffered_bytes", 
+NO_DEFAULT = (
+    "max_buffered_bytes",
     *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
     *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
 )

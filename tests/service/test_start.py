@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -251,3 +252,23 @@ def test_version() -> None:
     """The version is one line on stdout."""
     ended = shell("", "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"tornado-fal-proxy {__version__}\n", "")
+
+
+@pytest.mark.parametrize("variable", [None, "timeout:9"])
+def test_lookups_are_short_unless_the_operator_says_otherwise(variable: str | None) -> None:
+    """The service shortens the C library's lookups, and leaves RES_OPTIONS alone where it is set."""
+    program = (
+        "import os, sys\n"
+        "from tornado_fal_proxy.service import command\n"
+        "command._run = lambda context: print(os.environ['RES_OPTIONS'])\n"
+        "sys.exit(command.main(['--port=0', '--log-level=error']))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(WITH_KEY | ({} if variable is None else {"RES_OPTIONS": variable})),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert ended.stdout == f"{variable or 'timeout:2 attempts:2'}\n", ended.stderr

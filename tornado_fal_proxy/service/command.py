@@ -43,6 +43,9 @@ __all__ = ["EXIT_ABORTED", "EXIT_CANNOT_LISTEN", "EXIT_OK", "EXIT_USAGE", "EXIT_
 
 logger = logging.getLogger("tornado_fal_proxy")
 
+# Limits how long the C library looks a name up (RES_OPTIONS, resolv.conf(5)), unless the operator has set the variable.
+# With its own two tries of 5 s at each server, names that hang would keep libcurl's threads from other names too long.
+RESOLVER_OPTIONS = "timeout:2 attempts:2"
 # EXIT_ABORTED: the service ended as it was told to, but calls were left that had to be aborted.
 EXIT_OK, EXIT_CANNOT_LISTEN, EXIT_USAGE, EXIT_ABORTED, EXIT_WORKERS = 0, 1, 2, 3, 4
 
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
         # The sandbox, which has no configuration of its own yet, never has many clients.
         raise_open_files(None if settings.config is None else settings.config.max_in_flight)
+        os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
         memory.map_large_blocks()
         memory.collect_rarely()
         with _shared_metrics(settings) as directory:

@@ -99,7 +99,10 @@ async def measure() -> dict[str, Any]:
             lambda: server, local_addr=("127.0.0.1", 53)
         )
         running = await ServiceProcess.start(
-            FAL_KEY="key", FAL_PROXY_CA_CERTS=authority.ca_file, FAL_PROXY_CONNECT_TIMEOUT_S="2"
+            FAL_KEY="key",
+            FAL_PROXY_CA_CERTS=authority.ca_file,
+            FAL_PROXY_CONNECT_TIMEOUT_S="2",
+            RES_OPTIONS=f"timeout:{LOOKUP_S} attempts:1",
         )
         port = running.port
 
