@@ -105,6 +105,7 @@ FAILS = [
         "--admin-port=on", match=r"--admin-port: must be a number from 0 to 65535, or none, not 'on'", environ=WITH_KEY
     ),
     start(
+        "--port=0",
         "--admin-port=0",
         "--admin-address=192.0.2.1",
         match=r"192.0.2.1 port 0: .*; see --admin-address",
@@ -204,6 +205,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended
             yield dict(enumerate(pool.map(run_one, FAILS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", range(len(FAILS)), ids=lambda number: " ".join(FAILS[number].argv)[:30] or str(number)
 )
