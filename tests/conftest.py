@@ -8,6 +8,7 @@ import pytest
 from tornado.platform.asyncio import AsyncIOLoop
 
 from tests.support.certificates import Authority
+from tests.support.clock import Clock
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
@@ -60,3 +61,11 @@ def setup(io_loop: AsyncIOLoop, authority: Authority) -> Iterator[Setup]:
     setup = Setup(authority)
     yield setup
     io_loop.asyncio_loop.run_until_complete(setup.close())
+
+
+@pytest.fixture
+def clock(io_loop: AsyncIOLoop, setup: Setup) -> Iterator[Clock]:
+    """Return the loop's clock, which stands still until the test lets time pass."""
+    clock = Clock(io_loop.asyncio_loop)
+    yield clock
+    clock.restore()

@@ -18,6 +18,8 @@ from tests.support.node import run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
 from tests.support.tools import tool
 
+pytestmark = pytest.mark.slow
+
 PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
 
 POSITIONS = ["Submitting …", "In the queue, 2 ahead", "In the queue, 1 ahead", "In the queue, 0 ahead", "In progress"]

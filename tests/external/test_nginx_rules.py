@@ -220,6 +220,7 @@ async def test_nginx_obeys_no_header_of_a_response(setup: Setup) -> None:
             assert response.headers["content-type"] == "application/json"
 
 
+@pytest.mark.slow
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_restart_under_load(setup: Setup) -> None:
     """No call fails or breaks off while the proxy is restarted behind nginx, and nginx reloads its file."""
@@ -236,5 +237,7 @@ async def test_restart_under_load(setup: Setup) -> None:
                     running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", listener=listener)
                     await front.reload()
                 await load.more(200)
+            reached = {await exchange.body() or exchange.target.partition(b"?")[2] for exchange in upstream.exchanges}
             assert load.failures == []
+            assert [failure for failure in load.unread if b"%d" % failure.number in reached] == []
         await running.end()

@@ -14,10 +14,13 @@ import pytest
 
 from tests.support.nginx import NAME, deployed, nginx
 from tests.support.proxy import ROUTE, Setup
-from tests.support.scripted_upstream import Exchange, Upstream
+from tests.support.scripted_upstream import Upstream
 from tests.support.service_process import ServiceProcess
+from tests.support.stub_handlers import fine
+from tests.support.waiting import TIMEOUT_S, eventually
 
-QUIET_S = 0.25  # time without data after which nothing more is expected on a connection
+# Time without data after which nothing more is expected on a connection. Expected responses are waited for.
+QUIET_S = 0.25
 AT_ONCE = 16
 
 INNER = (
@@ -172,34 +175,33 @@ CASES = [
 assert len({case.name for case in CASES}) == len(CASES)
 
 
-async def respond(exchange: Exchange) -> None:
-    await exchange.body()
-    await exchange.respond(200, b"{}", [("content-type", "application/json")])
-
-
-async def statuses_of(port: int, sent: bytes, tls: ssl.SSLContext | None = None) -> list[int]:
-    """Send these bytes, and return the statuses of all responses."""
+async def statuses_of(port: int, sent: bytes, calls: int, tls: ssl.SSLContext | None) -> list[int]:
+    """Send these bytes, wait until ``calls`` calls got 200, and return the statuses of all responses."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     writer.write(sent)
     received = b""
     with contextlib.suppress(TimeoutError, ConnectionError):
-        while data := await asyncio.wait_for(reader.read(65_536), QUIET_S):
+        while data := await asyncio.wait_for(
+            reader.read(65_536), QUIET_S if received.count(b" 200 OK\r\n") >= calls else TIMEOUT_S
+        ):
             received += data
     writer.transport.abort()
     return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3}) ", received) if status != b"100"]
 
 
 Results = dict[str, tuple[list[str], list[int]]]
+Meant = dict[str, tuple[str, ...]]
 
 
-async def run(upstream: Upstream, port: int, tls: ssl.SSLContext | None = None) -> Results:
+async def run(upstream: Upstream, port: int, meant: Meant, tls: ssl.SSLContext | None = None) -> Results:
     """Return for each case the calls that fal got, and the statuses of the responses. Paths have the case's number."""
     statuses: dict[str, list[int]] = {}
     taken = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int, case: Case) -> None:
         async with taken:
-            statuses[case.name] = await statuses_of(port, case.sent.replace(b"-NNN", b"-%03d" % number), tls)
+            sent = case.sent.replace(b"-NNN", b"-%03d" % number)
+            statuses[case.name] = await statuses_of(port, sent, len(meant[case.name]), tls)
 
     await one(0, CASES[0])  # makes the connections that the others use too
     upstream.exchanges.clear()
@@ -211,7 +213,7 @@ async def run(upstream: Upstream, port: int, tls: ssl.SSLContext | None = None) 
     return {name: (calls[name], statuses[name]) for name in calls}
 
 
-def different(results: Results, meant: dict[str, tuple[str, ...]]) -> Results:
+def different(results: Results, meant: Meant) -> Results:
     """Return the results that are not as they were meant."""
     return {name: result for name, result in results.items() if tuple(result[0]) != meant[name]}
 
@@ -219,9 +221,10 @@ def different(results: Results, meant: dict[str, tuple[str, ...]]) -> Results:
 @pytest.mark.gen_test
 async def test_alone(setup: Setup) -> None:
     """Tornado frames as RFC 9112 requires or refuses. fal gets the calls that were allowed, with whole bodies."""
-    upstream = await setup.upstream(respond, "http/1.1")
-    results = await run(upstream, setup.proxy(upstream))
-    assert different(results, {case.name: case.alone for case in CASES}) == {}
+    upstream = await setup.upstream(fine, "http/1.1")
+    meant = {case.name: case.alone for case in CASES}
+    results = await run(upstream, setup.proxy(upstream), meant)
+    assert different(results, meant) == {}
     for calls, statuses in results.values():
         assert statuses.count(200) == len(calls)
         assert all(status == 200 or 400 <= status < 500 for status in statuses)
@@ -230,16 +233,17 @@ async def test_alone(setup: Setup) -> None:
 @pytest.mark.gen_test
 async def test_the_service(setup: Setup) -> None:
     """The command, which reads requests by itself, frames as nginx does what Tornado refuses, or refuses it too."""
-    upstream = await setup.upstream(respond, "http/1.1")
+    upstream = await setup.upstream(fine, "http/1.1")
     running = await ServiceProcess.in_front_of(setup, upstream)
-    results = await run(upstream, running.port)
     own = {
         "first line b'POST /api/fal/proxy HTTP/1.1\\r'": (),
         "empty lines first": ("/outer 0",),
         "a chunk's extension": ("/outer 2", "/smuggled 2"),
         "a trailer": BOTH,
     }
-    assert different(results, {case.name: own.get(case.name, case.alone) for case in CASES}) == {}
+    meant = {case.name: own.get(case.name, case.alone) for case in CASES}
+    results = await run(upstream, running.port, meant)
+    assert different(results, meant) == {}
     for calls, statuses in results.values():
         assert statuses.count(200) == len(calls)
         assert all(status in (200, 501, 505) or 400 <= status < 500 for status in statuses)
@@ -249,7 +253,8 @@ async def test_the_service(setup: Setup) -> None:
 @pytest.mark.gen_test
 async def test_behind_nginx(setup: Setup) -> None:
     """fal gets the calls that nginx meant, as its log shows, and each of them was allowed by the proxy."""
-    upstream = await setup.upstream(respond, "http/1.1")
+    upstream = await setup.upstream(fine, "http/1.1")
+    meant = {case.name: case.behind_nginx for case in CASES}
     logged: list[str] = []
     as_deployed = deployed(setup.proxy(upstream))
 
@@ -267,12 +272,11 @@ async def test_behind_nginx(setup: Setup) -> None:
         noting = asyncio.create_task(note())
         tls = ssl.create_default_context(cafile=front.ca_certs)
         tls.check_hostname = False
-        results = await run(upstream, int(front.address.rpartition(":")[2]), tls)
-        async with asyncio.timeout(5):
-            while len(logged) < sum(len(statuses) for _, statuses in results.values()) + 1:  # and the first call
-                await asyncio.sleep(0.01)
+        results = await run(upstream, int(front.address.rpartition(":")[2]), meant, tls)
+        # And the first call.
+        await eventually(lambda: len(logged) >= sum(len(statuses) for _, statuses in results.values()) + 1)
         noting.cancel()
-    assert different(results, {case.name: case.behind_nginx for case in CASES}) == {}
+    assert different(results, meant) == {}
     for calls, statuses in results.values():
         assert statuses.count(200) == len(calls)
     assert logged.count("200") == len(upstream.exchanges) + 1

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.tools import ROOT
 
+pytestmark = pytest.mark.slow
+
 SECONDS, RATE, SEED = 12, 40, 7
 
 

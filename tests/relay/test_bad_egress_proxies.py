@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -59,10 +59,9 @@ TUNNELS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_exceptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    return
 
 
 @asynccontextmanager

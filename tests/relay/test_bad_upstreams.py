@@ -54,7 +54,6 @@ STATUS_LINES = {
     "HTTP/1.2": Row((response(JSON, LENGTH, status="HTTP/1.2 200 OK", body=b"{}"),), NOTHING, MALFORMED),
     "HTTP/2.0": Row((response(JSON, LENGTH, status="HTTP/2.0 200 OK", body=b"{}"),), NOTHING, MALFORMED),
     "HTTP/3.0": Row((response(JSON, LENGTH, status="HTTP/3.0 200 OK", body=b"{}"),), NOTHING, MALFORMED),
-    "HTTP/2": Row((response(JSON, LENGTH, status="HTTP/2 200", body=b"{}"),), NOTHING, MALFORMED),
     "HTTP/3": Row((response(JSON, LENGTH, status="HTTP/3 200", body=b"{}"),), NOTHING, MALFORMED),
     "http/1.1": Row((response(JSON, LENGTH, status="http/1.1 200 OK", body=b"{}"),), NOTHING, MALFORMED),
     "ICY": Row((response(JSON, LENGTH, status="ICY 200 OK", body=b"{}"),), NOTHING, MALFORMED),
@@ -300,7 +299,6 @@ SURPLUSES = {
     "close_notify while idle": Row((FINE, Do.RESPONDED, Do.CLOSE_NOTIFY), OK),
     "FIN while idle": Row((FINE, Do.RESPONDED, Do.FIN), OK),
     "reset while idle": Row((FINE, Do.RESPONDED, Do.RESET), OK),
-    "before the first request": Row((FINE,), OK, greeting=SURPLUS),
     "HTTP/2 in the status line": Row((FINE.replace(b"HTTP/1.1", b"HTTP/2"), Do.RESPONDED, SURPLUS), NOTHING, MALFORMED),
 }
 

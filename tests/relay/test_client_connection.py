@@ -3,9 +3,13 @@
 import asyncio
 import gc
 import inspect
+import os
+import resource
 import socket
 import struct
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,11 +17,13 @@ from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
 from tornado.iostream import IOStream, StreamClosedError
 
+from tests.support.clock import Clock
 from tests.support.command_server import HEALTH, serve, serve_and_log
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
+from tests.support.stub_handlers import EVENT_STREAM
 from tornado_fal_proxy.service import connection, server
 from tornado_fal_proxy.service.application import make_application
 from tornado_fal_proxy.service.connection import MAX_LINE_BYTES, ClientStream
@@ -68,6 +74,51 @@ async def test_silent_connections_are_closed(
     await other.close()
 
 
+class CountingListener(socket.socket):
+    """A listener that counts the attempts to accept a connection."""
+
+    accepts = 0
+
+    def accept(self) -> Any:
+        self.accepts += 1
+        return super().accept()
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Keep this process from opening another file."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.gen_test
+async def test_a_failed_accept_is_retried_later(setup: Setup, clock: Clock, logs: Logs) -> None:
+    """The server does not retry at once, because the socket stays readable and the loop would do nothing else."""
+    listener = CountingListener()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    port = serve(setup, listener=listener)
+    client = socket.create_connection(("127.0.0.1", port))
+    logs.expect("cannot accept connections: Too many open files, with 0 connections and a limit of [0-9]+ open files")
+    with client:
+        with no_more_files():
+            await clock.settle()
+            assert listener.accepts == 1
+            for tries in (2, 3):
+                await clock.pass_by(server.PAUSE_S)
+                assert listener.accepts == tries
+        client.sendall(HEALTH)
+        await clock.pass_by(server.PAUSE_S)
+        client.setblocking(False)
+        assert (await asyncio.get_running_loop().sock_recv(client, 1000)).startswith(b"HTTP/1.1 200 ")
+    assert len(logs.lines) == 1
+
+
 @pytest.mark.gen_test
 async def test_a_request_costs_no_timer(setup: Setup) -> None:
     """One timer of the server sweeps over all connections; Tornado's server would start one for each head."""
@@ -112,11 +163,16 @@ async def broken(exchange: Exchange) -> None:
     exchange.abort_connection()
 
 
+endless_sent: list[int] = []
+
+
 async def endless(exchange: Exchange) -> None:
     await exchange.body()
-    await exchange.start(200, [("content-type", "text/event-stream")])
+    await exchange.start(200, EVENT_STREAM)
+    endless_sent.append(0)
     while True:
         await exchange.send(b"data: \n\n" * 1000)
+        endless_sent[-1] += 1
 
 
 CALLS: dict[str, tuple[Any, str]] = {
@@ -130,14 +186,12 @@ CALLS: dict[str, tuple[Any, str]] = {
 }
 
 
-# Time in which all buffers fill up, and in which the proxy aborts a client that does not read.
-UNREAD_S = {"unread": 0.3, "stalled": 1}
-
-
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("how", list(CALLS))
 @pytest.mark.gen_test
-async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, method: str, logs: Logs) -> None:
+async def test_no_call_leaves_a_cycle(
+    setup: Setup, clock: Clock, protocol: str, how: str, method: str, logs: Logs
+) -> None:
     """All objects of a call and its connection are freed with them, without a garbage collection."""
     handler, end = CALLS[how]
     upstream = await setup.upstream(handler, protocol)
@@ -150,27 +204,29 @@ async def test_no_call_leaves_a_cycle(setup: Setup, protocol: str, how: str, met
         client = await RawClient.open(port, receive_buffer=16 * 1024)
         if end == "part":
             client.writer.write(request("POST", b"x" * 1000)[:-1])
-            await asyncio.sleep(0.05)
+            await clock.settle()
         else:
             await client.send(method)
         if end == "leave":
-            while len(upstream.exchanges) == known:
-                await asyncio.sleep(0.01)
+            await clock.until(lambda: len(upstream.exchanges) > known)
         elif end != "part":
             await (client.response() if end == "response" else client.head())
-        await asyncio.sleep(UNREAD_S.get(end, 0))
+        if end in ("unread", "stalled"):
+            await clock.until_still(lambda: endless_sent[-1])
+        if end == "stalled":
+            await clock.pass_by(1)
         client.leave()
         if how.startswith("left") and end != "part":
             await upstream.exchanges[-1].gone.wait()
 
     await one()
-    await asyncio.sleep(0.05)
+    await clock.settle()
     gc.collect()
     gc.disable()
     try:
         for _ in range(3):
             await one()
-        await asyncio.sleep(0.05)
+        await clock.settle()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         ours = {type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith("tornado_fal_proxy")}

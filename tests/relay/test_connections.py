@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.certificates import Authority
+from tests.support.clock import Clock
 from tests.support.logs import Logs
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import RESULT, TARGET, RawClient, Response, call
@@ -14,6 +15,7 @@ from tests.support.scripted_upstream import Exchange, Upstream
 from tests.support.stub_handlers import JSON, fine, resets
 from tests.support.tools import unused_port
 from tests.support.waiting import eventually
+from tornado_fal_proxy.upstream.hosts import SUSPICION_S
 
 # Before the request could leave.
 
@@ -132,6 +134,7 @@ async def pooled(setup: Setup, count: int, protocol: str = "h2") -> tuple[Upstre
     return upstream, port
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_restart_of_the_upstream(setup: Setup, protocol: str, method: str) -> None:
@@ -190,7 +193,7 @@ async def test_a_connection_over_http1_serves_one_call(setup: Setup) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
-async def test_closed_long_ago(setup: Setup, protocol: str, method: str) -> None:
+async def test_closed_long_ago(setup: Setup, clock: Clock, protocol: str, method: str) -> None:
     """A connection that fal closed while it was idle, with a TLS close_notify alone, is used by no later call."""
     upstream = await setup.upstream(fine, protocol)
     port = setup.proxy(upstream)
@@ -198,14 +201,15 @@ async def test_closed_long_ago(setup: Setup, protocol: str, method: str) -> None
         assert (await call(port, method)).status == 200
         await upstream.close()
         await upstream.start()
-        await asyncio.sleep(1.2)  # until SUSPICION_S does not keep POSTs away any more
+        await clock.pass_by(SUSPICION_S + 0.1)  # no other rule keeps POSTs away
     assert (await call(port, method)).status == 200
     assert len(upstream.exchanges) == 4
 
 
 @pytest.mark.gen_test
-async def test_restart_while_a_client_does_not_read(setup: Setup, logs: Logs, protocol: str) -> None:
+async def test_restart_while_a_client_does_not_read(setup: Setup, clock: Clock, logs: Logs, protocol: str) -> None:
     """No other call is lost because fal closes a connection whose only call is paused."""
+    sent: list[int] = []
 
     async def responds_to_gets_endlessly(exchange: Exchange) -> None:
         if exchange.method == "POST":
@@ -213,16 +217,18 @@ async def test_restart_while_a_client_does_not_read(setup: Setup, logs: Logs, pr
         await exchange.start(200, JSON)
         while True:
             await exchange.send(b" " * 10_000)
+            sent.append(10_000)
 
     upstream = await setup.upstream(responds_to_gets_endlessly, protocol)
-    port = setup.proxy(upstream)
+    port, backend = setup.proxy_and_backend(upstream)
     stalled = await RawClient.open(port, receive_buffer=16 * 1024)
     await stalled.send("GET")
     await stalled.head()
-    await asyncio.sleep(0.5)
+    await clock.until_still(lambda: len(sent))
+    assert [transfer.paused for transfer in backend().client._running.values()] == [True]
     await upstream.close()
     await upstream.start()
-    await asyncio.sleep(1.5)  # until SUSPICION_S does not keep POSTs away any more
+    await clock.pass_by(SUSPICION_S + 0.1)  # no other rule keeps POSTs away
     assert (await call(port, "POST")).status == 200
     logs.expect("the response was aborted")
     await stalled.reader.read()

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tests.support.clock import Clock
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
@@ -15,7 +16,9 @@ from tornado_fal_proxy.upstream.transfer import Transfer
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backpressure(
+    setup: Setup, clock: Clock, protocol: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a client stops reading fal must stop sending; when it reads again everything arrives."""
     sent = 0
     full = asyncio.Event()
@@ -44,10 +47,7 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
     client = await RawClient.open(setup.proxy(upstream), receive_buffer=4096)
     await client.send(method)
     await client.head()
-    before = -1
-    while before != sent:  # until it stands still
-        before = sent
-        await asyncio.sleep(0.3)
+    await clock.until_still(lambda: sent)
     assert sent < pieces
     assert not full.is_set()
     assert max(buffered) <= HIGH_WATER_BYTES + 16_384
@@ -68,30 +68,32 @@ async def test_backpressure(setup: Setup, protocol: str, method: str, monkeypatc
         ("POST", JSON, 30_000_000),
     ],
 )
-@pytest.mark.gen_test(timeout=30)
+@pytest.mark.gen_test
 async def test_window_is_no_limit(
-    setup: Setup, protocol: str, method: str, headers: list[tuple[str, str]], response_buffer_bytes: int
+    setup: Setup, clock: Clock, protocol: str, method: str, headers: list[tuple[str, str]], response_buffer_bytes: int
 ) -> None:
-    """The window does not slow a response: as a limit of the rate it would let 20 MB take more than a minute."""
+    """The window does not slow a response: as a limit of the rate it would spread 5 MB over 20 s, and wait."""
     piece = b"data: " + b"x" * 199_992 + b"\n\n"
 
     async def respond(exchange: Exchange) -> None:
         await exchange.body()
         await exchange.start(200, headers)
-        for _ in range(100):
+        for _ in range(25):
             await exchange.send(piece)
         await exchange.end()
 
     upstream = await setup.upstream(respond, protocol)
     result = await call(setup.proxy(upstream, response_buffer_bytes=response_buffer_bytes), method)
-    assert result.body == piece * 100
+    assert result.body == piece * 25
 
 
 @pytest.mark.parametrize("size", [15_000, 60_000, 240_000])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
-async def test_window_delays_no_response_of_known_length(setup: Setup, protocol: str, method: str, size: int) -> None:
-    """A declared length delays no response: libcurl would take 0.2 s or more to keep the rate over that length."""
+async def test_window_delays_no_response_of_known_length(
+    setup: Setup, clock: Clock, protocol: str, method: str, size: int
+) -> None:
+    """A declared length delays no response: to keep the rate over that length libcurl would set its timer."""
 
     async def respond(exchange: Exchange) -> None:
         await exchange.body()
@@ -100,19 +102,13 @@ async def test_window_delays_no_response_of_known_length(setup: Setup, protocol:
             await exchange.send(b"x" * (size // 5))
         await exchange.end()
 
-    loop = asyncio.get_running_loop()
     port = setup.proxy(await setup.upstream(respond, protocol))
-
-    async def seconds() -> float:
-        start = loop.time()
-        assert len((await call(port, method)).body) == size
-        return loop.time() - start
-
-    assert min(await asyncio.gather(*[seconds() for _ in range(8)])) < 0.1
+    for response in await asyncio.gather(*[call(port, method) for _ in range(8)]):
+        assert len(response.body) == size
 
 
 @pytest.mark.gen_test
-async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_window_bounds_a_stalled_stream(setup: Setup, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a client does not read an event stream fal can send hardly more than the window over HTTP/2."""
     sent = taken = 0
     on_body = Transfer.on_body
@@ -138,10 +134,7 @@ async def test_window_bounds_a_stalled_stream(setup: Setup, monkeypatch: pytest.
     await client.send("POST")
     await client.head()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    before = -1
-    while before != sent:  # until it stands still
-        before = sent
-        await asyncio.sleep(0.3)
+    await clock.until_still(lambda: sent)
     window = WINDOW_BYTES if RATE_IS_WINDOW else 10 * 1024 * 1024
     assert sent - taken <= window + 64 * 1024, "the window, and what is on its way"
     client.leave()

@@ -7,6 +7,7 @@ import pytest
 from tornado.web import Application
 
 import tornado_fal_proxy.relay.response
+from tests.support.clock import Clock
 from tests.support.logs import Logs
 from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import RawClient, Response, call, request
@@ -147,8 +148,8 @@ async def test_pipelined_requests(setup: Setup) -> None:
 @pytest.mark.parametrize("stray", [b"\r\n", request("GET")])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.gen_test
-async def test_leaving_behind_unread_bytes(setup: Setup, protocol: str, stray: bytes, late: bool) -> None:
-    """A client that leaves is noticed although bytes of its next request are unread, which hide that from Tornado."""
+async def test_leaving_behind_unread_bytes(setup: Setup, clock: Clock, protocol: str, stray: bytes, late: bool) -> None:
+    """A client that leaves is noticed at once although unread bytes of its next request hide that from Tornado."""
 
     async def respond(exchange: Exchange) -> None:
         await exchange.body()
@@ -162,13 +163,10 @@ async def test_leaving_behind_unread_bytes(setup: Setup, protocol: str, stray: b
     await reached.wait()
     if late:
         client.writer.write(stray)
-        await asyncio.sleep(0.02)
-    left_at = asyncio.get_running_loop().time()
+        await clock.settle()
     client.writer.close()
     [exchange] = upstream.exchanges
     await exchange.gone.wait()
-    assert exchange.gone_at is not None
-    assert exchange.gone_at - left_at < 0.05
     assert len(upstream.exchanges) == 1
 
 
@@ -184,7 +182,7 @@ async def test_http_1_0(setup: Setup) -> None:
 
 
 @pytest.mark.gen_test
-async def test_slow_reader_of_a_whole_response(setup: Setup) -> None:
+async def test_slow_reader_of_a_whole_response(setup: Setup, clock: Clock) -> None:
     """A client that never reads its (buffered) response is aborted after idle_timeout_s."""
 
     async def respond(exchange: Exchange) -> None:
@@ -196,7 +194,8 @@ async def test_slow_reader_of_a_whole_response(setup: Setup) -> None:
     await client.send("POST")
     await client.head()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await asyncio.sleep(1.5)
+    for _ in range(10):
+        await clock.pass_by(0.1)
     client.writer.transport.resume_reading()  # type: ignore[attr-defined]
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await client.reader.readexactly(7_900_000)

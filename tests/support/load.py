@@ -39,7 +39,7 @@ async def respond(exchange: Exchange) -> None:
             await asyncio.sleep(EVENT_S)
         await exchange.end()
         return
-    if exchange.target.endswith(b"/poll"):
+    if exchange.target.startswith(b"/poll"):
         await asyncio.sleep(POLL_S)
     await exchange.respond(200, b"[%b]" % body, JSON)
 
@@ -49,6 +49,7 @@ class Failure:
     """A call whose response was wrong or missing, and the port of the client's connection."""
 
     port: int
+    number: int
     kind: str
     what: str
 
@@ -60,9 +61,11 @@ class Load:
         """Make connections with ``call_of``.
 
         ``kept_may_close``: a server in front closes kept connections, as a reloading nginx does, and may do so at the
-        moment in which a request arrives. A call that gets no byte on one is sent once more, as browsers do.
+        moment in which a request arrives. A call that gets no byte on one is no failure, because browsers send it once
+        more. It is listed in ``unread``, and must not have reached fal.
         """
         self.failures: list[Failure] = []
+        self.unread: list[Failure] = []
         self._kept_may_close = kept_may_close
         self.done = 0
         self._call_of = call_of  # makes a new connection
@@ -86,24 +89,26 @@ class Load:
 
     async def _life(self, number: int, call: Callable[[RawClient, int], Any]) -> None:
         client: RawClient | None = None
-        port = turn = 0
+        port = turn = responses = 0
         while not self._stopped:
             turn += 1
-            kept = client is not None
             if client is not None and client.reader.at_eof():  # closed between two calls, as may always be
                 await client.close()
                 client = None
+            call_number = number * 1_000_000 + turn
             try:
                 if client is None:
                     client = await self._call_of(number)
-                    port = client.writer.get_extra_info("sockname")[1]
-                keep = await call(client, number * 1_000_000 + turn)
-            except asyncio.IncompleteReadError as exc:
-                if not (kept and self._kept_may_close and not exc.partial):
-                    self.failures.append(Failure(port, call.__name__, repr(exc)[:300]))
-                keep = False
+                    port, responses = client.writer.get_extra_info("sockname")[1], 0
+                keep = await call(client, call_number)
+                responses += 1
             except (OSError, EOFError, AssertionError, asyncio.LimitOverrunError, ValueError) as exc:
-                self.failures.append(Failure(port, call.__name__, repr(exc)[:300]))
+                ended = isinstance(exc, ConnectionError) or (
+                    isinstance(exc, asyncio.IncompleteReadError) and not exc.partial
+                )
+                unread = responses > 0 and ended and client is not None and not client.began
+                failures = self.unread if self._kept_may_close and unread else self.failures
+                failures.append(Failure(port, call_number, call.__name__, repr(exc)[:300]))
                 keep = False
                 await asyncio.sleep(0.05)
             self.done += 1
@@ -124,7 +129,7 @@ class Load:
     async def _poll(self, client: RawClient, number: int) -> bool:
         if number % 2:
             return await self._short(client, number, "https://fal.run/poll")
-        await client.send("GET", target="https://queue.fal.run/poll")
+        await client.send("GET", target=f"https://queue.fal.run/poll?{number}")
         got = await client.response()
         assert (got.status, got.body) == (200, b"[]"), got
         return got.header("connection") != "close"

@@ -12,7 +12,7 @@ from tests.support.raw_client import Response, call
 from tests.support.service_process import ServiceProcess
 from tests.support.waiting import TIMEOUT_S
 
-__all__ = ["Scrape", "ended_lines", "scrape_text", "started", "until"]
+__all__ = ["Scrape", "ended_lines", "scrape_text", "started", "until", "until_totals"]
 
 
 def scrape_text(response: Response) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -62,6 +62,18 @@ async def until(admin: int, condition: Callable[[Scrape], bool]) -> Scrape:
         while not condition(scrape := await Scrape.of(admin)):
             await asyncio.sleep(0.05)
         return scrape
+
+
+async def until_totals(admin: int, *totals: tuple[float, str, dict[str, str]]) -> Scrape:
+    """Return the first scrape with these totals, by name and labels. A worker writes its numbers one by one."""
+    try:
+        return await until(
+            admin, lambda scrape: all(scrape.total(name, **labels) == total for total, name, labels in totals)
+        )
+    except TimeoutError:
+        scrape = await Scrape.of(admin)
+        assert [(scrape.total(name, **labels), name, labels) for _, name, labels in totals] == list(totals)
+        raise
 
 
 async def ended_lines(running: ServiceProcess) -> list[str]:

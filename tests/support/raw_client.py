@@ -67,6 +67,7 @@ class RawClient:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    began = False  # whether a byte of the response to the last request has come
 
     @classmethod
     async def open(cls, port: int, *, receive_buffer: int | None = None) -> "RawClient":
@@ -85,6 +86,7 @@ class RawClient:
         return client
 
     async def send(self, *args: Any, **kwargs: Any) -> None:
+        self.began = False
         self.writer.write(request(*args, **kwargs))
         await self.writer.drain()
 
@@ -92,6 +94,7 @@ class RawClient:
         """Read the head of the response, and skip interim responses (1xx)."""
         while True:
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+            self.began = True
             status = int(lines[0].split(" ")[1])
             pairs = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines[1:])]
             if status >= 200:

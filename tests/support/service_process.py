@@ -26,6 +26,7 @@ __all__ = [
     "alive",
     "connects",
     "environment",
+    "listening",
     "serving",
     "shell",
 ]
@@ -176,14 +177,23 @@ def alive(pid: int) -> bool:
 
 def serving(pid: int, port: int) -> set[int]:
     """Return the clients' ports of all connections to ``port`` that the process ``pid`` serves."""
+    return {remote for local, remote in _sockets(pid) if local == port and remote}
+
+
+def listening(pid: int) -> set[int]:
+    """Return the TCP ports on which that process listens."""
+    return {local for local, remote in _sockets(pid) if not remote}
+
+
+def _sockets(pid: int) -> list[tuple[int, int]]:
+    """Return the own and the remote port of each TCP socket over IPv4 of that process. 0 is no remote port."""
     files = set()
     for link in Path(f"/proc/{pid}/fd").glob("*"):
         with suppress(OSError):
             files.add(os.readlink(link))
-    ports = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        local, remote = (int(address.partition(":")[2], 16) for address in fields[1:3])
-        if local == port and remote and f"socket:[{fields[9]}]" in files:
-            ports.add(remote)
-    return ports
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        (int(fields[1].partition(":")[2], 16), int(fields[2].partition(":")[2], 16))
+        for fields in lines
+        if f"socket:[{fields[9]}]" in files
+    ]

@@ -207,6 +207,7 @@ def odd_paths(draw: st.DrawFn) -> str:
     return path
 
 
+@pytest.mark.slow
 @examples(3000)
 @given(
     path=odd_paths(), method=st.sampled_from(["GET", "POST", "PUT"]), host=st.sampled_from(["fal.run", "queue.fal.run"])
@@ -232,6 +233,7 @@ def test_no_other_spelling_passes(path: str, method: str, host: str) -> None:
 IDS = st.lists(st.sampled_from(["a", "b", "c-1", "d.2"]), min_size=2, max_size=4).map("/".join)
 
 
+@pytest.mark.slow
 @examples(500)
 @given(
     namespace=st.sampled_from(["", "workflows/", "comfy/"]),

@@ -47,6 +47,7 @@ CALLS = st.builds(
 )
 
 
+@pytest.mark.slow
 @examples(1500)
 @given(number=st.integers(0, 3), method=st.sampled_from(properties.METHODS), url=CALLS | mutated_urls())
 def test_access(number: int, method: str, url: str) -> None:
@@ -65,6 +66,7 @@ VALUES = st.sampled_from(["", "x-fal-a, accept", "close", "a\r\nb: c", "a\0", "\
 )
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(pairs=st.lists(st.tuples(NAMES, VALUES), max_size=8))
 def test_request(pairs: list[tuple[str, str]]) -> None:
@@ -81,6 +83,7 @@ LINES = st.builds(
 )
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(status=st.sampled_from([b"HTTP/1.1 200 OK\r\n", b"HTTP/2 404 \r\n", b"HTTP/1.0 099\r\n"]), lines=st.lists(LINES))
 def test_response(status: bytes, lines: list[bytes]) -> None:
@@ -109,6 +112,7 @@ TOKENS = st.builds(
 )
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(text=JSON | TOKENS, encoding=st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32"]))
 def test_token(text: str, encoding: str) -> None:
@@ -136,6 +140,7 @@ def test_origin(text: str) -> None:
     event("allowed" if properties.origin(text) else "not allowed")
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(
     pieces=st.lists(st.tuples(st.text(max_size=8).map(str.encode) | st.binary(max_size=4), st.booleans()), max_size=10)

@@ -1,5 +1,6 @@
 """Whatever parse_target accepts, urllib.parse and Ada (Node.js's WHATWG parser, as `ada-url`) read the same way."""
 
+import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ def accepted(url: str) -> Target | None:
         return None
 
 
+@pytest.mark.slow
 @examples(2000)
 @given(url=mutated_urls() | st.text() | TAILS.map("https://".__add__))
 def test_other_parsers_read_the_same_host_and_path(url: str) -> None:
@@ -23,6 +25,7 @@ def test_other_parsers_read_the_same_host_and_path(url: str) -> None:
     event("accepted" if properties.target(url) else "refused")
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(url=mutated_urls())
 def test_an_accepted_url_is_rebuilt_into_itself(url: str) -> None:

@@ -120,6 +120,7 @@ def test_webhook_refused(query: str) -> None:
     assert refusal(rules(allowed_hosts=("*.fal.run",)), "POST", f"{QUEUE}/x/y?{query}") is None
 
 
+@pytest.mark.slow
 @examples(2000)
 @given(
     query=st.text("fal_webhookFAL%5f5F&;=+?/:.@-[]0 ".replace(" ", "") + "s", max_size=40).map(lambda text: "a&" + text)

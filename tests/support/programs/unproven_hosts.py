@@ -9,12 +9,10 @@ import asyncio
 import json
 import os
 import socket
-import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,18 @@ from typing import Any
 from tests.support.certificates import FAL_NAMES, Authority
 from tests.support.namespaces import lift_loopback
 from tests.support.raw_client import call
-from tests.support.scripted_upstream import Exchange, Upstream
+from tests.support.scripted_upstream import Upstream
 from tests.support.service_process import ServiceProcess
+from tests.support.stub_handlers import fine
+from tests.support.waiting import eventually
 
 UNPROVEN_HOSTS, PACE_S = 2000, 0.004
-LOOKUP_S = 1  # the time-out in resolv.conf
+# The unproven hosts whose calls wait when calls to well-known hosts begin, and the number of the latter.
+CROWD, CALLS = 100, 100
+# Limits of a lookup that hangs, and of a call that waits for its turn: much longer than the calls above take.
+LOOKUP_S, CONNECT_S = 5, 6
+# Limits the threads of libcurl's pool, which stay after lookups.
+POOL_THREADS = 20
 
 
 def use_name_server(directory: str) -> None:
@@ -67,11 +72,6 @@ class NameServer(asyncio.DatagramProtocol):
         self._transport.sendto(head + question + record * records, address)
 
 
-async def fine(exchange: Exchange) -> None:
-    await exchange.body()
-    await exchange.respond(200, b"{}", [("content-type", "application/json")])
-
-
 def usage(pid: int) -> dict[str, int]:
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
@@ -83,10 +83,13 @@ def usage(pid: int) -> dict[str, int]:
     }
 
 
-async def timed(port: int, host: str = "fal.run") -> float:
-    began = time.monotonic()
+def is_at_rest(now: dict[str, int], before: dict[str, int]) -> bool:
+    """Tell whether only a connection to each host that was called is left, and libcurl's pool of threads."""
+    return now["files"] <= before["files"] + 4 and now["threads"] <= before["threads"] + POOL_THREADS
+
+
+async def called(port: int, host: str = "fal.run") -> None:
     assert (await call(port, target=f"https://{host}/tokens/")).status == 200
-    return time.monotonic() - began
 
 
 async def measure() -> dict[str, Any]:
@@ -98,71 +101,78 @@ async def measure() -> dict[str, Any]:
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: server, local_addr=("127.0.0.1", 53)
         )
-        running = await ServiceProcess.start(
+        service = await ServiceProcess.start(
+            f"--connect-timeout-s={CONNECT_S}",
             FAL_KEY="key",
             FAL_PROXY_CA_CERTS=authority.ca_file,
-            FAL_PROXY_CONNECT_TIMEOUT_S="2",
             RES_OPTIONS=f"timeout:{LOOKUP_S} attempts:1",
         )
-        port = running.port
-
-        async def drain() -> None:
-            assert running.process.stderr is not None
-            while await running.process.stderr.read(65_536):
-                pass
-
-        draining = asyncio.create_task(drain())
-        for _ in range(5):
-            await timed(port)
-        before = [await timed(port) for _ in range(100)]
-        at_rest = usage(running.pid)
-
-        crowd = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.support.programs.unproven_hosts", str(port), stdout=asyncio.subprocess.PIPE
-        )  # a process of its own, because the crowd would delay the calls that are timed here
-        answered = asyncio.create_task(crowd.communicate())
-        during: list[float] = []
-        await asyncio.sleep(UNPROVEN_HOSTS * PACE_S / 2)
-        cold = [await timed(port, host) for host in ("queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai")]
-        while not answered.done():
-            during.append(await timed(port))
-            await asyncio.sleep(0.02)
-        unproven = await call(port, "GET", target="https://new.fal.run/x")
-        after = [await timed(port) for _ in range(20)]
-        await asyncio.sleep(LOOKUP_S)
-        result = {
-            "before_ms": spread(before),
-            "during_ms": spread(during),
-            "cold_ms": spread(cold),
-            "after_ms": spread(after),
-            "calls_during": len(during),
-            "answered": json.loads((await answered)[0]),
-            "asked": server.asked,
-            "at_rest": at_rest,
-            "afterwards": usage(running.pid),
-            "unproven": unproven.status,
-        }
-        running.process.terminate()
-        await running.process.wait()
+        draining = asyncio.create_task(drain(service))
+        for _ in range(100):
+            await called(service.port)
+        at_rest = usage(service.pid)
+        result = await among_a_crowd(service.port)
+        await called(service.port, "new.fal.run")
+        # Lookups may outlive their calls, and connections of clients that have left may not be closed yet.
+        await eventually(lambda: is_at_rest(usage(service.pid), at_rest))
+        result |= {"asked": server.asked, "at_rest": at_rest, "afterwards": usage(service.pid)}
+        service.process.terminate()
+        await service.process.wait()
         draining.cancel()
         transport.close()
         await upstream.close()
         return result
 
 
+async def drain(service: ServiceProcess) -> None:
+    assert service.process.stderr is not None
+    while await service.process.stderr.read(65_536):
+        pass
+
+
+async def among_a_crowd(port: int) -> dict[str, Any]:
+    """Call well-known hosts while a crowd waits for unproven ones. Return how many responses each of them got."""
+    # The crowd is a process of its own, because it would delay the calls that are counted here.
+    crowd = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.programs.unproven_hosts", str(port)), stdout=asyncio.subprocess.PIPE
+    )
+    assert crowd.stdout is not None
+    assert await crowd.stdout.readline() == b"waiting\n"
+    first = asyncio.create_task(crowd.stdout.readline())
+    for host in ("queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", *["fal.run"] * CALLS):
+        await called(port, host)
+    crowd_waits = not first.done()
+    assert await first == b"answered\n"
+    answered = asyncio.create_task(crowd.stdout.read())
+    calls = 0
+    while not answered.done():
+        await called(port)
+        calls += 1
+        await asyncio.sleep(0.02)
+    await crowd.wait()
+    return {"crowd_waits": crowd_waits, "calls_during": calls, "answered": json.loads(answered.result())}
+
+
 async def call_all(port: int) -> dict[int, int]:
-    """Call every unproven host. Return how many responses had which status."""
+    """Call every unproven host. Return how many responses had which status.
+
+    Print a line when a crowd waits, and one when the first call whose lookup hangs has a response.
+    """
+    printed = False
 
     async def one(number: int) -> int:
+        nonlocal printed
         await asyncio.sleep(number * PACE_S)
+        if number == CROWD:
+            print("waiting", flush=True)  # noqa: T201
         kind = ("hang", "fail")[number % 2]
-        return (await call(port, "GET", target=f"https://s{number}.{kind}.fal.run/x")).status
+        status = (await call(port, "GET", target=f"https://s{number}.{kind}.fal.run/x")).status
+        if kind == "hang" and not printed:
+            printed = True
+            print("answered", flush=True)  # noqa: T201
+        return status
 
     return Counter(await asyncio.gather(*map(one, range(UNPROVEN_HOSTS))))
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(seconds) * 1000, 1), "max": round(max(seconds) * 1000, 1)}
 
 
 if __name__ == "__main__" and sys.argv[1:]:

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from tests.support.programs.faulty_upstream import EVENT, EVENTS
 from tests.support.raw_client import RawClient
 from tests.support.waiting import TIMEOUT_S
 
-__all__ = ["IDLE_S", "KINDS", "PATIENT_S", "REAL_TIME", "Load", "LoadCall", "is_right", "recovery"]
+__all__ = ["IDLE_S", "KINDS", "PATIENT_S", "REAL_TIME", "Load", "LoadCall", "is_right", "recovery", "repeated"]
 
 REAL_TIME = bool(os.environ.get("TORNADO_FAL_PROXY_REAL_TIME"))
 # Limits the time without a byte, after which the service ends a call.
@@ -27,8 +28,9 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 0.3
 
 @dataclass(frozen=True)
 class LoadCall:
-    """A call of the load: its ``result``, the server that responded (``by``), and its times."""
+    """A call of the load: its client, its ``result``, the server that responded (``by``), and its times."""
 
+    client: int
     kind: str
     number: int
     result: str
@@ -51,7 +53,8 @@ class Load:
         self._port = port
         self._stopped = False
         self._numbers = iter(range(time.monotonic_ns() // 1000, sys.maxsize))
-        self._tasks = [asyncio.create_task(self._life(kind)) for kind, clients in KINDS.items() for _ in range(clients)]
+        kinds = [kind for kind, clients in KINDS.items() for _ in range(clients)]
+        self._tasks = [asyncio.create_task(self._life(number, kind)) for number, kind in enumerate(kinds)]
 
     async def until(self, condition: Callable[[], Any], seconds: float = TIMEOUT_S) -> None:
         """Wait until ``condition()`` is true."""
@@ -87,7 +90,7 @@ class Load:
         for task in self._tasks:
             task.cancel()
 
-    async def _life(self, kind: str) -> None:
+    async def _life(self, client_number: int, kind: str) -> None:
         client: RawClient | None = None
         while not self._stopped:
             if client is not None and client.reader.at_eof():  # closed between two calls, as may always be
@@ -97,7 +100,7 @@ class Load:
                 client = await RawClient.open(self._port)
             number, began = next(self._numbers), time.monotonic()
             result, by, keep = await self._call(client, kind, number)
-            self.calls.append(LoadCall(kind, number, result, by, began, time.monotonic()))
+            self.calls.append(LoadCall(client_number, kind, number, result, by, began, time.monotonic()))
             if not keep:
                 client.leave()
                 client = None
@@ -135,6 +138,12 @@ class Load:
 def is_right(call: LoadCall, by: str) -> bool:
     """Tell whether that server gave the call the right response."""
     return call.result == "200" and call.by == by
+
+
+def repeated(calls: list[LoadCall], since: float, wanted: str) -> int:
+    """Return the largest number of failed calls of one client among those that began after ``since``."""
+    wrong = Counter(call.client for call in calls if call.began >= since and not is_right(call, wanted))
+    return max(wrong.values(), default=0)
 
 
 def recovery(calls: list[LoadCall], since: float, wanted: str) -> float:

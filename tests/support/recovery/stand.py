@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tests.support.certificates import Authority
 from tests.support.namespaces import lift_loopback
 from tests.support.raw_client import call
-from tests.support.recovery.load import KINDS, REAL_TIME, Load, LoadCall, is_right, recovery
+from tests.support.recovery.load import KINDS, REAL_TIME, Load, LoadCall, is_right, recovery, repeated
 from tests.support.service_process import ServiceProcess
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
@@ -48,6 +48,7 @@ class Report:
     seen: dict[str, int] = field(default_factory=dict)
     recovered_s: float = 0.0
     slowest_s: float = 0.0
+    repeated: int = 0  # failed calls of one client that began after the fault
     twice: list[int] = field(default_factory=list)  # POSTs that reached the upstream more than once
     deceived: list[str] = field(default_factory=list)  # POSTs that reached it, although the client may repeat them
     before: dict[str, int] = field(default_factory=dict)
@@ -235,6 +236,7 @@ class Stand:
         await load.more(3 * sum(KINDS.values()))
         await load.stop()
         report.recovered_s = recovery(load.calls, since, self.wanted)
+        report.repeated = repeated(load.calls, since, self.wanted)
         report.seen = dict(Counter(call.seen for call in load.calls))
         report.slowest_s = max(call.ended - call.began for call in load.calls)
         report.how = self.how

@@ -45,8 +45,6 @@ class Exchange(ABC):
         self.headers = headers
         #: Set when the client cancelled, or either side ended the connection, before the response was complete.
         self.gone = asyncio.Event()
-        #: `loop.time()` of that.
-        self.gone_at: float | None = None
         self._connection = connection
         self._received = bytearray()
         self._whole = False
@@ -115,7 +113,6 @@ class Exchange(ABC):
     def leave(self) -> None:
         """Note that the client has left."""
         self.gone.set()
-        self.gone_at = asyncio.get_running_loop().time()
         self._settled.set()
 
     def receive(self, data: bytes) -> None:
