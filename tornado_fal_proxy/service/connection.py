@@ -62,6 +62,9 @@ __all__ = ["LINGER_S", "ClientConnection", "ClientStream", "FaultHandler", "Requ
 # Limits how long the rest of a request is read and thrown away behind a response that ends the connection. Closing at
 # once would reset the connection of a client that is still sending, and the client would not receive the response.
 LINGER_S = 5.0
+# Limits the empty lines that are skipped before a head: the one that some clients send behind a body, and 511 more. A
+# client that sends more gets 400, because its flood would keep the loop reading.
+MAX_SKIPPED_BYTES = 1024
 # Limits a line of a body in chunks: no line of a size or a trailer is as long, and nginx takes as much.
 MAX_LINE_BYTES = 4096
 # Limits the work between two turns of the loop while a body is thrown away, as Tornado does for bodies that it keeps.
@@ -77,6 +80,7 @@ _NO_HEADERS = HTTPHeaders()
 class ClientStream(IOStream):
     """A stream that sends at once whatever is written (TCP_NODELAY), and leaves no cycle of references."""
 
+    _skipped = 0  # bytes of empty lines before the head
     _searched = _lines = 0  # how much of the head or line that is read has been searched, and the line ends in it
 
     def __init__(self, connection: socket.socket, **kwargs: Any) -> None:
@@ -97,7 +101,7 @@ class ClientStream(IOStream):
 
     def read_head(self) -> Awaitable[bytes]:
         """Return the head of a request without empty lines before it, or more of a head than may be."""
-        self._searched = self._lines = 0
+        self._skipped = self._searched = self._lines = 0
         return self.read_until(_HEAD, max_bytes=MAX_HEAD_BYTES + 1)
 
     def check_size(self, head: bytes) -> None:
@@ -131,9 +135,10 @@ class ClientStream(IOStream):
         buffer = self._read_buffer
         if not self._searched and buffer.startswith((b"\r", b"\n")):
             empty = _EMPTY_LINES.match(buffer)
-            if empty is not None and (size := empty.end()):
-                del buffer[:size]
-                self._read_buffer_size -= size
+            if empty is not None and self._skipped + empty.end() <= MAX_SKIPPED_BYTES:
+                self._skipped += empty.end()
+                self._read_buffer_size -= empty.end()
+                del buffer[: empty.end()]
         match = _HEAD_END.search(buffer, max(self._searched - 3, 0))
         size = len(buffer) if match is None else match.end()
         self._lines += buffer.count(b"\n", self._searched, size)
