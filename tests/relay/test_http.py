@@ -135,6 +135,9 @@ def line_rows() -> list[Row]:
         bad("9110 4.1", "a query of 1001 fields", get(f"GET /healthz?{'a=b&' * 1001} HTTP/1.1", HOST)),
         Row("9112 2.2", "an empty line first", b"\r\n" + HEALTH, 200, None),
         Row("9112 2.2", "many", b"\r\n" * 50 + b"\n" + HEALTH, 200, None),
+        bad("9112 2.2", "a flood of empty lines", b"\r\n" * 100_000 + HEALTH),
+        bad("9112 2.2", "513 empty lines", b"\r\n" * 513 + HEALTH),
+        Row("9112 2.2", "512 empty lines", b"\r\n" * 512 + HEALTH, 200, None),
         Row("9112 2.2", "bare line feeds", HEALTH.replace(b"\r", b""), 200, None),
     ]
 

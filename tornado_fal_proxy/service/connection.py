@@ -62,11 +62,11 @@ __all__ = ["LINGER_S", "ClientConnection", "ClientStream", "FaultHandler", "Requ
 # Limits how long the rest of a request is read and thrown away behind a response that ends the connection. Closing at
 # once would reset the connection of a client that is still sending, and the client would not receive the response.
 LINGER_S = 5.0
+# Limits the empty lines that are skipped before a head: the one that some clients send behind a body, and 511 more. A
+# client that sends more gets 400, because its flood would keep the loop reading.
+MAX_SKIPPED_BYTES = 1024
 # Limits a line of a body in chunks: no line of a size or a trailer is as long, and nginx takes as much.
 MAX_LINE_BYTES = 4096
-# Limits the line ends that are skipped before a head: the one that some clients send behind a body, and 510 more. A
-# client that sends more gets 400, or its flood would keep the loop reading.
-MAX_SKIPPED_BYTES = 1024
 # Limits the work between two turns of the loop while a body is thrown away, as Tornado does for bodies that it keeps.
 _YIELD_BYTES = 256 * 1024
 
@@ -82,8 +82,7 @@ class ClientStream(IOStream):
     Line ends before a head are skipped when they arrive (RFC 9112, section 2.2), and no part of the head.
     """
 
-    _skipped = 0
-
+    _skipped = 0  # bytes of line ends before the head
     _searched = _lines = 0  # how much of the head or line that is read has been searched, and the line ends in it
 
     def __init__(self, connection: socket.socket, **kwargs: Any) -> None:

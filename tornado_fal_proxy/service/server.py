@@ -194,11 +194,13 @@ class Server(HTTPServer):
         self._open += 1
         self._show_connections()
         context = _HTTPRequestContext(stream, address, self.protocol, self.trusted_downstream)
-        report_fault = cast(FaultLog, self.request_callback).record_fault
-        connection = ClientConnection(stream, self.conn_params, context, report_fault=report_fault)
+        connection = ClientConnection(stream, self.conn_params, context, report_fault=self._report_fault)
         self._connections.add(connection)
         connection.start_serving(self)
         self._sweep.start()
+
+    def _report_fault(self, request: Request, fault: RequestFault, sent_bytes: int) -> None:
+        cast(FaultLog, self.request_callback).record_fault(request, fault, sent_bytes)
 
     def on_close(self, server_conn: object) -> None:
         """Forget a connection that was closed."""
