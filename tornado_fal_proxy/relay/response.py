@@ -49,6 +49,7 @@ LINGER_S = 5.0
 # and it runs nothing.
 _TYPE_OPTIONS, _NO_SNIFF = "X-Content-Type-Options", "nosniff"
 _SECURITY_POLICY, _SANDBOXED = "Content-Security-Policy", "sandbox"
+_OWN_NAMES = frozenset({REQUEST_ID.lower(), _TYPE_OPTIONS.lower(), _SECURITY_POLICY.lower(), "vary"})
 
 
 class RelayResponse(RequestHandler):
@@ -107,7 +108,8 @@ class RelayResponse(RequestHandler):
             else:
                 names.add(name)
                 headers[name] = value
-        self._add_own_headers(names)
+        if self._cors is not None or not names.isdisjoint(_OWN_NAMES):  # else they stand since the beginning
+            self._add_own_headers(names)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
         self.call.sent_bytes = len(body)

@@ -143,7 +143,8 @@ class UpstreamClient(CurlLoop):
 
     def protocol_known(self, transfer: Transfer, http2: bool) -> None:
         """Note whether the transfer's host speaks HTTP/2, and let go of a connection that speaks HTTP/1 later."""
-        if not transfer.http1_only:
+        # A status line may lie about HTTP/2 where a handshake has chosen HTTP/1.
+        if not transfer.http1_only and not (http2 and self._hosts.speaks_http2(transfer.host) is False):
             self._hosts.set_protocol(transfer.host, http2)
         if not http2 and not transfer.forbids_reuse:
             # Not now, because this runs inside libcurl.
