@@ -30,6 +30,8 @@ from pathlib import Path
 __all__ = ["are_mapped", "available_bytes", "collect_rarely", "give_back", "map_large_blocks"]
 
 MAPPED_FROM_BYTES = 128 * 1024
+# Where Linux shows the control groups, and those that this process is in (cgroups(7)).
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 
@@ -72,15 +74,15 @@ def available_bytes() -> int:
 def _cgroup_limits() -> Iterator[int]:
     """Yield the limits of the control groups that this process is in, outer ones too (cgroups(7), version 2 and 1)."""
     try:
-        groups = Path("/proc/self/cgroup").read_text("ascii", "replace").splitlines()
+        groups = OWN_CGROUPS.read_text("ascii", "replace").splitlines()
     except OSError:  # not Linux
         return
     for group in groups:
         _, controllers, path = group.split(":", 2)
         if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
+            root, name = CGROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         inner = root / path.lstrip("/")

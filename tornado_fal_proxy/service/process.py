@@ -14,13 +14,14 @@ import asyncio
 import logging
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tornado.httpserver import HTTPServer
 
+from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
-from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
 from tornado_fal_proxy.relay.backend import backends_of, close_upstreams
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
@@ -30,6 +31,7 @@ from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
+from tornado_fal_proxy.upstream.client import DEFAULT_BUFFERED_PART
 
 if TYPE_CHECKING:
     from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
@@ -133,9 +135,16 @@ def _application(context: ServiceContext) -> ProxyApplication:
         texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
     assert config is not None
+    if config.max_buffered_bytes is None:
+        config = replace(config, max_buffered_bytes=buffer_share(settings.processes))
     application = make_application(config, settings.route, more, settings.trusted_proxies)
     application.host_header = None if sandbox is None else sandbox.host_header
     return application
+
+
+def buffer_share(processes: int) -> int:
+    """Return the limit of buffered bytes for one of so many processes, which share the memory of the service."""
+    return max(memory.available_bytes() // DEFAULT_BUFFERED_PART // processes, MIN_BUFFERED_BYTES)
 
 
 def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> HTTPServer:
