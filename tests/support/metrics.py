@@ -1,7 +1,6 @@
 """Start the service with its port for the operator, and read /metrics there."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +48,7 @@ class Scrape(dict[str, Any]):
 async def started(setup: Setup, upstream: Any, *argv: str, **environ: Any) -> tuple[ServiceProcess, int]:
     """Start the service with an admin port, and return both."""
     running = await ServiceProcess.in_front_of(setup, upstream, "--admin-port=0", *argv, **environ)
-    assert running.process.stdout is not None
-    line = (await running.process.stdout.readline()).decode()
-    match = re.fullmatch(r"metrics: http://127\.0\.0\.1:([0-9]+)/metrics\n", line)
-    assert match is not None, line
-    return running, int(match[1])
+    return running, await running.admin_port()
 
 
 async def until(admin: int, condition: Callable[[Scrape], bool]) -> Scrape:

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ __all__ = [
     "listening",
     "serving",
     "shell",
+    "text_of",
 ]
 
 COMMAND = [sys.executable, "-m", "tornado_fal_proxy"]
@@ -91,7 +93,7 @@ class ServiceProcess:
         assert running.process.stdout is not None
         running.line = (await running.process.stdout.readline()).decode()
         match = re.fullmatch(
-            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*\n", running.line
+            rf"tornado-fal-proxy {re.escape(__version__)} listens on http://.*:([0-9]+)/.*", text_of(running.line)
         )
         if match is None:
             raise AssertionError((await running.process.communicate())[1].decode())
@@ -120,7 +122,7 @@ class ServiceProcess:
         """Return the port for the operator's tools, which the second line of the output names."""
         assert self.process.stdout is not None
         line = (await self.process.stdout.readline()).decode()
-        (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", line.strip())
+        (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", text_of(line))
         return int(port)
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
@@ -159,6 +161,11 @@ class ServiceProcess:
                 if re.search(pattern, line):
                     return line
         raise AssertionError(f"the service ended without logging {pattern!r}")
+
+
+def text_of(line: str) -> str:
+    """Return the message of a line of the output, which may be JSON."""
+    return str(json.loads(line)["message"]) if line.startswith("{") else line.rstrip("\n")
 
 
 def connects(port: int) -> bool:

@@ -6,7 +6,7 @@ A map:
 * ``process`` is the life of a process that serves; ``application`` is the Tornado application in it.
 * ``server``, ``connection`` and ``limits`` accept, read and close clients' connections.
 * ``supervisor`` is the parent of several ``worker`` processes, which share a ``scoreboard``.
-* ``systemd``, ``admin``, ``metrics`` and ``access_log`` are for those who operate the service.
+* ``systemd``, ``admin``, ``metrics``, ``access_log`` and ``log_output`` are for those who operate the service.
 """
 
 from tornado_fal_proxy.service.command import main

@@ -28,7 +28,8 @@ from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.logs import JsonFormatter, PlainFormatter
 from tornado_fal_proxy.service.application import describe_access
 from tornado_fal_proxy.service.limits import raise_open_files
-from tornado_fal_proxy.service.options import PROGRAM, Settings, parse_settings
+from tornado_fal_proxy.service.log_output import LogHandler, Output, log_crashes
+from tornado_fal_proxy.service.options import PROGRAM, Settings, log_format_of, parse_settings
 from tornado_fal_proxy.service.process import ServiceContext, run_worker, serve, url_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S, LISTEN_BACKLOG
@@ -59,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: all calls were finished after a signal. 1: cannot listen. 2: wrong options. 3: calls were aborted at the end.
     4: worker processes do not start.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = log_format_of(argv, os.environ) == "json"
     notifier = Notifier(os.environ)
     with contextlib.suppress(OSError):  # a working directory that was removed
         # --authorize and --resolve-key find the operator's modules there, after everything that is installed.
         sys.path.append(os.getcwd())
     try:
-        settings = parse_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        settings = parse_settings(argv, os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None
         if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
             raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         activated = bool(sockets)
         sockets = sockets or _bind(settings.port, settings.address, "")
         admin_sockets = _bind(settings.admin_port, settings.admin_address, "admin-")
-        _set_up_logging(settings)
+        log = _set_up_logging(settings)
         if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
             logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
         if settings.config is not None:
@@ -84,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory.map_large_blocks()
         memory.collect_rarely()
         with _shared_metrics(settings) as directory:
-            return _run(ServiceContext(settings, sockets, admin_sockets, directory, sandbox, notifier))
+            return _run(ServiceContext(settings, sockets, admin_sockets, directory, sandbox, notifier, log))
     except NotListening as exc:
-        return _fail(str(exc), EXIT_CANNOT_LISTEN)
+        return _fail(str(exc), EXIT_CANNOT_LISTEN, as_json)
     except ConfigError as exc:
-        return _fail(str(exc), EXIT_USAGE)
+        return _fail(str(exc), EXIT_USAGE, as_json)
     except CannotStartWorkers as exc:
-        return _fail(f"{exc}; see the log for the reason", EXIT_WORKERS)
+        return _fail(f"{exc}; see the log for the reason", EXIT_WORKERS, as_json)
 
 
 def _make_sandbox() -> Sandbox:
@@ -115,13 +118,15 @@ def _bind(port: int | None, address: str, kind: str) -> list[socket.socket]:
         raise ConfigError([f"{what}; see --{kind}address"]) from exc
 
 
-def _set_up_logging(settings: Settings) -> None:
-    """Log to stderr, with the process id if there are several processes."""
+def _set_up_logging(settings: Settings) -> LogHandler:
+    """Log to stderr, with the process id if there are several processes. Return the handler."""
     process = " [%(process)d]" if settings.processes > 1 else ""
     plain = PlainFormatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
-    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr = LogHandler(Output(sys.stderr))
     to_stderr.setFormatter(JsonFormatter() if settings.log_format == "json" else plain)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[to_stderr])
+    log_crashes()
+    return to_stderr
 
 
 @contextlib.contextmanager
@@ -159,6 +164,11 @@ def _run(context: ServiceContext) -> int:
     if settings.processes == 1:
         process = SingleProcess(0, Scoreboard(1), on_ready, notifier.stopping, notifier.alive)
         return EXIT_OK if asyncio.run(serve(context, process)) else EXIT_ABORTED
+
+    def on_alive() -> None:
+        notifier.alive()
+        context.log.flush()
+
     supervisor = Supervisor(
         settings.processes,
         lambda worker: EXIT_OK if run_worker(context, worker) else EXIT_ABORTED,
@@ -167,7 +177,7 @@ def _run(context: ServiceContext) -> int:
         end_timeout_s=settings.drain_timeout_s + 2 * CLOSE_GRACE_S,
         worker_timeout_s=settings.worker_timeout_s,
         check_s=context.heartbeat_s,
-        on_alive=notifier.alive,
+        on_alive=on_alive,
     )
     return EXIT_OK if supervisor.run() else EXIT_ABORTED
 
@@ -175,31 +185,28 @@ def _run(context: ServiceContext) -> int:
 def _announce(context: ServiceContext) -> None:
     """Print where the service listens."""
     url, route = url_of(context.sockets[0]), context.settings.route
-    _print(f"{PROGRAM} {__version__} listens on {url}{route}", sys.stdout)
+    lines = [f"{PROGRAM} {__version__} listens on {url}{route}"]
     if context.admin_sockets:
-        _print(f"metrics: {url_of(context.admin_sockets[0])}/metrics", sys.stdout)
+        lines.append(f"metrics: {url_of(context.admin_sockets[0])}/metrics")
     if context.sandbox is not None:
-        _print(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:", sys.stdout)
-        _print(
+        lines.append(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:")
+        lines.append(
             f"curl -H 'content-type: application/json' -H 'x-fal-target-url: https://fal.run/fal-ai/flux/dev' "
-            f'-d \'{{"prompt": "a lighthouse"}}\' {url}{route}',
-            sys.stdout,
+            f'-d \'{{"prompt": "a lighthouse"}}\' {url}{route}'
         )
+    _print(lines, sys.stdout, logging.INFO, context.settings.log_format == "json")
 
 
-def _fail(text: str, code: int) -> int:
+def _fail(text: str, code: int, as_json: bool) -> int:
     """Print why the service ends, and return the exit code."""
-    _print(f"{PROGRAM}: {' '.join(text.split())}", sys.stderr)
+    _print([f"{PROGRAM}: {' '.join(text.split())}"], sys.stderr, logging.CRITICAL, as_json)
     return code
 
 
-def _print(line: str, stream: TextIO | None) -> None:
-    """Print a line for the operator. A closed or full stream does not stop the service."""
-    if stream is None:
-        return
-    try:
-        stream.write(line + "\n")
-        stream.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            stream.close()  # or Python would try once more at its exit, and change the exit code
+def _print(lines: list[str], stream: TextIO | None, level: int, as_json: bool) -> None:
+    """Print lines for the operator, as they are or as lines of the log. A stream that nobody reads stops nothing."""
+    with contextlib.closing(Output(stream)) as output:
+        for line in lines:
+            record = logger.makeRecord(logger.name, level, "", 0, line, (), None)
+            text = JsonFormatter().format(record) if as_json else line
+            output.write(text.encode("utf-8", "backslashreplace") + b"\n")

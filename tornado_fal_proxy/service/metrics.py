@@ -117,6 +117,9 @@ class _ScoreboardCollector(Collector):
         def gauge(name: str, text: str, value: float) -> Metric:
             return GaugeMetricFamily("fal_proxy_" + name, text, value)
 
+        def counter(name: str, text: str, value: float) -> Metric:
+            return CounterMetricFamily("fal_proxy_" + name, text, value)
+
         workers = self._scoreboard.workers()
         accepting = [worker for worker in workers if worker.connections is not None]
         connections = sum(worker.connections or 0 for worker in accepting)
@@ -127,12 +130,9 @@ class _ScoreboardCollector(Collector):
         yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(accepting))
         yield gauge("client_connections", "Connections of clients.", connections)
         yield gauge("upstream_connections", "Connections to fal.", upstream_connections)
-        restarts = CounterMetricFamily("fal_proxy_worker_restarts", "Workers that replaced one that ended.")
-        restarts.add_metric([], self._scoreboard.restarts())
-        yield restarts
-        hangs = CounterMetricFamily("fal_proxy_worker_hangs", "Workers that were killed because they hung.")
-        hangs.add_metric([], self._scoreboard.hangs())
-        yield hangs
+        yield counter("worker_restarts", "Workers that replaced one that ended.", self._scoreboard.restarts())
+        yield counter("worker_hangs", "Workers that were killed because they hung.", self._scoreboard.hangs())
+        yield counter("log_lines_lost", "Lines of the log that nobody read in time.", self._scoreboard.lost_lines())
         yield InfoMetricFamily("fal_proxy_build", "Versions.", _versions())
 
 

@@ -34,7 +34,15 @@ from tornado_fal_proxy.credentials import configured_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 
-__all__ = ["DEFAULT_ADDRESS", "DEFAULT_DRAIN_TIMEOUT_S", "DEFAULT_PORT", "PROGRAM", "Settings", "parse_settings"]
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_DRAIN_TIMEOUT_S",
+    "DEFAULT_PORT",
+    "PROGRAM",
+    "Settings",
+    "log_format_of",
+    "parse_settings",
+]
 
 PROGRAM = "tornado-fal-proxy"
 
@@ -277,6 +285,17 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if problems:
         raise ConfigError([_in_options(problem) for problem in problems])
     return Settings(**values, config=config, texts=texts)
+
+
+def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return the format of the log, also where other options are wrong: an error is a line of the log too."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log-format")
+    try:
+        given = parser.parse_known_args(argv)[0].log_format
+    except ConfigError:  # --log-format without a value
+        given = None
+    return (environ.get(ENV_PREFIX + "LOG_FORMAT", "") if given is None else str(given)).lower()
 
 
 def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,7 @@ This module forks nothing and prints nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import socket
@@ -27,6 +28,7 @@ from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
+from tornado_fal_proxy.service.log_output import LogHandler
 from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
 from tornado_fal_proxy.service.systemd import Notifier
@@ -63,6 +65,7 @@ class ServiceContext:
     metrics_directory: str | None
     sandbox: Sandbox | None
     notifier: Notifier
+    log: LogHandler
 
     @property
     def heartbeat_s(self) -> float | None:
@@ -95,6 +98,7 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     settings, sandbox = context.settings, context.sandbox
     shutdown = Shutdown()
     process.handle_signals(shutdown)
+    _resume_log_when_read(context.log, process)
     application = _application(context)
     application.key_alarm = KeyAlarm(process.scoreboard)
     access_log = AccessLog(access_logger)
@@ -121,6 +125,29 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     heartbeat.cancel()
     access_log.write()
     return all_finished
+
+
+def _resume_log_when_read(log: LogHandler, process: SingleProcess | Worker) -> None:
+    """Finish the log, and write how many lines were lost, as soon as somebody reads it again. Count these lines."""
+    loop, output = asyncio.get_running_loop(), log.output
+    waiting = False
+
+    def wait() -> None:
+        nonlocal waiting
+        if not waiting:
+            waiting = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(loop.add_writer, output.fd, on_room)
+
+    def on_room() -> None:
+        nonlocal waiting
+        log.flush()
+        if not output.is_blocked:
+            loop.remove_writer(output.fd)
+            waiting = False
+
+    log.on_blocked = wait
+    log.on_lost = lambda count: process.scoreboard.count_lost_lines(process.slot, count)
 
 
 def _application(context: ServiceContext) -> ProxyApplication:

@@ -30,7 +30,7 @@ class Scoreboard:
     A worker whose last heartbeat is older than ``silent_after_s`` is silent; with None there are no heartbeats.
     """
 
-    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _HANGS, _COLUMNS = range(7)
+    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _HANGS, _LOST_LINES, _COLUMNS = range(8)
 
     def __init__(self, size: int, silent_after_s: float | None = None) -> None:
         self._silent_after_s = silent_after_s
@@ -61,6 +61,14 @@ class Scoreboard:
     def hangs(self) -> int:
         """Return how many workers were killed because they hung."""
         return sum(self._cells[offset + self._HANGS] for offset in self._offsets)
+
+    def count_lost_lines(self, slot: int, count: int) -> None:
+        """Count lines of the log that this slot's worker has lost."""
+        self._cells[self._offsets[slot] + self._LOST_LINES] += count
+
+    def lost_lines(self) -> int:
+        """Return how many lines of the log were lost."""
+        return sum(self._cells[offset + self._LOST_LINES] for offset in self._offsets)
 
     def set_connections(self, slot: int, connections: int | None) -> None:
         """Set how many connections of clients a worker has; None means that it accepts no more."""
