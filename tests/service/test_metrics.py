@@ -61,7 +61,7 @@ async def test_metrics(setup: Setup, processes: str) -> None:
         assert (await call(running.port)).status == 200
     await call(running.port, "GET", target="https://fal.run/fal-ai/flux/stream")
     await call(running.port, "DELETE")
-    await call(running.port, "GET", target="https://queue.fal.run/a/b/requests/1/resets")
+    await call(running.port, "GET", target="https://queue.fal.run/a/b/requests/resets")
     waiting = await RawClient.open(running.port)
     await waiting.send(target="https://fal.run/a/b/silent")
     await eventually(lambda: len(upstream.exchanges) >= 24)

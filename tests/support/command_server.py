@@ -40,14 +40,21 @@ def serve(setup: Setup, upstream: Upstream | None = None, **fields: Any) -> int:
 
 
 def serve_and_log(
-    setup: Setup, upstream: Upstream | None = None, more: Sequence[URLSpec] = (), **fields: Any
+    setup: Setup,
+    upstream: Upstream | None = None,
+    more: Sequence[URLSpec] = (),
+    listener: socket.socket | None = None,
+    **fields: Any,
 ) -> tuple[int, Entries]:
-    """Do as ``serve`` with the rules ``more`` beside its own, and return the access log too."""
+    """Do as ``serve`` with the rules ``more`` beside its own, and return the access log too.
+
+    ``listener`` is a socket that listens already.
+    """
     config = setup.config(upstream or "127.0.0.1:1", **fields)
     application: ProxyApplication = make_application(config, ROUTE, more)
     entries = Entries()
     application.access_log = entries  # type: ignore[assignment]
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listener or socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     running = Server(application)
     running.listen_on([listener], NoNeighbours(), application.shed)
