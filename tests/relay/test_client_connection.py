@@ -24,6 +24,7 @@ from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM
+from tornado_fal_proxy.relay.response import LINGER_S
 from tornado_fal_proxy.service import connection, server
 from tornado_fal_proxy.service.application import make_application
 from tornado_fal_proxy.service.connection import MAX_LINE_BYTES, ClientStream
@@ -183,7 +184,11 @@ CALLS: dict[str, tuple[Any, str]] = {
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
     "failed": (broken, "response"),
+    "refused": (broken, "refused"),
 }
+# How much time must pass until no timer is left that would keep a handler, and how a refused call differs.
+PASSES: dict[str, float] = {"stalled": 1, "refused": LINGER_S}
+ARGUMENTS: dict[str, dict[str, Any]] = {"refused": {"target": None}}
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -206,15 +211,15 @@ async def test_no_call_leaves_a_cycle(
             client.writer.write(request("POST", b"x" * 1000)[:-1])
             await clock.settle()
         else:
-            await client.send(method)
+            await client.send(method, **ARGUMENTS.get(end, {}))
         if end == "leave":
             await clock.until(lambda: len(upstream.exchanges) > known)
         elif end != "part":
             await (client.response() if end == "response" else client.head())
         if end in ("unread", "stalled"):
             await clock.until_still(lambda: endless_sent[-1])
-        if end == "stalled":
-            await clock.pass_by(1)
+        if end in PASSES:
+            await clock.pass_by(PASSES[end])
         client.leave()
         if how.startswith("left") and end != "part":
             await upstream.exchanges[-1].gone.wait()

@@ -228,6 +228,9 @@ class RelayResponse(RequestHandler):
             return  # the client has left
         if not self._finished:
             self.finish()
+        if self._linger is not None:
+            self._linger.cancel()  # the timer and the handler would keep each other
+            self._linger = None
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         """Answer an exception (an HTTPError of a subclass or of Tornado, or a bug) as fal's SDKs expect it."""
