@@ -24,7 +24,7 @@ import ctypes
 import gc
 import os
 
-__all__ = ["are_mapped", "collect_rarely", "map_large_blocks"]
+__all__ = ["are_mapped", "collect_rarely", "give_back", "map_large_blocks"]
 
 MAPPED_FROM_BYTES = 128 * 1024
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -58,3 +58,10 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
+
+
+def give_back() -> None:
+    """Give free pages of the C library's heap back to the system. Do nothing where this is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

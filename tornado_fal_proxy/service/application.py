@@ -25,6 +25,7 @@ from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
 from tornado_fal_proxy.service.connection import close_after
+from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.telemetry import Call
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class ProxyApplication(Application):
     closing = False
     access_log: AccessLog | None = None
     metrics: Metrics | None = None
+    trimmer: Trimmer | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,6 +119,8 @@ class ProxyApplication(Application):
             self.access_log.add(call, request.remote_ip or "")
         if self.metrics is not None:
             self.metrics.count(call)
+        if self.trimmer is not None:
+            self.trimmer.start()
 
 
 def make_application(
