@@ -5,6 +5,7 @@ A map:
 * ``command`` starts the service and returns its exit code; ``options`` parses arguments and environment.
 * ``process`` is the life of a process that serves; ``application`` is the Tornado application in it.
 * ``server``, ``connection`` and ``limits`` accept, read and close clients' connections.
+* ``trimming`` gives memory back when a crowd has gone.
 * ``supervisor`` is the parent of several ``worker`` processes, which share a ``scoreboard``.
 * ``systemd``, ``admin``, ``metrics``, ``access_log`` and ``log_output`` are for those who operate the service.
 """

@@ -31,6 +31,7 @@ from tornado_fal_proxy.service.admin import HealthHandler
 from tornado_fal_proxy.service.connection import Request, close_after
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.request_head import RequestFault
+from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.telemetry import Call
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class ProxyApplication(Application):
     metrics: Metrics | None = None
     key_alarm: KeyAlarm | None = None
     host_header: str | None = None
+    trimmer: Trimmer | None = None
 
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -194,6 +196,8 @@ class ProxyApplication(Application):
             self.access_log.add(call, client)
         if self.metrics is not None:
             self.metrics.count(call)
+        if self.trimmer is not None:
+            self.trimmer.start()
 
 
 def make_application(

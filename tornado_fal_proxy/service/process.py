@@ -32,6 +32,7 @@ from tornado_fal_proxy.service.log_output import LogHandler
 from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
 from tornado_fal_proxy.service.systemd import Notifier
+from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
 from tornado_fal_proxy.upstream.client import DEFAULT_BUFFERED_PART
 
@@ -105,6 +106,7 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     if access_logger.isEnabledFor(logging.INFO):
         application.access_log = access_log
     server = Server(application)
+    application.trimmer = Trimmer(lambda: server.in_flight)
     server.listen_on(context.sockets, process, application.shed)
     admin = _serve_admin(context, process, application) if context.admin_sockets else None
     process.ready()
