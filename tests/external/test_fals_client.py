@@ -328,7 +328,8 @@ async def test_a_job_that_fal_took_is_paid_once(setup: Setup, protocol: str, log
     assert executions == Counter(hosts)
     for host in hosts:
         assert len(connections[host]) == 1 + ("-reused." in host)
-        assert len(set(connections[host])) == 1, f"{host}: the job's connection was not the first call's"
+        shared = protocol == "h2"  # a connection over HTTP/1 serves one call
+        assert len(set(connections[host])) == (1 if shared else len(connections[host])), host
 
 
 @pytest.mark.gen_test

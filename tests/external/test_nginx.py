@@ -25,7 +25,7 @@ from tests.support.nginx import (
     two_workers,
 )
 from tests.support.proxy import ROUTE, Setup
-from tests.support.raw_client import call
+from tests.support.raw_client import RESULT, call
 from tests.support.scripted_upstream import Exchange, Gone
 from tests.support.stub_handlers import EVENT_STREAM, JSON
 from tornado_fal_proxy.errors import BodyTooLarge
@@ -176,8 +176,9 @@ async def test_broken_stream(
     port = setup.proxy(await setup.upstream(stream))
     async with nginx((NAME,), deployed(port)) as front:
         with calling(front, version) as client:
+            target = RESULT if method == "GET" else RUN
             with pytest.raises(CurlError):
-                await client.call(method, streaming_callback=lambda chunk: arrived.set())
+                await client.call(method, target=target, streaming_callback=lambda chunk: arrived.set())
             assert arrived.is_set()
 
 

@@ -125,12 +125,13 @@ async def test_pages(setup: Setup, origin: str | None, allowed: str | None) -> N
     headers = {} if origin is None else {"origin": origin}
     async with nginx((NAME,), deployed(port)) as front:
         with calling(front, "HTTP/2") as client:
-            for code, body in ((413, b"x" * (32 * 1024 * 1024 + 1)), (200, b"{}")):
+            by_nginx, by_proxy = ["Origin"], ["Origin, x-fal-target-url"]
+            for code, body, vary in ((413, b"x" * (32 * 1024 * 1024 + 1), by_nginx), (200, b"{}", by_proxy)):
                 response = await client.call(body=body, headers=headers)
                 assert response.code == code
                 assert response.headers.get_list("access-control-allow-origin") == ([allowed] if allowed else [])
                 assert response.headers.get_list("access-control-allow-credentials") == (["true"] if allowed else [])
-                assert response.headers.get_list("vary") == ["Origin"]
+                assert response.headers.get_list("vary") == vary
 
 
 @pytest.mark.gen_test
