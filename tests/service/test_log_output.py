@@ -71,7 +71,7 @@ async def run(unread: Unread, stdout: int, stderr: int, *argv: str) -> asyncio.s
 @pytest.mark.slow
 @pytest.mark.gen_test
 async def test_nobody_reads_stderr(unread: Unread, processes: str) -> None:
-    """Calls and health checks are answered. Whoever reads later finds whole lines, and how many are missing."""
+    """Calls and health checks are answered. A later reader finds whole lines, and how many are missing."""
     port, admin = unused_port(), unused_port()
     argv = (f"--port={port}", f"--admin-port={admin}", processes)
     process = await run(unread, subprocess.DEVNULL, unread.theirs, *argv)

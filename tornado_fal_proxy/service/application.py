@@ -219,7 +219,7 @@ def make_application(
 
 
 def describe_access(config: ProxyConfig) -> tuple[bool, str]:
-    """Return whether anything keeps strangers from spending the key's money, and a line that lists what is open."""
+    """Return whether anything keeps anyone from spending the key's money, and a line that lists what is open."""
     access, cors = config.access, config.cors
     parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
     closed = "; closed: the key's account" if config.allowed_endpoints is None else ""

@@ -1,4 +1,4 @@
-"""Write to stderr and stdout without waiting for whoever reads them.
+"""Write to stderr and stdout without waiting for their reader.
 
 Strategy. A pipe, a terminal or a socket that nobody reads fills up, and from then on each write waits. In a loop all
 calls wait with it, health checks too. So an :class:`Output` never waits: a line for which there is no room is lost, and
