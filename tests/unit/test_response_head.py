@@ -177,6 +177,29 @@ LENGTHS: list[tuple[list[bytes], int | None]] = [
 ]
 
 
+# The lines of a response, and whether a length or chunks mark the end of its body.
+FRAMES: list[tuple[list[bytes], bool]] = [
+    ([], False),
+    ([b"content-length: 12\r\n"], True),
+    ([b"content-length: 12\r\n", b"content-encoding: gzip\r\n"], True),
+    ([b"content-length: 99999999999999999999\r\n"], False),
+    ([b"transfer-encoding: chunked\r\n"], True),
+    ([b"transfer-encoding: gzip, Chunked \r\n"], True),
+    ([b"transfer-encoding: gzip\r\n", b"transfer-encoding: chunked\r\n"], True),
+    ([b"transfer-encoding: identity\r\n"], False),
+    ([b"transfer-encoding:\r\n"], False),
+    ([b"transfer-encoding: ,\r\n"], False),
+    ([b"transfer-encoding: chunked, identity\r\n"], False),
+    ([b"content-length: 1000\r\n", b"transfer-encoding: identity\r\n"], False),
+]
+
+
+@pytest.mark.parametrize(("lines", "framed"), FRAMES)
+def test_a_body_is_framed_by_a_length_or_by_chunks(lines: list[bytes], framed: bool) -> None:
+    """Any other transfer coding leaves the end of a body to the end of the connection (RFC 9112 section 6.3)."""
+    assert parse_response_head([OK, *lines]).framed is framed
+
+
 @pytest.mark.parametrize(("lines", "length"), LENGTHS)
 def test_a_length_counts_only_where_it_is_the_bodys(lines: list[bytes], length: int | None) -> None:
     """An encoded body reaches the client decoded. A transfer-encoding makes a length void (RFC 9112 section 6.3)."""

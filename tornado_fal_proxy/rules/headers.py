@@ -146,7 +146,7 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
     if status_line is None:
         raise MalformedResponse(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
     fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
-    length, encoded, framed, content_type = None, False, False, ""
+    length, encoded, transferred, content_type = None, False, "", ""
     codings: list[str] = []
     listed = _listed_by_connection(fields)
     headers = []
@@ -158,12 +158,11 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
                 content_type = value
         elif name == "content-length":
             length = content_length(value)
-            framed = framed or length is not None
         elif name == "content-encoding":
             encoded = True
             codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]
         elif name == "transfer-encoding":
-            encoded = framed = True  # this field makes a length void too (RFC 9112 section 6.3)
+            encoded, transferred = True, f"{transferred},{value}"  # it voids a length too (RFC 9112 section 6.3)
     return ResponseHead(
         int(status_line[2]),
         status_line[1].decode(),
@@ -172,8 +171,13 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
         content_type.lower().startswith("text/event-stream"),
         ", ".join(codings),
         content_type,
-        framed,
+        _is_chunked(transferred) if transferred else length is not None,
     )
+
+
+def _is_chunked(codings: str) -> bool:
+    """Return whether chunks frame a body with these transfer codings: only as the last (RFC 9112 section 6.3)."""
+    return codings.rpartition(",")[2].strip(" \t").lower() == "chunked"
 
 
 def _listed_by_connection(fields: Pairs) -> set[str]:
