@@ -116,15 +116,16 @@ class Fault:
     is_undone: Callable[[Stand], Awaitable[None]] | None = None
 
 
-BROKEN = frozenset({"POST 500", "GET 502", "stream 500", "stream aborted"})
-NOT_SENT = frozenset({"POST 502", "stream 502"})
-TOO_SLOW = frozenset({"POST 500", "POST 504", "GET 504", "stream 500", "stream 504", "stream aborted"})
+BROKEN = frozenset({"POST 500", "GET 500", "stream 500", "stream aborted"})
+NOT_SENT = frozenset({"POST 502", "GET 502", "stream 502"})
+TOO_SLOW = frozenset({"POST 500", "POST 504", "GET 500", "GET 504", "stream 500", "stream 504", "stream aborted"})
 
 FAULTS = {
     "killed": Fault(is_killed, BROKEN | NOT_SENT, NOT_SENT),
     "restarted": Fault(is_restarted, BROKEN | NOT_SENT, BROKEN),
-    "stopped": Fault(is_stopped, TOO_SLOW, frozenset({"POST 500", "GET 504"})),
-    "every third connection reset": Fault(does("connection resets", 120), BROKEN, BROKEN),
+    "stopped": Fault(is_stopped, TOO_SLOW, frozenset({"POST 500", "GET 500"})),
+    # Over HTTP/1 a connection serves one call, so none has a second one to be reset at.
+    "every third connection reset": Fault(does("connection resets", 120), BROKEN, BROKEN, protocols=("h2",)),
     "GOAWAY, streams go on": Fault(does("goaway"), protocols=("h2",)),
     "GOAWAY and close": Fault(does("goaway and close"), BROKEN, BROKEN, protocols=("h2",)),
     "RST_STREAM for every third": Fault(
