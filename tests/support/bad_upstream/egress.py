@@ -36,6 +36,11 @@ class EgressProxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        # asyncio's streams log a cancelled task as an error until Python 3.12.
+        with suppress(asyncio.CancelledError):
+            await self._lead(reader, writer)
+
+    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head_bytes = await reader.readuntil(b"\r\n\r\n")
         self.connects.append(head_bytes.split(b" ")[1].decode())
         writer.write(self.response)

@@ -43,7 +43,9 @@ class Http2:
         self.flush()
 
     def flush(self) -> None:
-        self.connection.transport.write(self.state.data_to_send())
+        # Behind a lost connection asyncio warns of each write.
+        if not self.connection.transport.is_closing():
+            self.connection.transport.write(self.state.data_to_send())
 
     def goaway(self, last_stream_id: int | None, code: int) -> None:
         # By hand, because h2's close_connection() does not let the open streams finish.
