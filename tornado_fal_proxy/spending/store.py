@@ -1,0 +1,129 @@
+"""The interface of a store: what was reserved, by whom, and what was spent.
+
+Strategy. A store does five things to a job, each of them at once for all processes that share it: it *reserves* the
+job, *renames* it when fal has given it an id, *settles* it when its bill is known, *ends* it when it runs no more, and
+*gives it back* if it certainly did not run. Each operation can come twice, late, or never, because processes crash. So
+an operation on a job that the store does not know does nothing, and so does a second one of a kind.
+
+Whoever calls knows limits, prices and the time. A store knows none of them: it compares numbers and adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["JOB_KEPT_S", "UNFINISHED", "Counter", "Reservation", "Standing", "Store", "StoreFailed", "Usage"]
+
+# How long a job is kept after its reservation: a late result settles it, and its user may read it.
+JOB_KEPT_S = 7 * 86_400
+# The place in Standing.refused_by of the limit of unfinished jobs.
+UNFINISHED = -1
+
+
+class StoreFailed(Exception):
+    """Report that the store could not do what was asked. The text is for the operator, and has no password."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """One number that a job adds to: of one user or of all, in one window.
+
+    ``key`` names it, and no other counter has that key. The number never exceeds ``limit`` by a reservation. It may be
+    forgotten JOB_KEPT_S after ``ends``, in seconds since 1970.
+    """
+
+    key: str
+    limit: int
+    ends: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A job before it runs.
+
+    ``id`` is random. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
+    ``cost``, the estimate in millionths of a dollar, to each of ``cost_counters``. ``units`` is the estimate in
+    millionths of a unit. The job counts as unfinished until it has ended, or up to ``unfinished_until``; where
+    ``max_unfinished`` is not None, the user may have so many of them.
+    """
+
+    id: str
+    user: str
+    endpoint: str
+    at: int
+    jobs: int
+    units: int
+    cost: int
+    job_counters: Sequence[Counter]
+    cost_counters: Sequence[Counter]
+    max_unfinished: int | None
+    unfinished_until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Tell how much is used up: after a reservation, or as it is where there is no room for one.
+
+    ``used`` has the numbers of the job counters, then of the cost counters, in the reservation's order. ``unfinished``
+    counts the user's unfinished jobs. ``refused_by`` is None where the job was reserved, else the index in ``used`` of
+    the first counter that has no room, or UNFINISHED.
+    """
+
+    used: Sequence[int]
+    unfinished: int
+    refused_by: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """A row of the account: what one user did with one endpoint on one day (``2026-11-26``, in UTC).
+
+    ``units`` and ``cost`` are millionths, and an estimate as long as a job is not settled.
+    """
+
+    day: str
+    user: str
+    endpoint: str
+    jobs: int
+    refused: int
+    units: int
+    cost: int
+
+
+class Store(Protocol):
+    """Keep jobs, counters and the account. Every method raises StoreFailed."""
+
+    async def open(self) -> None:
+        """Connect, and make what is missing. Needs the loop on which the store is used from then on."""
+
+    async def close(self) -> None:
+        """Finish what was asked, and disconnect."""
+
+    async def reserve(self, job: Reservation) -> Standing:
+        """Add the job to all its counters, to the account and to the unfinished jobs; or, where one has no room, to none.
+
+        A refusal is counted in the account. A cost of 0, or a number of jobs of 0, has room everywhere.
+        """
+
+    async def rename(self, job_id: str, new_id: str) -> None:
+        """Give a job the id that fal knows it by, unless another job has it."""
+
+    async def settle(self, job_id: str, units: int, cost: int) -> None:
+        """Replace the estimate of a job that is not settled, in its cost counters and in the account. Ends it too."""
+
+    async def end(self, job_id: str) -> None:
+        """Count the job as unfinished no more. The estimate stays."""
+
+    async def give_back(self, job_id: str) -> None:
+        """Take the job, unless it is settled, out of its counters, the account and the unfinished jobs; forget it."""
+
+    async def owner(self, job_id: str) -> str | None:
+        """Return the user who reserved the job; None where it is not known, or not any more."""
+
+    async def usage(self, since: str, until: str) -> Sequence[Usage]:
+        """Return the rows of the account from day ``since`` to day ``until``, both included, by day, user, endpoint."""
+
+    async def prune(self, now: int, account_days: int) -> None:
+        """Forget jobs and counters after JOB_KEPT_S, and days of the account after ``account_days``."""
