@@ -17,7 +17,12 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     │   ├── EndpointNotAllowed
     │   ├── UploadNotAllowed
     │   ├── TokenNotAllowed
+    │   ├── PriceUnknown      a budget applies, and no price
     │   └── OriginNotAllowed
+    ├── JobNotFound           404   a queued job of another user, or of nobody
+    ├── SpendingRefused             a limit on paid calls
+    │   ├── LimitReached      429   too many jobs in a minute or an hour, or at once
+    │   └── QuotaUsedUp       402   the jobs of a day or month, or a budget; fal's SDKs do not repeat it
     ├── UnsupportedMediaType  415   a body that is not JSON
     ├── BodyTooLarge          413
     ├── BodyTooSlow           408   the body stopped coming, or comes too slowly
@@ -27,6 +32,7 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     ├── Misconfigured         500   the operator gave the handler wrong arguments
     ├── TooManyCalls          503   max_in_flight is reached; nothing was sent, so the client may repeat the call
     ├── BuffersFull           503   max_buffered_bytes is reached; likewise
+    ├── StoreUnavailable      503   the store of what was spent failed; likewise
     └── UpstreamError         502, or 500 where a repetition could be billed twice
         ├── NameNotFound
         ├── ConnectFailed
@@ -55,13 +61,19 @@ __all__ = [
     "EndpointNotAllowed",
     "HeadersTooLarge",
     "HostNotAllowed",
+    "JobNotFound",
     "KeyMissing",
+    "LimitReached",
     "MalformedResponse",
     "MethodNotAllowed",
     "Misconfigured",
     "NameNotFound",
     "OriginNotAllowed",
+    "PriceUnknown",
     "ProxyError",
+    "QuotaUsedUp",
+    "SpendingRefused",
+    "StoreUnavailable",
     "TargetMissing",
     "TargetRefused",
     "TlsFailed",
@@ -154,8 +166,34 @@ class TokenNotAllowed(AccessRefused):
     message = "This realtime token is not allowed by this proxy's allowed_endpoints and max_token_expiration_s."
 
 
+class PriceUnknown(AccessRefused):
+    message = "This endpoint is not allowed because a budget applies, and this proxy's prices do not name it."
+
+
 class OriginNotAllowed(AccessRefused):
     message = "Pages of this origin are not allowed by this proxy's allowed_origins."
+
+
+class JobNotFound(ProxyError):
+    status = 404
+    message = "No job of yours has this id."
+
+
+class SpendingRefused(ProxyError):
+    """Refuse a paid call by a limit. The message names the limit and when it opens again."""
+
+    def __init__(self, message: str, headers: tuple[tuple[str, str], ...], detail: str) -> None:
+        super().__init__(detail)
+        self.message = message
+        self.headers = headers
+
+
+class LimitReached(SpendingRefused):
+    status = 429
+
+
+class QuotaUsedUp(SpendingRefused):
+    status = 402
 
 
 class UnsupportedMediaType(ProxyError):
@@ -206,6 +244,12 @@ class BuffersFull(ProxyError):
     status = 503
     message = "The proxy is buffering as many bytes as it may; try again."
     headers = (("Retry-After", "1"),)
+
+
+class StoreUnavailable(ProxyError):
+    status = 503
+    message = "The proxy cannot count this call at the moment; try again."
+    headers = (("Retry-After", "2"),)
 
 
 class UpstreamError(ProxyError):

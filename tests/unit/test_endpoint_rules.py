@@ -21,8 +21,9 @@ from tornado_fal_proxy.errors import (
     WebhookNotAllowed,
 )
 from tornado_fal_proxy.rules.access import access_rules
+from tornado_fal_proxy.rules.paths import canonical_segments
 from tornado_fal_proxy.rules.policy import decide
-from tornado_fal_proxy.rules.target import Target, canonical_segments, parse_target
+from tornado_fal_proxy.rules.target import Target, parse_target
 
 # Endpoints. Each method and URL of one list is allowed, and each of the other refused, by these patterns.
 

@@ -15,8 +15,9 @@ from tests.support.backtracking import TooManySteps, growth
 from tests.support.work import lines_run
 from tornado_fal_proxy.errors import EndpointNotAllowed, TargetRefused
 from tornado_fal_proxy.rules.headers import parse_response_head
+from tornado_fal_proxy.rules.paths import MAX_PATH_CHARS, MAX_SEGMENTS
 from tornado_fal_proxy.rules.patterns import Pattern
-from tornado_fal_proxy.rules.target import MAX_PATH_CHARS, MAX_SEGMENTS, MAX_URL_CHARS, Target, parse_target
+from tornado_fal_proxy.rules.target import MAX_URL_CHARS, Target, parse_target
 
 # Twice the input is twice the work, and a little for what is done once. Quadratic work is almost four times as much.
 MAX_GROWTH = 2.5

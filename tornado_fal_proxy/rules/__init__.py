@@ -1,8 +1,9 @@
 """The rules of the proxy: which requests may pass, which headers go which way, and who may call what.
 
 * ``target``: a URL of fal's, parsed once into a frozen value
+* ``paths``: the paths that every server reads alike
 * ``headers``: the lists of headers that go to fal and come back, and how a response's head is read
-* ``endpoints``: the one list of fal's hosts and paths, and which kind of call a target is
+* ``endpoints``: the one list of fal's hosts and paths, and which kind of call a target is, and whether it is paid
 * ``policy``: the decision whether a request may pass, made from its head alone
 * ``patterns``: the patterns of ``allowed_endpoints``
 * ``access``: the operator's own rules, for targets and for the bodies of token requests

@@ -45,8 +45,9 @@ from tornado_fal_proxy.rules.endpoints import (
     is_queue_call,
 )
 from tornado_fal_proxy.rules.excerpt import excerpt
+from tornado_fal_proxy.rules.paths import SEGMENT, canonical_segments
 from tornado_fal_proxy.rules.patterns import Pattern
-from tornado_fal_proxy.rules.target import SEGMENT, Target, canonical_segments
+from tornado_fal_proxy.rules.target import Target
 
 __all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules", "check_account"]
 

@@ -1,9 +1,9 @@
-"""The one list of fal's hosts and paths, and which kind of call a target is.
+"""The one list of fal's hosts and paths, which kind of call a target is, and whether it is paid.
 
 Strategy. Hosts, paths and the calls of fal's queue stand here as constants, and all that must recognise one of them
 asks this module. Two readings exist. :func:`is_queue_call` and :func:`is_cancel` are strict because rules rely on them:
 they take canonical segments only. :func:`kind_of` is lenient because logs and metrics rely on it: any target has a
-kind.
+kind. A call is paid unless it is known to be free, in its one spelling.
 
 The segment ``requests`` belongs to fal's queue. Behind the id of an app it is the status, result or cancel of a queued
 job, and fal drops the rest of an endpoint's id there.
@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Protocol
 
-from tornado_fal_proxy.rules.target import Target, canonical_segments
+from tornado_fal_proxy.rules.paths import canonical_segments
 
 __all__ = [
     "INITIATE",
     "INITIATE_MULTIPART",
     "NAMESPACES",
+    "OTHER",
     "QUEUE_CALLS",
     "QUEUE_HOST",
     "REQUESTS",
@@ -33,17 +35,25 @@ __all__ = [
     "TOKENS_PATH",
     "UPLOADS",
     "WELL_KNOWN_HOSTS",
+    "WMA_HOST",
+    "Url",
+    "endpoint_of",
     "id_length",
     "is_account_call",
     "is_cancel",
+    "is_paid",
     "is_queue_call",
     "is_repeatable",
+    "job_id_of",
     "kind_of",
+    "may_name_job",
 ]
 
 RUN_HOST, QUEUE_HOST = "fal.run", "queue.fal.run"
 # The Swift and Dart SDKs call the second, and so do older JavaScript ones.
 REST_HOSTS = _REST_HOST, _ALPHA_REST_HOST = "rest.fal.ai", "rest.alpha.fal.ai"
+# Signals for realtime video, whose media do not pass the proxy.
+WMA_HOST = "wma.fal.run"
 # The hosts that fal's SDKs call. They need no proof that they exist, not even at the first request.
 WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, *REST_HOSTS})
 
@@ -67,9 +77,32 @@ QUEUE_CALLS = frozenset({("GET",), ("GET", "status"), ("GET", "status", "stream"
 # that belong to models. Hosts such as rest.alpha.fal.ai show that the label need not be the last but two.
 _ACCOUNT_LABEL, _REST_LABEL = "api", "rest"
 # The first segments of those few paths: realtime tokens and uploads.
-_MODEL_SERVICES = ("tokens", "storage")
+_MODEL_SERVICES = _TOKENS, _STORAGE = ("tokens", "storage")
+# The last segment of an endpoint's path on RUN_HOST that lists servers for realtime video.
+_ICE = "ice"
+_SESSION = "session"
+# What POSTs to these paths of WMA_HOST ask for is free. A session is paid by time.
+_FREE_OF_WMA = (f"/{_ICE}", f"/{_SESSION}/heartbeat")
+# The endpoints of calls that name none in their path, and of all that is not known.
+_TOKEN_ENDPOINT, _SESSION_ENDPOINT, OTHER = "realtime/token", "wma/session", "other"
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+class Url(Protocol):
+    """Describe what this module needs of a :class:`~tornado_fal_proxy.rules.target.Target`."""
+
+    @property
+    def host(self) -> str:
+        """Return the host."""
+
+    @property
+    def path(self) -> str:
+        """Return the path, which begins with a slash."""
+
+    @property
+    def query(self) -> str | None:
+        """Return the query, or None where there is no question mark."""
 
 
 def id_length(segments: Sequence[str]) -> int:
@@ -93,7 +126,7 @@ def is_queue_call(method: str, segments: Sequence[str]) -> bool:
     return False
 
 
-def is_cancel(target: Target) -> bool:
+def is_cancel(target: Url) -> bool:
     """Return whether a PUT to ``target`` cancels a queued job, which has one spelling and no query."""
     if target.host != QUEUE_HOST or target.query is not None:
         return False
@@ -101,7 +134,7 @@ def is_cancel(target: Target) -> bool:
     return segments is not None and is_queue_call("PUT", segments)
 
 
-def is_repeatable(method: str, target: Target) -> bool:
+def is_repeatable(method: str, target: Url) -> bool:
     """Return whether a second request with ``method`` to ``target`` costs no more than one.
 
     Only the status and the result of a queued job are such, and its cancel. A GET of an endpoint runs the model, as a
@@ -115,7 +148,66 @@ def is_repeatable(method: str, target: Target) -> bool:
     return segments is not None and is_queue_call(method, segments)
 
 
-def is_account_call(target: Target) -> bool:
+def is_paid(method: str, target: Url) -> bool:
+    """Return whether a request with ``method`` to ``target`` costs money: each does that is not known to be free.
+
+    Free are status, result and cancel of a queued job, uploads, lists of ICE servers, and a session's heartbeat. A
+    token for realtime is paid because the proxy does not see the calls that it opens.
+    """
+    host = target.host
+    segments = canonical_segments(target.path)
+    if segments is None:
+        return True
+    if host == QUEUE_HOST:
+        return not is_queue_call(method, segments)
+    if host in REST_HOSTS:
+        return segments[0] != _STORAGE
+    if method != "POST" or target.query is not None:
+        return True
+    if host == RUN_HOST:
+        return segments[-1] != _ICE or len(segments) <= id_length(segments) or REQUESTS in segments
+    return host != WMA_HOST or target.path not in _FREE_OF_WMA
+
+
+def endpoint_of(target: Url) -> str:
+    """Return the endpoint that ``target`` names: an app's id with the path behind it, as prices and patterns have it.
+
+    The calls of a queued job have the app's id only. The result is ``realtime/token`` for a token, ``wma/session`` for
+    a session of realtime video, and OTHER where no endpoint is known.
+    """
+    host, path = target.host, target.path
+    segments = canonical_segments(path.removesuffix("/") if host in REST_HOSTS else path)
+    if segments is None:
+        return OTHER
+    if host in REST_HOSTS:
+        return _TOKEN_ENDPOINT if segments[0] == _TOKENS else OTHER
+    if host == WMA_HOST:
+        return _SESSION_ENDPOINT if segments == [_SESSION] else OTHER
+    length = id_length(segments)
+    if REQUESTS in segments:
+        segments = segments[: segments.index(REQUESTS)]
+    elif host == RUN_HOST and segments[-1] == STREAM and len(segments) > length:
+        segments.pop()
+    return "/".join(segments) if host in (RUN_HOST, QUEUE_HOST) and len(segments) >= length else OTHER
+
+
+def job_id_of(method: str, target: Url) -> str | None:
+    """Return the id of the queued job whose status, result or cancel ``target`` is, else None."""
+    segments = canonical_segments(target.path) if target.host == QUEUE_HOST else None
+    if segments is None or not is_queue_call(method, segments):
+        return None
+    return segments[segments.index(REQUESTS) + 1]
+
+
+def may_name_job(target: Url) -> bool:
+    """Return whether some server could find a queued job's id in ``target``, by whatever spelling."""
+    segments = canonical_segments(target.path.removesuffix("/"))
+    if segments is None:
+        return target.path != "/"
+    return REQUESTS in map(str.lower, segments)
+
+
+def is_account_call(target: Url) -> bool:
     """Return whether ``target`` is known to serve the key's account (keys, usage, billing), and not a model.
 
     A path on a REST host counts as a model's only in a spelling that all servers read alike.
@@ -132,7 +224,7 @@ def is_account_call(target: Target) -> bool:
     return segments is None or segments[0] not in _MODEL_SERVICES
 
 
-def kind_of(target: Target | None) -> str:
+def kind_of(target: Url | None) -> str:
     """Return the kind of a call to ``target`` for logs and metrics, one of eleven names whatever clients send.
 
     They are ``run``, ``stream``, ``queue_submit``, ``queue_status``, ``queue_stream``, ``queue_result``,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tornado_fal_proxy.rules.endpoints import REQUESTS, id_length
-from tornado_fal_proxy.rules.target import SEGMENT
+from tornado_fal_proxy.rules.paths import SEGMENT
 
 __all__ = ["Pattern"]
 

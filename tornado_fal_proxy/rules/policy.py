@@ -41,7 +41,7 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRu
     urls = [value for name, value in headers if name == TARGET_HEADER]
     always_allowed = method in ("GET", "POST")
     try:
-        target = _target(urls)
+        target = _target(urls, method)
     except (TargetMissing, TargetRefused):
         if always_allowed:
             raise
@@ -58,12 +58,12 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRu
     return target
 
 
-def _target(urls: Sequence[str]) -> Target:
+def _target(urls: Sequence[str], method: str) -> Target:
     """Return the target that the only one of ``urls`` is. Raise TargetMissing or TargetRefused."""
     if len(urls) != 1 or not urls[0]:
         raise TargetMissing(f"{len(urls)} {TARGET_HEADER} headers" if len(urls) > 1 else f"no {TARGET_HEADER} header")
     try:
-        return parse_target(urls[0])
+        return parse_target(urls[0], method)
     except TargetRefused as exc:
         raise TargetRefused(f"{exc.detail or TARGET_HEADER}: {excerpt(urls[0])}") from None
 

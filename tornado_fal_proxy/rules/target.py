@@ -1,8 +1,8 @@
 """A URL of fal's, parsed once: after that, nothing reads the string that the client sent.
 
 Strategy. :func:`parse_target` accepts a URL only where each of its parts consists of characters from a list, and
-returns the parts in a frozen :class:`Target`. The URL for fal is rebuilt from them. :func:`canonical_segments` is
-stricter: it splits a path only if every server reads that path alike, which the operator's rules need.
+returns the parts in a frozen :class:`Target`. The URL for fal is rebuilt from them. :mod:`~.rules.paths` is stricter,
+and :mod:`~.rules.endpoints` knows what a target is for.
 
 This module never decodes, encodes, resolves or re-cases any part of a URL, and never decides who may call what.
 
@@ -16,17 +16,9 @@ import re
 from dataclasses import dataclass
 
 from tornado_fal_proxy.errors import TargetRefused
+from tornado_fal_proxy.rules.endpoints import endpoint_of, is_paid, job_id_of, kind_of
 
-__all__ = [
-    "MAX_PATH_CHARS",
-    "MAX_SEGMENTS",
-    "MAX_URL_CHARS",
-    "SEGMENT",
-    "TARGET_HEADER",
-    "Target",
-    "canonical_segments",
-    "parse_target",
-]
+__all__ = ["MAX_URL_CHARS", "TARGET_HEADER", "Target", "parse_target"]
 
 TARGET_HEADER = "x-fal-target-url"
 
@@ -45,15 +37,6 @@ _MAX_HOST_CHARS = 253
 # 9110 section 4.1 asks every server to take this many octets.
 MAX_URL_CHARS = 8000
 
-# The length of a canonical path and its number of segments, which bound the cost of matching. Both are more than the
-# longest id of an endpoint has, with the id of a job behind it.
-MAX_PATH_CHARS, MAX_SEGMENTS = 512, 16
-
-_SEGMENT = r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*"
-# One segment of a canonical path. The alias of an app is one too.
-SEGMENT = re.compile(_SEGMENT)
-_PATH = re.compile(rf"(?:/{_SEGMENT})+")
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -61,11 +44,13 @@ class Target:
 
     ``host`` is ``fal.ai``, ``fal.run`` or a name below them. ``path`` begins with a slash. ``query`` is None when the
     URL had no question mark, which is not the same as an empty query. Path and query are the client's, byte by byte.
+    ``method`` is the one of the call.
     """
 
     host: str
     path: str
     query: str | None = None
+    method: str = "POST"
 
     @property
     def request_target(self) -> str:
@@ -77,9 +62,32 @@ class Target:
         """Return the whole URL, rebuilt from the checked parts."""
         return f"https://{self.host}{self.request_target}"
 
+    # Worked out when they are asked for: most calls are relayed without.
 
-def parse_target(url: str) -> Target:
-    """Return ``url`` as a Target, without its fragment, which no HTTP client sends (RFC 9110 section 7.1).
+    @property
+    def kind(self) -> str:
+        """Return the kind of the call, such as ``run`` or ``queue_status``."""
+        return kind_of(self)
+
+    @property
+    def endpoint(self) -> str:
+        """Return the endpoint as ``owner/alias`` with the path behind it, or ``other``."""
+        return endpoint_of(self)
+
+    @property
+    def job_id(self) -> str | None:
+        """Return the id of the queued job whose status, result or cancel this is; None for any other call."""
+        return job_id_of(self.method, self)
+
+    @property
+    def paid(self) -> bool:
+        """Return whether the call costs money, as far as is known before fal's bill."""
+        return is_paid(self.method, self)
+
+
+def parse_target(url: str, method: str = "POST") -> Target:
+    """Return ``url`` as a Target of a call with ``method``, without its fragment, which no HTTP client
+    sends (RFC 9110 section 7.1).
 
     Raises TargetRefused unless it is an https URL of ``fal.ai``, ``fal.run`` or a sub-domain of theirs, in a spelling
     that all parsers read alike, of up to MAX_URL_CHARS characters.
@@ -89,16 +97,4 @@ def parse_target(url: str) -> Target:
     match = _TARGET.fullmatch(url)
     if match is None or len(match[1]) > _MAX_HOST_CHARS:
         raise TargetRefused
-    return Target(match[1], match[2] or "/", match[3])
-
-
-def canonical_segments(path: str) -> list[str] | None:
-    """Return the segments of a path that every server reads alike, or None where servers may differ.
-
-    A path of that kind has no escapes, no empty segments and no dot segments, and is not longer than MAX_PATH_CHARS and
-    MAX_SEGMENTS.
-    """
-    if len(path) > MAX_PATH_CHARS or not _PATH.fullmatch(path):
-        return None
-    segments = path[1:].split("/")
-    return segments if len(segments) <= MAX_SEGMENTS else None
+    return Target(match[1], match[2] or "/", match[3], method)
