@@ -10,7 +10,6 @@ The key appears in no repr and no error message.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import ssl
@@ -18,25 +17,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, partial
-from operator import attrgetter
 from typing import Any
 
 from tornado_fal_proxy.credentials import KEY_CHARACTERS, authorization_line, configured_key, key_from_env
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
+from tornado_fal_proxy.option_fields import as_function, as_list, as_number, option
 from tornado_fal_proxy.rules.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, AccessRules, access_rules
 from tornado_fal_proxy.rules.cors import CorsRules, cors_rules
 from tornado_fal_proxy.rules.excerpt import excerpt
+from tornado_fal_proxy.spending.plans import ALLOW, CALLS, REFUSE, UNITS, SpendingRules, spending_rules
 
 __all__ = [
     "DEFAULT_ROUTE",
-    "EMPTY_LIST",
     "ENV_PREFIX",
-    "FALSE",
     "SERVICE_OPTIONS",
-    "TRUE",
     "ProxyConfig",
-    "as_list",
-    "option",
     "relay_options",
     "unknown_variables",
 ]
@@ -60,9 +55,11 @@ DEFAULT_RESPONSE_BUFFER_BYTES = 8 * 1024 * 1024
 MIN_BUFFERED_BYTES = 1024 * 1024
 # Limit a time-out: libcurl counts in milliseconds and takes 0 of them for its own default; a day is the longest.
 MIN_S, MAX_S = 0.001, 86_400
-# The texts of a switch, and of a list that is set but empty.
-TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-EMPTY_LIST = "none"
+# Limits, in seconds, how long a job counts as unfinished whose end the proxy does not notice: longer than nearly all
+# jobs take.
+DEFAULT_JOB_LIFETIME_S = 3600
+# Limits the account: a year, and some days to look at it.
+DEFAULT_ACCOUNT_DAYS = 400
 # Limits counts and sizes: the largest number that libcurl takes on every platform, and more than is ever needed.
 MAX_NUMBER = 2**31 - 1
 
@@ -77,59 +74,17 @@ _OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)
 _SERVICE_LINK = re.compile(r"FAL_PROXY_(?:SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|PORT_[0-9]+_[A-Z]+(?:_[A-Z]+)?)")
 
 _LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
-_SWITCHES = ("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1")
-_FUNCTIONS = ("authorize", "resolve_key")
+_SWITCHES = (
+    *("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1"),
+    *("own_jobs_only", "tag_users"),
+)
+_FUNCTIONS = ("authorize", "resolve_key", "identify", "check_input", "input_units")
+_TABLES = ("prices", "plans")
+_LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget", "plans")
 _CONNECT_TO = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
-def as_list(text: str) -> tuple[str, ...]:
-    """Return the texts between commas, without white space around them; an empty tuple for ``none``."""
-    return () if text.strip().lower() == EMPTY_LIST else tuple(item.strip() for item in text.split(","))
-
-
-def _switch(text: str) -> Any:
-    return True if text.lower() in TRUE else False if text.lower() in FALSE else text
-
-
-def _function(text: str) -> Any:
-    """Import what ``package.module:function`` names. Raise ValueError, with the reason."""
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
-        raise ValueError(f"must be package.module:function, not {text!r}")
-    try:
-        return attrgetter(name)(importlib.import_module(module))
-    except Exception as exc:
-        raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
-
-
-def _number(text: str, kind: Callable[[str], Any]) -> Any:
-    """Return ``text`` as a number, or unchanged when it is none: the check then names it."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
-_PARSERS: dict[type, Callable[[str], Any]] = {
-    bool: _switch,
-    int: partial(_number, kind=int),
-    float: partial(_number, kind=float),
-}
-
-
-def option(
-    default: Any, help: str, metavar: str = "", parse: Callable[[str], Any] | None = None, *, group: str = "relaying"
-) -> Any:
-    """Return a dataclass field that is also an option of the command.
-
-    ``parse`` makes its value of a text, and is by default the parser of the default's type. ``group`` is the heading in
-    ``--help``.
-    """
-    metadata = {"help": help, "metavar": metavar, "parse": parse or _PARSERS.get(type(default), str), "group": group}
-    return field(default=default, metadata=metadata)
-
-
-_access = partial(option, group="access")
+_access, _spending = partial(option, group="access"), partial(option, group="spending")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +114,7 @@ class ProxyConfig:
         None,
         "all bytes that a process buffers; beyond it calls are answered 503; without it a quarter of its memory",
         "BYTES",
-        partial(_number, kind=int),
+        partial(as_number, kind=int),
     )
     event_streams_over_http1: bool = option(
         False, "ask fal for event streams over HTTP/1.1, where a truncated one is always noticed"
@@ -191,21 +146,81 @@ class ProxyConfig:
         None,
         "function that is given handler and target, and whose false result means 401",
         "MODULE:FUNCTION",
-        _function,
+        as_function,
     )
     resolve_key: Callable[[Any, Any], Any] | None = _access(  # noqa: RUF009  (it is a field)
-        None, "function that is given handler and target, and whose result is the key", "MODULE:FUNCTION", _function
+        None, "function that is given handler and target, and whose result is the key", "MODULE:FUNCTION", as_function
     )
     allowed_origins: Sequence[str] | None = _access(
         None, "origins whose pages may call, exact or such as https://*.example.com (CORS)", "ORIGIN,...", as_list
     )
     allow_credentials: bool = _access(False, "let those pages' browsers send cookies", "")
+    identify: Callable[[Any, Any], Any] | None = _spending(  # noqa: RUF009  (it is a field)
+        None,
+        "function that is given handler and target, and whose result is the user's id, or (id, plan); "
+        "without it the client's address counts",
+        "MODULE:FUNCTION",
+        as_function,
+    )
+    jobs_per_user: str | None = _spending(
+        None, "paid calls that each user may make, such as 5/minute,20/day", "NUMBER/PERIOD,..."
+    )
+    unfinished_jobs_per_user: int | None = _spending(
+        None, "paid calls that each user may have unfinished at once", "JOBS", partial(as_number, kind=int)
+    )
+    budget_per_user: str | None = _spending(
+        None, "dollars that each user may spend, such as 1.00/day; needs prices", "DOLLARS/PERIOD,..."
+    )
+    jobs: str | None = _spending(None, "paid calls of all users together", "NUMBER/PERIOD,...")
+    budget: str | None = _spending(
+        None, "dollars that all users may spend together; needs prices", "DOLLARS/PERIOD,..."
+    )
+    count: str = _spending(
+        CALLS,
+        f"how many jobs a paid call counts as: one ({CALLS}), or its estimated units ({UNITS})",
+        "WHAT",
+        str.lower,
+    )
+    prices: str | Mapping[str, Any] | None = _spending(
+        None, "TOML file with the price of a unit for patterns of endpoints; the first that matches counts", "FILE"
+    )
+    input_units: Callable[[Any, Any], Any] | None = _spending(  # noqa: RUF009  (it is a field)
+        None,
+        "function that is given target and parsed input of a paid call, and whose result is its estimated units",
+        "MODULE:FUNCTION",
+        as_function,
+    )
+    check_input: Callable[[Any, Any, bytes], Any] | None = _spending(  # noqa: RUF009  (it is a field)
+        None,
+        "function that is given handler, target and body of a paid call, and may refuse it with HTTPError",
+        "MODULE:FUNCTION",
+        as_function,
+    )
+    plans: Mapping[str, Mapping[str, Any]] | None = None
+    store: str | None = _spending(
+        None,
+        "where to count: sqlite:PATH, redis://HOST, rediss://HOST, or memory for one process; "
+        "by default a file in the folder for state",
+        "STORE",
+        secret=True,  # it may have a password
+    )
+    on_store_failure: str = _spending(
+        REFUSE, f"what to do with paid calls while the store fails: {REFUSE} or {ALLOW}", "WHAT", str.lower
+    )
+    own_jobs_only: bool = _spending(False, "give status and result of a queued job only to its user", "")
+    tag_users: bool = _spending(False, "send the user's id to fal as x-fal-tags, or a hash of it", "")
+    job_lifetime_s: int = _spending(
+        DEFAULT_JOB_LIFETIME_S, "time after which a job counts as finished that was not seen to end", "SECONDS"
+    )
+    account_days: int = _spending(DEFAULT_ACCOUNT_DAYS, "days for which is kept who spent what", "DAYS")
 
     def __post_init__(self) -> None:
         for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | tuple):
                 object.__setattr__(self, name, tuple(value))  # hashable, and not shared with the operator's code
+        for name in _TABLES:
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
         if problems := list(self._problems()):
             raise ConfigError(problems)
 
@@ -247,7 +262,7 @@ class ProxyConfig:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 problems.append(f"{name}: must be a function, not {value!r}")
-        for rules in ("access", "cors"):
+        for rules in ("access", "cors", "spending"):
             try:
                 getattr(self, rules)
             except ConfigError as exc:
@@ -270,8 +285,16 @@ class ProxyConfig:
     def cors(self) -> CorsRules | None:
         """Return the rules on which pages of other origins may call; None where CORS is off."""
         return cors_rules(
-            self.allowed_origins, allow_credentials=self.allow_credentials, allow_cancel=self.allow_cancel
+            self.allowed_origins,
+            allow_credentials=self.allow_credentials,
+            allow_cancel=self.allow_cancel,
+            exposes_limits=any(getattr(self, name) is not None for name in _LIMITS),
         )
+
+    @cached_property
+    def spending(self) -> SpendingRules | None:
+        """Return the rules on who may spend how much; None where no option of spending is set."""
+        return spending_rules(vars(self))
 
     def any_key(self) -> str | None:
         """Return the key of the configuration, else the one that the environment has now."""
@@ -349,6 +372,13 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
         hint = f", did you mean {meant[near[0]]}?" if near else "; README.md has a table of the variables"
         problems.append(f"unknown variable {excerpt(name)}{hint}")
     return problems
+
+
+def _frozen(value: Any) -> Any:
+    """Return a mapping as a tuple of pairs, and a list as a tuple, which can be hashed and not be changed later."""
+    if isinstance(value, Mapping):
+        return tuple((name, _frozen(entry)) for name, entry in value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_number(value: object) -> bool:

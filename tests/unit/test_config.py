@@ -24,6 +24,7 @@ COUNT_BAD = [0, -1, 2**31, 10**30, 1.0, 1.5, NAN, True, False, "1", "", None, [1
 
 SWITCH_BAD = [None, "yes", "", 0, 1, [True]]
 LIST_BAD = ["", "fal-ai/flux", b"fal-ai/flux", 1, True, {"fal-ai/flux"}, (1,), [None], ((),), ("",), ["a b"]]
+LIMIT_BAD = ["", "5", "5/week", "/day", "x/day", "5/day,6/day", "5/day,", 5, b"5/day", True, ["5/day"]]
 FUNCTION_BAD = ["", "os:getcwd", 1, True, ("os", "getcwd")]
 
 
@@ -87,6 +88,40 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
         [*LIST_BAD, (), ("*",), ("null",), ("https://a.example/",), ("https://*.com",), ("http://*.a.example",)],
     ),
     "allow_credentials": ([False], SWITCH_BAD),
+    "identify": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "jobs_per_user": ([None, "5/minute,20/day", "0/month", "1/hour"], LIMIT_BAD),
+    "unfinished_jobs_per_user": ([None, 1, 1_000_000], [0, -1, 1_000_001, 1.0, "", "x", True, [1]]),
+    "budget_per_user": ([None], [*LIMIT_BAD, "1.0000001/day", "-1/day", ".5/day"]),
+    "jobs": ([None, "100/day"], LIMIT_BAD),
+    "budget": ([None], LIMIT_BAD),
+    "count": (["calls", "units"], ["", "jobs", None, 1, ["calls"]]),
+    "prices": (
+        [None, (("a/b", 1),), (("a/*", "0.025"), ("**", (("price", 0.07), ("units", 5))))],
+        [
+            *("no-such-file.toml", "a\0b", 1, b"prices.toml", True, ()),
+            *((("a/b", -1),), (("a/b", "x"),), (("a/b", None),), (("a/b", True),), (("a", 1),), ((1, 1),)),
+            *((("a/b", (("units", 1),)),), (("a/b", (("price", 1), ("unit", 1))),), (("a/b", float("inf")),)),
+        ],
+    ),
+    "input_units": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "check_input": ([None, allow, os.getcwd, str], FUNCTION_BAD),
+    "plans": (
+        [None, (), (("free", ()),), (("free", (("jobs_per_user", "1/day"), ("unfinished_jobs_per_user", "none"))),)],
+        [
+            *("free", 1, True, (("free", 1),), ((1, ()),), (("", ()),), (("free", (("job", "1/day"),)),)),
+            *((("free", (("jobs_per_user", "1/week"),)),), (("free", (("unfinished_jobs_per_user", "x"),)),)),
+            (("free", (("allowed_endpoints", "a"),)),),
+        ],
+    ),
+    "store": (
+        [None, "memory", "sqlite:/tmp/spent.db", "redis://localhost", "rediss://:secret@localhost/1"],
+        ["", "mysql://x", "spent.db", 1, True, ["memory"]],
+    ),
+    "on_store_failure": (["refuse", "allow"], ["", "ask", None, 1, True, ["allow"]]),
+    "own_jobs_only": ([True, False], SWITCH_BAD),
+    "tag_users": ([True, False], SWITCH_BAD),
+    "job_lifetime_s": ([1, 604_800], [0, -1, 604_801, 1.0, "1", None, True, NAN, [1]]),
+    "account_days": ([1, 3660], [0, -1, 3661, 1.0, "1", None, True, NAN, [1]]),
 }
 
 
@@ -106,7 +141,11 @@ def test_a_field_refuses_values_that_cannot_work(name: str) -> None:
             ProxyConfig(**{name: value})
         (problem,) = caught.value.problems
         assert problem.startswith(f"{name}: ")
-        if name == "key":
+        if name == "store":
+            assert problem == "store: must be memory, sqlite:PATH, redis://HOST or rediss://HOST"
+        elif name in ("prices", "plans") and isinstance(value, tuple) and value:
+            assert repr(value) in problem or str(value[0][0]) in problem  # the entry that is wrong
+        elif name == "key":
             assert problem == "key: must be printable ASCII without spaces, as shown on fal's page of keys"
         else:
             item = value[-1] if isinstance(value, tuple | list) and value else value
@@ -329,16 +368,18 @@ def test_a_key_that_would_break_the_header_line_is_never_sent(monkeypatch: pytes
 
 
 def test_each_field_except_the_key_is_an_option() -> None:
-    """Each option has a help text, and a unit or form as its metavar."""
+    """Each option has a help text, and a unit or form as its metavar. A mapping of plans has no text."""
     options = relay_options()
-    assert [option.name for option in options] == [name for name in FIELDS if name != "key"]
+    assert [option.name for option in options] == [name for name in FIELDS if name not in ("key", "plans")]
     for option in options:
         assert option.metadata["help"]
         assert option.metadata["metavar"].isupper() or option.default is False
 
 
-def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
+def test_from_env_reads_a_variable_for_each_field(authority: Authority, tmp_path: Path) -> None:
     """A variable is named after its field, and its text becomes the field's type. Other variables mean nothing."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text('"fal-ai/*" = 0.025\n')
     texts = {
         "connect_timeout_s": ("1.5", 1.5),
         "idle_timeout_s": ("60", 60.0),
@@ -359,6 +400,22 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority) -> None:
         "resolve_key": ("os.path:join", os.path.join),
         "allowed_origins": ("https://a.example", ("https://a.example",)),
         "allow_credentials": ("1", True),
+        "identify": (f"{__name__}:allow", allow),
+        "jobs_per_user": ("5/minute,20/day", "5/minute,20/day"),
+        "unfinished_jobs_per_user": ("2", 2),
+        "budget_per_user": ("1.00/day", "1.00/day"),
+        "jobs": ("100/day", "100/day"),
+        "budget": ("5/month", "5/month"),
+        "count": ("Units", "units"),
+        "prices": (str(prices), str(prices)),
+        "input_units": (f"{__name__}:allow", allow),
+        "check_input": (f"{__name__}:allow", allow),
+        "store": ("memory", "memory"),
+        "on_store_failure": ("allow", "allow"),
+        "own_jobs_only": ("yes", True),
+        "tag_users": ("yes", True),
+        "job_lifetime_s": ("600", 600),
+        "account_days": ("30", 30),
     }
     assert list(texts) == [option.name for option in relay_options()]
     environ = {ENV_PREFIX + name.upper(): text for name, (text, _) in texts.items()}

@@ -22,6 +22,8 @@ __all__ = ["CORS_PREFIX", "CorsRules", "cors_rules", "origin_problem", "vary"]
 CORS_PREFIX = "access-control-"
 # The headers of a response that fal's SDKs read.
 EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
+# The headers that tell a page what is left of its limits.
+EXPOSED_LIMITS = "ratelimit, ratelimit-policy, retry-after"
 # The time, in seconds, for which a browser may keep the response to a preflight. Chromium keeps it no longer.
 PREFLIGHT_MAX_AGE_S = 7200
 # The length of a preflight's list of header names, which the response repeats. No page sends nearly as many names.
@@ -60,13 +62,15 @@ class CorsRules:
     """The rules of one configuration. Only :func:`cors_rules` makes one.
 
     ``exact`` are whole origins, ``suffixes`` are ``(port, ".example.com")`` of https origins with a wildcard. The port
-    is empty for the default one. ``methods`` is the value of Access-Control-Allow-Methods.
+    is empty for the default one. ``methods`` is the value of Access-Control-Allow-Methods, and ``exposed`` of
+    Access-Control-Expose-Headers.
     """
 
     exact: frozenset[str]
     suffixes: tuple[tuple[str, str], ...]
     credentials: bool
     methods: str
+    exposed: str
 
     def allows(self, origin: str | None) -> bool:
         """Return whether pages of ``origin``, the value of the Origin header, may read responses."""
@@ -89,7 +93,7 @@ class CorsRules:
         """
         if origin is None or not self.allows(origin):
             return []
-        headers = [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", EXPOSED)]
+        headers = [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", self.exposed)]
         return [*headers, ("Access-Control-Allow-Credentials", "true")] if self.credentials else headers
 
     def preflight_headers(self, requested: str | None) -> list[tuple[str, str]]:
@@ -113,10 +117,15 @@ def vary(values: Iterable[str], *names: str) -> list[str]:
 
 
 def cors_rules(
-    allowed_origins: Sequence[str] | None, *, allow_credentials: bool = False, allow_cancel: bool = False
+    allowed_origins: Sequence[str] | None,
+    *,
+    allow_credentials: bool = False,
+    allow_cancel: bool = False,
+    exposes_limits: bool = False,
 ) -> CorsRules | None:
     """Return the rules for these fields of the configuration, or None where CORS is off.
 
+    With ``exposes_limits`` pages may read what is left of spending limits.
     Raises ConfigError, which names every problem.
     """
     if allowed_origins is None:
@@ -142,4 +151,5 @@ def cors_rules(
         suffixes=tuple((match[3] or "", match[2].removeprefix("*")) for match in suffixes),
         credentials=allow_credentials is True,
         methods="GET, POST, PUT" if allow_cancel is True else "GET, POST",
+        exposed=f"{EXPOSED}, {EXPOSED_LIMITS}" if exposes_limits else EXPOSED,
     )

@@ -81,7 +81,7 @@ _MODEL_SERVICES = _TOKENS, _STORAGE = ("tokens", "storage")
 # The last segment of an endpoint's path on RUN_HOST that lists servers for realtime video.
 _ICE = "ice"
 _SESSION = "session"
-# What POSTs to these paths of WMA_HOST ask for is free. A session is paid by time.
+# POSTs to these paths of WMA_HOST are free. A session is paid by time.
 _FREE_OF_WMA = (f"/{_ICE}", f"/{_SESSION}/heartbeat")
 # The endpoints of calls that name none in their path, and of all that is not known.
 _TOKEN_ENDPOINT, _SESSION_ENDPOINT, OTHER = "realtime/token", "wma/session", "other"

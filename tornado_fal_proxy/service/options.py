@@ -21,17 +21,14 @@ from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.config import (
     DEFAULT_ROUTE,
     ENV_PREFIX,
-    FALSE,
     MAX_S,
-    TRUE,
     ProxyConfig,
-    as_list,
-    option,
     relay_options,
     unknown_variables,
 )
 from tornado_fal_proxy.credentials import configured_key
 from tornado_fal_proxy.errors import ConfigError
+from tornado_fal_proxy.option_fields import FALSE, TRUE, as_list, option
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 
 __all__ = [
@@ -76,6 +73,7 @@ GROUPS = {
     "listening": None,
     "relaying": None,
     "access": "lists are separated by commas; README.md, 'Secure it', explains them",
+    "spending": "for paid calls; docs/spending.md explains them",
     "processes": None,
     "watching": None,
     "other": None,

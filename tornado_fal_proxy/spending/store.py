@@ -16,7 +16,7 @@ from typing import Protocol
 
 __all__ = ["JOB_KEPT_S", "UNFINISHED", "Counter", "Reservation", "Standing", "Store", "StoreFailed", "Usage"]
 
-# How long a job is kept after its reservation: a late result settles it, and its user may read it.
+# Limits, in seconds, for how long a job is kept after its reservation: a late result settles it, and its user may read it.
 JOB_KEPT_S = 7 * 86_400
 # The place in Standing.refused_by of the limit of unfinished jobs.
 UNFINISHED = -1
@@ -102,7 +102,7 @@ class Store(Protocol):
         """Finish what was asked, and disconnect."""
 
     async def reserve(self, job: Reservation) -> Standing:
-        """Add the job to all its counters, to the account and to the unfinished jobs; or, where one has no room, to none.
+        """Add the job to all its counters, the account and the unfinished jobs; or, where one has no room, to none.
 
         A refusal is counted in the account. A cost of 0, or a number of jobs of 0, has room everywhere.
         """

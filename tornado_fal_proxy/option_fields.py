@@ -1,0 +1,74 @@
+"""Make dataclass fields that are options too, and the values of their texts.
+
+Strategy. An option is a field whose metadata has its help, its unit and a parser. A parser returns the value of a text,
+or raises ValueError with what is allowed. A parser may also return the text itself, which the check of the field then
+refuses by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import field
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+__all__ = ["EMPTY_LIST", "FALSE", "TRUE", "as_function", "as_list", "as_number", "option"]
+
+# The texts of a switch, and of a list that is set but empty.
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+EMPTY_LIST = "none"
+
+
+def as_list(text: str) -> tuple[str, ...]:
+    """Return the texts between commas, without white space around them; an empty tuple for ``none``."""
+    return () if text.strip().lower() == EMPTY_LIST else tuple(item.strip() for item in text.split(","))
+
+
+def _switch(text: str) -> Any:
+    return True if text.lower() in TRUE else False if text.lower() in FALSE else text
+
+
+def as_function(text: str) -> Any:
+    """Import what ``package.module:function`` names. Raise ValueError, with the reason."""
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise ValueError(f"must be package.module:function, not {text!r}")
+    try:
+        return attrgetter(name)(importlib.import_module(module))
+    except Exception as exc:
+        raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
+
+
+def as_number(text: str, kind: Callable[[str], Any]) -> Any:
+    """Return ``text`` as a number, or unchanged when it is none: the check then names it."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: _switch,
+    int: partial(as_number, kind=int),
+    float: partial(as_number, kind=float),
+}
+
+
+def option(
+    default: Any,
+    help: str,
+    metavar: str = "",
+    parse: Callable[[str], Any] | None = None,
+    *,
+    group: str = "relaying",
+    secret: bool = False,
+) -> Any:
+    """Return a dataclass field that is also an option of the command.
+
+    ``parse`` makes its value of a text, and is by default the parser of the default's type. ``group`` is the heading in
+    ``--help``. A ``secret`` value is in no repr.
+    """
+    metadata = {"help": help, "metavar": metavar, "parse": parse or _PARSERS.get(type(default), str), "group": group}
+    return field(default=default, repr=not secret, metadata=metadata)
