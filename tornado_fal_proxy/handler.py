@@ -15,7 +15,6 @@ The handler changes nothing global and nothing of the application's.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import io
 import logging
 import sys
@@ -24,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from tornado.iostream import StreamClosedError
-from tornado.web import Finish, HTTPError, stream_request_body
+from tornado.web import stream_request_body
 
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.credentials import authorization_line
@@ -42,7 +41,8 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
 )
 from tornado_fal_proxy.relay.backend import Backend, shared_backend
-from tornado_fal_proxy.relay.response import RelayResponse, describe_exception
+from tornado_fal_proxy.relay.hooks import result_of
+from tornado_fal_proxy.relay.paying import PayingResponse
 from tornado_fal_proxy.rules.cors import CorsRules
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import request_headers
@@ -65,12 +65,13 @@ _EagerTask: Callable[..., asyncio.Task[None]] = (
 
 
 @stream_request_body
-class FalProxyHandler(RelayResponse):
+class FalProxyHandler(PayingResponse):
     """Relay ``GET`` and ``POST`` to the URL in ``x-fal-target-url``, with the key added.
 
     Mount it as ``(r"/api/fal/proxy", FalProxyHandler)``, with ``{"config": ProxyConfig(...)}`` as third element to
-    configure it. Subclasses may override :meth:`authorize` and :meth:`resolve_key`, as coroutines or plain methods;
-    those that override :meth:`prepare` must ``await super().prepare()``.
+    configure it. Subclasses may override :meth:`authorize`, :meth:`resolve_key`, :meth:`identify` and
+    :meth:`check_input`, as coroutines or plain methods; those that override :meth:`prepare` must
+    ``await super().prepare()``.
 
     Source: fal's "server-side integration" page, "the proxy formula".
     """
@@ -94,6 +95,9 @@ class FalProxyHandler(RelayResponse):
         self._body_size = 0
         self._counted = 0  # bytes of the body that the budget counts
         self._begin_response(config, None if self._misconfigured else config.cors)
+        self._spending = None if self._misconfigured else config.spending or self._own_rules
+        if self._spending is not None:
+            self.call.accounted = True
 
     # The request's head.
 
@@ -137,14 +141,16 @@ class FalProxyHandler(RelayResponse):
             backend = shared_backend(self.application, config)
             if config.authorize is not None or type(self).authorize is not FalProxyHandler.authorize:
                 backend.watch(self._connection.stream)
-                if not await self._ask(self.authorize, target):
-                    raise Unauthorized
+                await self._check_authorized(target)
+            if self._spending is not None:
+                await self._begin_spending(self._spending, backend, target)
             if config.resolve_key is not None or type(self).resolve_key is not FalProxyHandler.resolve_key:
                 backend.watch(self._connection.stream)
                 authorization = _authorization(await self._ask(self.resolve_key, target))
             else:
                 authorization = config.authorization()
             self._lines, self._pairs = request_headers(self._pairs, authorization), []
+            self._lines += self._tags
             self._admit(backend, target)
         except ClientDisconnected:
             self._responded = True
@@ -162,6 +168,10 @@ class FalProxyHandler(RelayResponse):
         if "Content-Length" in headers or "Transfer-Encoding" in headers:
             backend.expect_body(self)
 
+    async def _check_authorized(self, target: Target) -> None:
+        if not await self._ask(self.authorize, target):
+            raise Unauthorized
+
     async def authorize(self, target: Target) -> Any:
         """Tell whether the client may make this call, which the rules allow: a false result is answered 401.
 
@@ -169,28 +179,12 @@ class FalProxyHandler(RelayResponse):
         reason are the response. Calls ``ProxyConfig.authorize``; without one every client may call.
         """
         authorize = self._config.authorize
-        return authorize is None or await _result(authorize(self, target))
+        return authorize is None or await result_of(authorize(self, target))
 
     async def resolve_key(self, target: Target) -> Any:
         """Return the key for this call, from ``ProxyConfig.resolve_key`` or else the configuration; None for no key."""
         resolve_key = self._config.resolve_key
-        return self._config.any_key() if resolve_key is None else await _result(resolve_key(self, target))
-
-    async def _ask(self, function: Any, target: Target) -> Any:
-        """Return the result of the operator's function. Raise ClientDisconnected, and Misconfigured if it fails.
-
-        The log gets the kind and the place of its exception, because its text might hold a key or a client's data.
-        """
-        try:
-            result = await _result(function(target))
-        except (HTTPError, Finish, ProxyError):
-            raise
-        except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)
-            name = getattr(function, "__name__", "a function")
-            raise Misconfigured(describe_exception(name, exc)) from None
-        if self._finished or self._connection.stream.closed():
-            raise ClientDisconnected  # or the function has responded by itself
-        return result
+        return self._config.any_key() if resolve_key is None else await result_of(resolve_key(self, target))
 
     def _is_preflight(self) -> bool:
         names = {name for name, _ in self._pairs}
@@ -285,7 +279,10 @@ class FalProxyHandler(RelayResponse):
         call = self.call
         body = self._body.getvalue()
         self._drop_body()
+        transfer = None
         try:
+            if self._payer is not None:
+                await self._reserve(self._payer, self._backend, self._target, body)
             transfer = self._transfer = self._backend.client.start(
                 self.request.method or "",
                 self._target,
@@ -308,18 +305,13 @@ class FalProxyHandler(RelayResponse):
             else:
                 await self._write_stream(head, transfer, transfer.size if whole else head.length)
             self._end_call()
-        except (ClientDisconnected, StreamClosedError) as exc:
-            exc.__traceback__ = None  # it holds the frames that hold the future that holds it
-            self._end_disconnected()
-        except UpstreamError as exc:
-            self._log_upstream_error(exc)
-            if self._streaming:
-                self._abort(exc)
-            else:
-                self._refuse(exc)
+        except (ProxyError, StreamClosedError) as exc:
+            self._fail(exc)
         finally:
-            if self._transfer is not None:
-                self._transfer.cancel()
+            if transfer is not None:
+                transfer.cancel()
+            if self._spent is not None:
+                self._end_spending(self._spent, transfer)
             if self._finished:
                 self._end_call()
 
@@ -352,6 +344,18 @@ class FalProxyHandler(RelayResponse):
             self._budget.remove(self._counted)
             self._counted = 0
 
+    def _fail(self, error: ProxyError | StreamClosedError) -> None:
+        """Answer a call that cannot be relayed, or abort its response where that has begun."""
+        if isinstance(error, UpstreamError):
+            self._log_upstream_error(error)
+        if isinstance(error, ClientDisconnected | StreamClosedError):
+            error.__traceback__ = None  # it holds the frames that hold the future that holds it
+            self._end_disconnected()
+        elif self._streaming:
+            self._abort(error)
+        else:
+            self._refuse(error)
+
     def _log_upstream_error(self, error: UpstreamError) -> None:
         assert self._target is not None
         logger.warning(
@@ -372,11 +376,6 @@ def _check_budget(budget: BufferBudget) -> None:
     """Raise BuffersFull where the budget is exhausted."""
     if budget.exhausted:
         raise BuffersFull(f"{budget.used} bytes buffered, of max_buffered_bytes={budget.limit}")
-
-
-async def _result(value: Any) -> Any:
-    """Return ``value``, or what it becomes when it is awaited."""
-    return await value if inspect.isawaitable(value) else value
 
 
 def _authorization(key: object) -> bytes:

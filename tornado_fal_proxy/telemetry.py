@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from decimal import Decimal
 from typing import Any
 
 from tornado_fal_proxy.errors import ClientDisconnected, ProxyError, UpstreamError
@@ -42,6 +43,11 @@ class Call:
     there is no response of fal's, or no whole one. It is empty when all went well. ``detail`` explains it to an
     operator. If the call was refused, ``detail`` has the rule and an excerpt of the text that was refused.
 
+    Where an option of spending is set, a paid call has ``user``, ``plan`` (None for the default one) and ``endpoint``.
+    ``units`` and its ``cost`` in dollars are fal's bill where that is known, else an estimate: a queued job has its
+    estimate with the submit, and its bill with the result. ``job_id`` is fal's id of a queued job. Each is None where
+    it is not known.
+
     ``outcome`` is one of these:
 
     * ``ok``: fal's response was passed on, whatever its status; or the response was an application's own
@@ -52,13 +58,18 @@ class Call:
     """
 
     __slots__ = (
+        "accounted",
         "began",
+        "cost",
         "detail",
+        "endpoint",
         "error",
         "first_byte_s",
         "head",
+        "job_id",
         "method",
         "outcome",
+        "plan",
         "received_bytes",
         "relayed",
         "request_id",
@@ -66,6 +77,8 @@ class Call:
         "sent_bytes",
         "status",
         "target",
+        "units",
+        "user",
     )
 
     def __init__(self, method: str, given_id: str | None) -> None:
@@ -83,6 +96,13 @@ class Call:
         self.outcome = ""
         self.error = ""
         self.detail = ""
+        self.accounted = False  # whether an option of spending is set
+        self.user: str | None = None
+        self.plan: str | None = None
+        self.endpoint: str | None = None
+        self.units: Decimal | None = None
+        self.cost: Decimal | None = None
+        self.job_id: str | None = None
 
     def mark_first_byte(self) -> None:
         """Note the time at which the first byte of the response is about to leave."""
@@ -107,7 +127,7 @@ class Call:
     def fields(self, client: str) -> dict[str, Any]:
         """Return the fields of its line in the log, in the order of the line."""
         head, target = self.head, self.target
-        return {
+        fields = {
             "client": client,
             "method": self.method,
             "target": None if target is None else f"{target.host}{target.path}"[:_MAX_CHARS],
@@ -123,6 +143,16 @@ class Call:
             "error": self.error or None,
             "detail": self.detail[:_MAX_CHARS] or None,
         }
+        if self.accounted:
+            fields |= {
+                "user": self.user,
+                "plan": self.plan,
+                "endpoint": self.endpoint,
+                "units": None if self.units is None else float(self.units),
+                "cost": None if self.cost is None else float(self.cost),
+                "job_id": self.job_id,
+            }
+        return fields
 
 
 def _fal_request_id(head: ResponseHead) -> str | None:

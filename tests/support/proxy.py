@@ -9,7 +9,7 @@ from tornado.web import Application
 
 from tests.support.certificates import Authority
 from tests.support.scripted_upstream import Handler, Upstream
-from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams
+from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, flush_spending
 from tornado_fal_proxy.relay.backend import Backend, backends_of
 
 __all__ = ["KEY", "ROUTE", "SECRET", "Setup"]
@@ -49,6 +49,7 @@ class Setup:
             server.stop()
             close_upstreams(application)
             await server.close_all_connections()
+            await flush_spending(application)
 
         self._closers.append(close)
         return port

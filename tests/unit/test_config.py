@@ -420,7 +420,9 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority, tmp_path
     assert list(texts) == [option.name for option in relay_options()]
     environ = {ENV_PREFIX + name.upper(): text for name, (text, _) in texts.items()}
     config = ProxyConfig.from_env({**environ, "FAL_KEY": KEY, "FAL_PROXY_PORT": "x", "FAL_PROX": "1"})
-    assert dataclasses.asdict(config) == {"key": KEY, **{name: value for name, (_, value) in texts.items()}}
+    assert dataclasses.asdict(config) == {"key": KEY, "plans": None} | {
+        name: value for name, (_, value) in texts.items()
+    }
     for name, (_, value) in texts.items():
         assert type(getattr(config, name)) is type(value)
 

@@ -2,5 +2,7 @@
 
 * ``response``: how a response leaves Tornado, whole or as a stream, and how it is aborted
 * ``backend``: what handlers of one configuration share: connections to fal, slots, the sweep of slow bodies
+* ``hooks``: how functions of the operator's are asked
+* ``paying``: a call against the limits on spending
 * ``hangup``: notices clients that leave
 """

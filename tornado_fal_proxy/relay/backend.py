@@ -1,4 +1,4 @@
-"""Share connections to fal, slots and two watches between the handlers of one configuration.
+"""Share connections to fal, slots, a ledger and two watches between the handlers of one configuration.
 
 Strategy. A handler lives for one request, so everything that outlives a request is here: one :class:`Backend` for each
 application, configuration and loop, made on the first call and so after any fork. It closes client connections whose
@@ -21,9 +21,20 @@ from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import TooManyCalls
 from tornado_fal_proxy.relay.hangup import HangupWatch
+from tornado_fal_proxy.spending.ledger import Ledger
+from tornado_fal_proxy.spending.store import Store
 from tornado_fal_proxy.upstream.client import UpstreamClient
 
-__all__ = ["Backend", "BodyReceiver", "Slots", "backends_of", "close_upstreams", "shared_backend"]
+__all__ = [
+    "Backend",
+    "BodyReceiver",
+    "Slots",
+    "backends_of",
+    "close_upstreams",
+    "flush_spending",
+    "make_store",
+    "shared_backend",
+]
 
 # Limit how slowly a body may arrive: this much must come within this time, again and again, or the call is answered
 # 408, because a client would otherwise occupy a slot at no cost. The time outlasts a change from one network to
@@ -67,6 +78,8 @@ class Backend:
     def __init__(self, config: ProxyConfig) -> None:
         self.client = UpstreamClient(force_instance=True, config=config)
         self.slots = Slots(config.max_in_flight)
+        self._config = config
+        self._ledger: Ledger | None = None
         self._loop = asyncio.get_running_loop()
         self._hangups = HangupWatch()
         self._watched: dict[int, weakref.ref[IOStream]] = {}
@@ -75,6 +88,14 @@ class Backend:
         self._sweep = Sweep(BODY_SWEEP_S, self._end_slow_bodies)
         if (fd := self._hangups.fileno()) is not None:
             self._loop.add_reader(fd, self._close_left)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Return the ledger, which is made when it is first asked for. Only a configuration with a store has one."""
+        if self._ledger is None:
+            assert self._config.spending is not None
+            self._ledger = Ledger(self._config.spending, make_store(self._config))
+        return self._ledger
 
     def watch(self, stream: IOStream) -> None:
         """Close a client's ``stream`` from now on as soon as its peer leaves, which also tells its handler."""
@@ -101,6 +122,13 @@ class Backend:
             self._loop.remove_reader(fd)
         self._hangups.close()
         self.client.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    async def closed(self) -> None:
+        """Wait, after :meth:`close`, until what calls have spent is in the store: for some seconds at most."""
+        if self._ledger is not None:
+            await self._ledger.closed()
 
     def _close_left(self) -> None:
         for fd in self._hangups.hung_up():
@@ -121,7 +149,17 @@ class Backend:
         return bool(self._arriving)
 
 
+def make_store(config: ProxyConfig) -> Store:
+    """Return the store of a configuration, which is not open yet."""
+    from tornado_fal_proxy.spending.stores import parse_store  # costs memory, which is for those who spend
+
+    return parse_store(config.store)
+
+
 _backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], Backend]] = weakref.WeakKeyDictionary()
+
+# Backends that were closed, until somebody waits for their stores.
+_closing: weakref.WeakKeyDictionary[Application, list[Backend]] = weakref.WeakKeyDictionary()
 
 
 def shared_backend(application: Application, config: ProxyConfig) -> Backend:
@@ -142,7 +180,18 @@ def backends_of(application: Application) -> list[Backend]:
 def close_upstreams(application: Application) -> None:
     """Abort all upstream transfers of ``application`` and close its connections to fal.
 
-    Call it at the end of an application's life, after its server has stopped. A later call opens new connections.
+    Call it at the end of an application's life, after its server has stopped. A later call opens new connections. With
+    limits on spending ``await flush_spending(application)`` after it.
     """
     for backend in _backends.pop(application, {}).values():
         backend.close()
+        _closing.setdefault(application, []).append(backend)
+
+
+async def flush_spending(application: Application) -> None:
+    """Wait until what the calls of ``application`` have spent is in the store, for some seconds at most.
+
+    Call it after :func:`close_upstreams`, where limits on spending are set, before the loop ends.
+    """
+    for backend in _closing.pop(application, []):
+        await backend.closed()

@@ -34,6 +34,7 @@ from tornado_fal_proxy.errors import ClientDisconnected, MethodNotAllowed, Proxy
 from tornado_fal_proxy.rules.cors import CORS_PREFIX, CorsRules, vary
 from tornado_fal_proxy.rules.headers import ResponseHead
 from tornado_fal_proxy.rules.target import TARGET_HEADER
+from tornado_fal_proxy.spending.calls import SpendingCall
 from tornado_fal_proxy.telemetry import REQUEST_ID, Call
 from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.transfer import Transfer
@@ -58,12 +59,14 @@ class RelayResponse(RequestHandler):
     _config: ProxyConfig
     _cors: CorsRules | None
     _budget: BufferBudget | None
+    _spent: SpendingCall | None
     #: The facts of this call so far, for logs; see :meth:`on_call_end`.
     call: Call
 
     def _begin_response(self, config: ProxyConfig, cors: CorsRules | None) -> None:
         self._config, self._cors = config, cors
         self._budget = None
+        self._spent = None  # what follows a call that is counted
         self._responded = False  # the proxy's own response, or none, is all that follows
         self._streaming = False
         self._ended = False
@@ -108,10 +111,16 @@ class RelayResponse(RequestHandler):
             else:
                 names.add(name)
                 headers[name] = value
+        if self._spent is not None:
+            for name, value in self._spent.headers:
+                headers[name] = value
         if self._cors is not None or not names.isdisjoint(_OWN_NAMES):  # else they stand since the beginning
             self._add_own_headers(names)
 
     async def _write_whole(self, head: ResponseHead, body: bytes) -> None:
+        if self._spent is not None:
+            self._spent.tap(body)
+            await self._spent.complete(head)
         self.call.sent_bytes = len(body)
         if not head.has_body:
             # finish() alone would remove headers that describe the representation, such as a 304's content-type.
@@ -129,6 +138,7 @@ class RelayResponse(RequestHandler):
         self._streaming = True
         self._connection.stream.set_nodelay(True)
         await self._delivered(self.flush())
+        spent = self._spent
         undecoded = b""
         while chunk := await transfer.read():
             if head.event_stream:
@@ -137,12 +147,16 @@ class RelayResponse(RequestHandler):
             else:
                 chunk = transfer.read_rest(chunk)
             if chunk:
+                if spent is not None:
+                    spent.tap(chunk)
                 self.call.sent_bytes += len(chunk)
                 self.write(chunk)
                 await self._delivered(self.flush(), len(chunk))
         if undecoded:
             self.call.sent_bytes += len(undecoded)
             self.write(undecoded)
+        if spent is not None:
+            await spent.complete(head)
         self._streaming = False
         await self._delivered(self.finish())
         if self.request.version == "HTTP/1.0" and length is None:

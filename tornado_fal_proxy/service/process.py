@@ -23,7 +23,7 @@ from tornado.httpserver import HTTPServer
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
-from tornado_fal_proxy.relay.backend import backends_of, close_upstreams
+from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
@@ -120,6 +120,7 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     if admin is not None:
         admin.stop()  # before the wait below, in which connections that were accepted get their responses
     await server.close()
+    await flush_spending(application)
     if admin is not None:
         await admin.close_all_connections()
     if sandbox is not None:

@@ -19,7 +19,18 @@ from tornado_fal_proxy.spending.limits import MILLION, Limit, Window, parse_budg
 from tornado_fal_proxy.spending.prices import Price, Prices, prices_of
 from tornado_fal_proxy.spending.store import JOB_KEPT_S, Counter, Reservation
 
-__all__ = ["CALLS", "COUNTS", "ON_STORE_FAILURE", "Plan", "Rule", "SpendingRules", "Terms", "spending_rules"]
+__all__ = [
+    "ALLOW",
+    "CALLS",
+    "NO_RULES",
+    "REFUSE",
+    "UNITS",
+    "Plan",
+    "Rule",
+    "SpendingRules",
+    "Terms",
+    "spending_rules",
+]
 
 COUNTS = CALLS, UNITS = ("calls", "units")
 ON_STORE_FAILURE = REFUSE, ALLOW = ("refuse", "allow")
@@ -148,6 +159,10 @@ def _counters(
             key = f"{owner}/{what}/{limit.period}/{window.begins}"
             counters.append(Counter(key, limit.amount, window.ends))
     return rules, tuple(counters)
+
+
+# Counts nothing: for a handler that overrides check_input, without any option of spending.
+NO_RULES = SpendingRules(plans={}, job_lifetime_s=0, account_days=0)
 
 
 # From options to rules.

@@ -16,7 +16,7 @@ from typing import Protocol
 
 __all__ = ["JOB_KEPT_S", "UNFINISHED", "Counter", "Reservation", "Standing", "Store", "StoreFailed", "Usage"]
 
-# Limits, in seconds, for how long a job is kept after its reservation: a late result settles it, and its user may read it.
+# Limits, in seconds, for how long a job is kept after its reservation: a late result settles it, its user may read it.
 JOB_KEPT_S = 7 * 86_400
 # The place in Standing.refused_by of the limit of unfinished jobs.
 UNFINISHED = -1
@@ -121,6 +121,9 @@ class Store(Protocol):
 
     async def owner(self, job_id: str) -> str | None:
         """Return the user who reserved the job; None where it is not known, or not any more."""
+
+    async def endpoint(self, job_id: str) -> str | None:
+        """Return the endpoint of a job, whose price a bill needs; None where the job is not known, or not any more."""
 
     async def usage(self, since: str, until: str) -> Sequence[Usage]:
         """Return the rows of the account from day ``since`` to day ``until``, both included, by day, user, endpoint."""

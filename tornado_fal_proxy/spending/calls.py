@@ -1,0 +1,198 @@
+"""Follow one call from its reservation to its end: a paid call, or a free call of a queued job.
+
+Strategy. The handler tells a call three things: each piece of the response's body, that the response is complete, and
+that there is none or not all of it. This module decides, once for each call, which of that the store must know:
+
+* fal's bill settles the call.
+* A status by which fal says that nothing ran, or for which it does not charge, gives the call back.
+* Any other complete response ends the call, and the estimate stays. A submit is no end: its job gets fal's id.
+* Without a complete response the call is given back if it certainly did not leave. Otherwise it may still run: the
+  estimate stays, and the call counts as unfinished up to its lifetime.
+
+Sources: fal's pages on billing and on its queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from contextlib import suppress
+from typing import Protocol
+
+from tornado_fal_proxy.rules.headers import ResponseHead
+from tornado_fal_proxy.spending.ledger import Ledger
+from tornado_fal_proxy.spending.plans import Terms
+from tornado_fal_proxy.spending.prices import billed_units
+from tornado_fal_proxy.spending.refusals import limit_fields, refusal
+
+__all__ = ["JobCall", "PaidCall", "SpendingCall", "submitted_id"]
+
+# Limits what is kept of the response to a submit, which has a few hundred bytes.
+MAX_SUBMIT_BYTES = 65_536
+# The statuses by which fal, or what stands before it, says that a call did not run. It does not charge for its own
+# errors (500 and more) either. A 504 says no more than that the result took too long.
+_DID_NOT_RUN = frozenset({401, 403, 404, 405, 413, 415, 429})
+_MAY_HAVE_RUN = 504
+# A queued job's status in JSON, or in an event. In a string of JSON each quotation mark has a backslash before it, so
+# nothing that a model has written matches.
+_COMPLETED = re.compile(rb'"status"[ \t\r\n]{0,8}:[ \t\r\n]{0,8}"COMPLETED"')
+_MAX_COMPLETED_BYTES = 40
+_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+def did_not_run(status: int) -> bool:
+    """Return whether a response with this status, and without a bill, says that nothing is charged."""
+    return status in _DID_NOT_RUN or (status >= 500 and status != _MAY_HAVE_RUN)
+
+
+def submitted_id(head: ResponseHead, body: bytes) -> str | None:
+    """Return the id that fal has given a job, from its response to the submit; None where there is none."""
+    with suppress(ValueError, RecursionError):
+        fields = json.loads(body)
+        found = fields.get("request_id") if isinstance(fields, dict) else None
+        if isinstance(found, str) and _REQUEST_ID.fullmatch(found):
+            return found
+    ids = [value for name, value in head.headers if name == "x-fal-request-id" and _REQUEST_ID.fullmatch(value)]
+    return ids[0] if len(ids) == 1 else None
+
+
+class SpendingCall(Protocol):
+    """Describe what a response needs of the call that it belongs to.
+
+    ``headers`` are for the client. ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known.
+    """
+
+    headers: tuple[tuple[str, str], ...]
+    job_id: str | None
+    units: int | None
+    cost: int | None
+
+    def tap(self, data: bytes) -> None:
+        """Take a piece of the response's body."""
+
+    async def complete(self, head: ResponseHead) -> None:
+        """Note that the response is complete, before its last byte leaves."""
+
+    def abandon(self, head: ResponseHead | None, *, sent: bool) -> None:
+        """Note that the response is not complete, unless it is. ``sent`` tells whether the request may have left."""
+
+
+class PaidCall:
+    """A paid call, from before its reservation. It may also pass unreserved, while the store fails."""
+
+    def __init__(self, ledger: Ledger, terms: Terms, *, queued: bool) -> None:
+        self.headers: tuple[tuple[str, str], ...] = ()
+        self.job_id: str | None = None
+        self.units: int | None = terms.reservation.units
+        self.cost: int | None = None if terms.price is None else terms.reservation.cost
+        self._ledger, self._terms, self._queued = ledger, terms, queued
+        self._id = terms.reservation.id
+        self._over = False
+        self._body = b""
+
+    async def reserve(self) -> None:
+        """Reserve the call. Raise SpendingRefused or StoreUnavailable."""
+        ledger, terms = self._ledger, self._terms
+        ledger.unfinished += 1
+        try:
+            standing = await ledger.reserve(terms)
+            if standing is not None:
+                now = ledger.now()
+                if standing.refused_by is not None:
+                    raise refusal(terms, standing, now)
+                self.headers = limit_fields(terms, standing, now)
+        except BaseException:
+            self._is_first_end()
+            raise
+
+    def tap(self, data: bytes) -> None:
+        """Keep the response to a submit, which has the job's id."""
+        if self._queued and len(self._body) < MAX_SUBMIT_BYTES:
+            self._body += data
+
+    async def complete(self, head: ResponseHead) -> None:
+        """Settle, give back or end the call, or give its job fal's id."""
+        if self._is_first_end():
+            await self._ledger.wait(self._note(head, ends=True))
+
+    def abandon(self, head: ResponseHead | None, *, sent: bool) -> None:
+        """Give the call back if it did not leave. Otherwise note what the head says, if that is all there is to say."""
+        if not self._is_first_end():
+            return
+        if not sent:
+            self._give_back()
+        elif head is not None and not head.event_stream:
+            self._note(head, ends=False)
+
+    def _is_first_end(self) -> bool:
+        first, self._over = not self._over, True
+        self._ledger.unfinished -= first
+        return first
+
+    def _note(self, head: ResponseHead, *, ends: bool) -> asyncio.Future[None] | None:
+        """Note what a head says of the call. Where it says nothing, ``ends`` tells whether the call is over."""
+        if self._queued and 200 <= head.status < 300:
+            return self._submitted(head)
+        if (units := billed_units(head.headers)) is not None:
+            price = self._terms.price
+            self.units, self.cost = units, None if price is None else price.cost(units)
+            return self._ledger.settle(self._id, units, self.cost or 0)
+        if did_not_run(head.status):
+            return self._give_back()
+        return self._ledger.end(self._id) if ends else None
+
+    def _give_back(self) -> asyncio.Future[None]:
+        self.units, self.cost = 0, None if self.cost is None else 0
+        return self._ledger.give_back(self._id)
+
+    def _submitted(self, head: ResponseHead) -> asyncio.Future[None] | None:
+        self.job_id = submitted_id(head, self._body)
+        if self.job_id is None:
+            return None
+        job = self._terms.reservation
+        return self._ledger.submitted(self._id, self.job_id, job.user, job.endpoint)
+
+
+class JobCall:
+    """A free call of a queued job: its status, as JSON or as events, its result, or its cancel."""
+
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, ledger: Ledger, job_id: str, kind: str) -> None:
+        self.job_id: str | None = job_id
+        self.units: int | None = None
+        self.cost: int | None = None
+        self._ledger, self._id, self._kind = ledger, job_id, kind
+        self._tail = b""
+        self._completed = False
+
+    def tap(self, data: bytes) -> None:
+        """Look for the status that ends the job."""
+        if self._completed or self._kind not in ("queue_status", "queue_stream"):
+            return
+        data = self._tail + data
+        self._completed = _COMPLETED.search(data) is not None
+        self._tail = data[-_MAX_COMPLETED_BYTES:]
+
+    async def complete(self, head: ResponseHead) -> None:
+        """Settle or end the job, where the response says so."""
+        await self._ledger.wait(self._note(head))
+
+    def abandon(self, head: ResponseHead | None, *, sent: bool) -> None:
+        """Do as if the response were complete: it says nothing else, and nothing is noted twice."""
+        if head is not None and sent:
+            self._note(head)
+
+    def _note(self, head: ResponseHead) -> asyncio.Future[None] | None:
+        accepted = 200 <= head.status < 300
+        if self._kind == "queue_result":
+            # 202 is the response to a request for a result that is not there yet, and 422 is a result that is an error.
+            if head.status == 202 or not (accepted or head.status == 422):
+                return None
+            if (units := billed_units(head.headers)) is not None:
+                self.units = units
+                return self._ledger.settle_job(self._id, units)
+        elif not accepted or not (self._completed or self._kind == "queue_cancel"):
+            return None
+        return self._ledger.end_job(self._id)

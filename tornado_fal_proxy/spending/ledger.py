@@ -1,0 +1,243 @@
+"""Stand between paid calls and the store: open it, keep what is asked of it in order, log its failures.
+
+Strategy. A reservation is awaited, because a call must not leave without it. All else happens beside the calls: it is a
+task that the ledger keeps until it is done, and that a response waits for only a moment. So a client whose job has
+ended finds its place free at once, and a store that hangs holds up no result.
+
+A small memory of jobs saves the store from polls: it has who submitted a job, and whether it has ended already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+from tornado_fal_proxy.errors import StoreUnavailable
+from tornado_fal_proxy.spending.plans import SpendingRules, Terms
+from tornado_fal_proxy.spending.store import Standing, Store, StoreFailed
+
+__all__ = ["KnownJob", "Ledger"]
+
+logger = logging.getLogger("tornado_fal_proxy")
+
+# Limits the jobs that are remembered: those of some minutes, at about 300 bytes each. Others cost a look at the store.
+MAX_KNOWN_JOBS = 10_000
+# Limits what waits for a store that hangs. Beyond it estimates stay as they are.
+MAX_PENDING = 10_000
+# Limits how long a response waits until its job's end is in the store.
+MAX_WAIT_S = 1.0
+# Limits how long a shutdown waits for the store.
+CLOSE_TIMEOUT_S = 5.0
+# The time between two lines about a store that fails, and between two clean-ups of it.
+LOG_INTERVAL_S, PRUNE_INTERVAL_S = 60.0, 6 * 3600.0
+
+
+class KnownJob:
+    """Remember a queued job: its user and its endpoint where they are known, and what the store knows of its end."""
+
+    __slots__ = ("ended", "endpoint", "settled", "user")
+
+    def __init__(self, user: str | None = None, endpoint: str | None = None) -> None:
+        self.user, self.endpoint = user, endpoint
+        self.ended = self.settled = False
+
+
+class Ledger:
+    """Use one store on one loop. Its methods do not raise unless they say so."""
+
+    def __init__(self, rules: SpendingRules, store: Store, now: Callable[[], float] = time.time) -> None:
+        self.rules = rules
+        self.now = now
+        #: The paid calls that are not over yet. A shutdown waits for them.
+        self.unfinished = 0
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._opened = self._closed = False
+        self._opening = asyncio.Lock()
+        self._pending: set[asyncio.Task[None]] = set()
+        self._known: OrderedDict[str, KnownJob] = OrderedDict()
+        self._logged_at = self._pruned_at = float("-inf")
+        self._closing: asyncio.Task[None] | None = None
+
+    # Awaited by calls.
+
+    async def reserve(self, terms: Terms) -> Standing | None:
+        """Return what the store says to a reservation; None where it fails and calls pass all the same.
+
+        Raise StoreUnavailable where it fails and they do not.
+        """
+        try:
+            await self._open()
+            return await self._store.reserve(terms.reservation)
+        except StoreFailed as exc:
+            if self.rules.refuses_on_failure:
+                self._log(exc, "paid calls are answered 503")
+                self.give_back(terms.reservation.id)  # it may have been reserved before it failed
+                raise StoreUnavailable(f"store: {exc}") from None
+            self._log(exc, "paid calls pass uncounted, because on_store_failure is allow")
+            return None
+
+    async def may_read(self, job_id: str, user: str) -> bool:
+        """Return whether a queued job is one of this user's. Raise StoreUnavailable."""
+        known = self.known(job_id)
+        if known.user is None:
+            try:
+                await self._open()
+                known.user = await self._store.owner(job_id)
+            except StoreFailed as exc:
+                if self.rules.refuses_on_failure:
+                    self._log(exc, "calls for jobs are answered 503")
+                    raise StoreUnavailable(f"store: {exc}") from None
+                self._log(exc, "anyone may read a job, because on_store_failure is allow")
+                return True
+        return known.user == user
+
+    # Beside the calls. Each returns a task, which ends even if the store fails.
+
+    def settle(self, id: str, units: int, cost: int) -> asyncio.Future[None]:
+        """Note fal's bill of a call."""
+        return self._later(lambda: self._store.settle(id, units, cost))
+
+    def end(self, id: str) -> asyncio.Future[None]:
+        """Note that a call is over, and keep its estimate."""
+        return self._later(lambda: self._store.end(id))
+
+    def give_back(self, id: str) -> asyncio.Future[None]:
+        """Note that a call did not run."""
+        return self._later(lambda: self._store.give_back(id))
+
+    def submitted(self, id: str, job_id: str, user: str, endpoint: str) -> asyncio.Future[None]:
+        """Note the id that fal has given a queued job."""
+        known = self.known(job_id)
+        known.user, known.endpoint = user, endpoint
+        return self._later(lambda: self._store.rename(id, job_id))
+
+    def end_job(self, job_id: str) -> asyncio.Future[None] | None:
+        """Note that a queued job has ended; None where that is known."""
+        known = self.known(job_id)
+        if known.ended:
+            return None
+
+        async def end() -> None:
+            try:
+                await self._store.end(job_id)
+            except StoreFailed:
+                known.ended = False
+                raise
+
+        known.ended = True
+        return self._later(end)
+
+    def settle_job(self, job_id: str, units: int) -> asyncio.Future[None] | None:
+        """Note fal's bill of a queued job; None where that is known."""
+        known = self.known(job_id)
+        if known.settled:
+            return None
+
+        async def settle() -> None:
+            try:
+                endpoint = known.endpoint or await self._store.endpoint(job_id)
+                if endpoint is not None:  # else the job is none of this proxy's
+                    price = self.rules.price(endpoint)
+                    await self._store.settle(job_id, units, 0 if price is None else price.cost(units))
+            except StoreFailed:
+                known.settled = False
+                raise
+
+        known.ended = known.settled = True
+        return self._later(settle)
+
+    @staticmethod
+    async def wait(task: asyncio.Future[None] | None) -> None:
+        """Wait for one of these tasks for a moment, so that the client's next call finds it done."""
+        if task is not None:
+            await asyncio.wait((task,), timeout=MAX_WAIT_S)
+
+    def known(self, job_id: str) -> KnownJob:
+        """Return what is remembered of a queued job, which is remembered from now on."""
+        known = self._known.get(job_id)
+        if known is None:
+            known = self._known[job_id] = KnownJob()
+            if len(self._known) > MAX_KNOWN_JOBS:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(job_id)
+        return known
+
+    # The end.
+
+    def close(self) -> None:
+        """Begin to close: calls that are not over may still be noted, for CLOSE_TIMEOUT_S at most."""
+        if self._closing is None and not self._loop.is_closed():
+            self._closing = self._loop.create_task(self._close())
+
+    async def closed(self) -> None:
+        """Close, and wait until it is done: for CLOSE_TIMEOUT_S, and the time that the store needs."""
+        self.close()
+        if self._closing is not None:
+            await self._closing
+
+    async def flush(self) -> None:
+        """Wait until all that was noted is in the store, for CLOSE_TIMEOUT_S at most."""
+        if self._pending:
+            await asyncio.wait(self._pending, timeout=CLOSE_TIMEOUT_S)
+
+    async def _close(self) -> None:
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        try:
+            # Once in a process's life: no call pays for an event.
+            while (self.unfinished or self._pending) and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            if self._pending:
+                logger.warning("store: %d notes of calls are lost, because it does not respond", len(self._pending))
+        finally:
+            self._closed = True
+            for task in self._pending:
+                task.cancel()
+            if self._opened:
+                try:
+                    await self._store.close()
+                except StoreFailed as exc:
+                    self._log(exc, "at the end")
+
+    # Helpers.
+
+    async def _open(self) -> None:
+        """Open the store on its first use, and clean it up from time to time. Raise StoreFailed."""
+        if self._closed:
+            raise StoreFailed("the proxy is closing")
+        if not self._opened:
+            async with self._opening:
+                if not self._opened:
+                    await self._store.open()
+                    self._opened = True
+        if (now := time.monotonic()) - self._pruned_at > PRUNE_INTERVAL_S:
+            self._pruned_at = now
+            self._later(lambda: self._store.prune(int(self.now()), self.rules.account_days))
+
+    def _later(self, operation: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
+        if self._closed or len(self._pending) >= MAX_PENDING:
+            self._log(StoreFailed("too much waits for it, or it is closed"), "an estimate is kept")
+            done: asyncio.Future[None] = self._loop.create_future()
+            done.set_result(None)
+            return done
+        task = self._loop.create_task(self._noted(operation))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        return task
+
+    async def _noted(self, operation: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self._open()
+            await operation()
+        except StoreFailed as exc:
+            self._log(exc, "an estimate is kept")
+
+    def _log(self, exc: StoreFailed, consequence: str) -> None:
+        """Log a failure, at most once in LOG_INTERVAL_S."""
+        if (now := time.monotonic()) - self._logged_at >= LOG_INTERVAL_S:
+            self._logged_at = now
+            logger.warning("store failed: %s; %s", exc, consequence)
