@@ -102,6 +102,9 @@ class PaidCall:
                 if standing.refused_by is not None:
                     raise refusal(terms, standing, now)
                 self.headers = limit_fields(terms, standing, now)
+        except asyncio.CancelledError:
+            self.abandon(None, sent=False)
+            raise
         except BaseException:
             self._is_first_end()
             raise

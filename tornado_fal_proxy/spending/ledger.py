@@ -75,7 +75,6 @@ class Ledger:
         except StoreFailed as exc:
             if self.rules.refuses_on_failure:
                 self._log(exc, "paid calls are answered 503")
-                self.give_back(terms.reservation.id)  # it may have been reserved before it failed
                 raise StoreUnavailable(f"store: {exc}") from None
             self._log(exc, "paid calls pass uncounted, because on_store_failure is allow")
             return None
@@ -212,8 +211,8 @@ class Ledger:
         if not self._opened:
             async with self._opening:
                 if not self._opened:
+                    self._opened = True  # also where it fails: then each operation tries to connect
                     await self._store.open()
-                    self._opened = True
         if (now := time.monotonic()) - self._pruned_at > PRUNE_INTERVAL_S:
             self._pruned_at = now
             self._later(lambda: self._store.prune(int(self.now()), self.rules.account_days))
