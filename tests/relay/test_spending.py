@@ -46,6 +46,7 @@ def streams(*, breaks: bool = False, headers: list[tuple[str, str]] | None = Non
         await exchange.body()
         await exchange.start(200, [*EVENT_STREAM, *(headers or [])])
         await exchange.send(EVENT)
+        await asyncio.sleep(0.02)  # else the response is complete before it is relayed, and leaves as a whole
         if breaks:
             exchange.reset()
         else:
