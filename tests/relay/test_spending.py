@@ -91,7 +91,7 @@ async def test_a_run(
     client = await RawClient.open(port)
     await client.send()
     try:
-        await client.response()
+        assert '"jobs-per-user-day";r=9' in str((await client.response()).header("ratelimit"))
     except asyncio.IncompleteReadError:
         assert sums == UNFINISHED
     assert store.sums() == sums
@@ -649,7 +649,7 @@ async def test_facts_of_a_call(setup: Setup, store: FakeStore) -> None:
     submitted, result = (call.fields("") for call in ended[2:])
     spent = ("user", "plan", "endpoint", "units", "cost", "job_id")
     assert [submitted[name] for name in spent] == ["ann", None, "fal-ai/flux/dev", 2.0, 0.02, JOB_ID]
-    assert [result[name] for name in spent] == [None, None, None, 3.0, None, JOB_ID]
+    assert [result[name] for name in spent] == ["ann", None, "fal-ai/flux/dev", 3.0, 0.03, JOB_ID]
 
 
 @pytest.mark.gen_test

@@ -173,7 +173,11 @@ class PayingResponse(HookedResponse):
     def _end_call(self, error: BaseException | None = None) -> None:
         if self._spent is not None and not self._ended:
             call, spent = self.call, self._spent
-            call.job_id = spent.job_id
+            call.job_id, call.user, call.endpoint = (
+                spent.job_id,
+                spent.user or call.user,
+                spent.endpoint or call.endpoint,
+            )
             call.units = None if spent.units is None else Decimal(spent.units) / MILLION
             call.cost = None if spent.cost is None else Decimal(spent.cost) / MILLION
         super()._end_call(error)

@@ -213,7 +213,7 @@ class RelayResponse(RequestHandler):
         self._release()
         super().clear()
         self.set_status(status)
-        for name, value in headers:
+        for name, value in (*headers, *(() if self._spent is None else self._spent.headers)):
             self.set_header(name, value)
         self._add_own_headers()
         self.set_header("Content-Type", "application/json")

@@ -60,11 +60,14 @@ def submitted_id(head: ResponseHead, body: bytes) -> str | None:
 class SpendingCall(Protocol):
     """Describe what a response needs of the call that it belongs to.
 
-    ``headers`` are for the client. ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known.
+    ``headers`` are for the client. ``user`` and ``endpoint`` are those of the paid call.
+    ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known.
     """
 
     headers: tuple[tuple[str, str], ...]
     job_id: str | None
+    user: str | None
+    endpoint: str | None
     units: int | None
     cost: int | None
 
@@ -84,6 +87,8 @@ class PaidCall:
     def __init__(self, ledger: Ledger, terms: Terms, *, queued: bool) -> None:
         self.headers: tuple[tuple[str, str], ...] = ()
         self.job_id: str | None = None
+        self.user: str | None = terms.reservation.user
+        self.endpoint: str | None = terms.reservation.endpoint
         self.units: int | None = terms.reservation.units
         self.cost: int | None = None if terms.price is None else terms.reservation.cost
         self._ledger, self._terms, self._queued = ledger, terms, queued
@@ -111,8 +116,8 @@ class PaidCall:
 
     def tap(self, data: bytes) -> None:
         """Keep the response to a submit, which has the job's id."""
-        if self._queued and len(self._body) < MAX_SUBMIT_BYTES:
-            self._body += data
+        if self._queued and len(self._body) <= MAX_SUBMIT_BYTES:
+            self._body += data[: MAX_SUBMIT_BYTES + 1 - len(self._body)]  # a larger one is cut, and so no JSON
 
     async def complete(self, head: ResponseHead) -> None:
         """Settle, give back or end the call, or give its job fal's id."""
@@ -164,6 +169,8 @@ class JobCall:
 
     def __init__(self, ledger: Ledger, job_id: str, kind: str) -> None:
         self.job_id: str | None = job_id
+        self.user: str | None = None
+        self.endpoint: str | None = None
         self.units: int | None = None
         self.cost: int | None = None
         self._ledger, self._id, self._kind = ledger, job_id, kind
@@ -181,6 +188,9 @@ class JobCall:
     async def complete(self, head: ResponseHead) -> None:
         """Settle or end the job, where the response says so."""
         await self._ledger.wait(self._note(head))
+        if self.units is not None:
+            known = self._ledger.known(self._id)
+            self.user, self.endpoint, self.cost = known.user, known.endpoint, known.cost
 
     def abandon(self, head: ResponseHead | None, *, sent: bool) -> None:
         """Do as if the response were complete: it says nothing else, and nothing is noted twice."""
@@ -194,8 +204,9 @@ class JobCall:
             if head.status == 202 or not (accepted or head.status == 422):
                 return None
             if (units := billed_units(head.headers)) is not None:
-                self.units = units
-                return self._ledger.settle_job(self._id, units)
+                settles = self._ledger.settle_job(self._id, units)
+                self.units = None if settles is None else units  # else another call has reported it
+                return settles
         elif not accepted or not (self._completed or self._kind == "queue_cancel"):
             return None
         return self._ledger.end_job(self._id)

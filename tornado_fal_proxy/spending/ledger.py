@@ -36,12 +36,13 @@ LOG_INTERVAL_S, PRUNE_INTERVAL_S = 60.0, 6 * 3600.0
 
 
 class KnownJob:
-    """Remember a queued job: its user and its endpoint where they are known, and what the store knows of its end."""
+    """Remember a queued job: user, endpoint and bill where they are known, and what the store knows of its end."""
 
-    __slots__ = ("ended", "endpoint", "settled", "user")
+    __slots__ = ("cost", "ended", "endpoint", "settled", "user")
 
     def __init__(self, user: str | None = None, endpoint: str | None = None) -> None:
         self.user, self.endpoint = user, endpoint
+        self.cost: int | None = None
         self.ended = self.settled = False
 
 
@@ -138,10 +139,13 @@ class Ledger:
 
         async def settle() -> None:
             try:
-                endpoint = known.endpoint or await self._store.endpoint(job_id)
-                if endpoint is not None:  # else the job is none of this proxy's
-                    price = self.rules.price(endpoint)
-                    await self._store.settle(job_id, units, 0 if price is None else price.cost(units))
+                if known.endpoint is None:
+                    known.endpoint = await self._store.endpoint(job_id)
+                    known.user = await self._store.owner(job_id)
+                if known.endpoint is not None:  # else the job is none of this proxy's
+                    price = self.rules.price(known.endpoint)
+                    known.cost = None if price is None else price.cost(units)
+                    await self._store.settle(job_id, units, known.cost or 0)
             except StoreFailed:
                 known.settled = False
                 raise

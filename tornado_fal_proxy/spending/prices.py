@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 from tornado_fal_proxy.rules.patterns import Pattern
-from tornado_fal_proxy.spending.limits import MAX_AMOUNT, MILLION, millionths
+from tornado_fal_proxy.spending.limits import MAX_AMOUNT, millionths
 
 __all__ = ["BILL", "Price", "Prices", "billed_units", "estimated_units", "prices_of"]
 
@@ -114,6 +114,3 @@ def _number(value: object) -> Decimal | None:
     except InvalidOperation:
         return None
     return number if number.is_finite() and 0 <= number <= MAX_NUMBER else None
-
-
-assert MAX_NUMBER * MILLION <= MAX_AMOUNT

@@ -17,10 +17,8 @@ from tornado_fal_proxy.spending.limits import MILLION, dollars
 from tornado_fal_proxy.spending.plans import Rule, Terms
 from tornado_fal_proxy.spending.store import UNFINISHED, Standing
 
-__all__ = ["LIMIT_HEADERS", "limit_fields", "refusal"]
+__all__ = ["limit_fields", "refusal"]
 
-# The headers that a page of another origin may read beside those of fal's.
-LIMIT_HEADERS = ("RateLimit", "RateLimit-Policy", "Retry-After")
 # The seconds after which a client may ask whether one of its jobs has ended. Nobody knows when one does.
 UNFINISHED_RETRY_S = 5
 # The periods whose end a client may wait for.
