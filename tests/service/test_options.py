@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,20 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "authorize": ("os.path:exists", "os.path:isfile", os.path.exists),
     "resolve_key": ("os.path:join", "os.path:isfile", os.path.join),
     "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
+    "identify": ("os.path:exists", "os.path:isfile", os.path.exists),
+    "jobs_per_user": ("5/minute,20/day", "1/hour", "5/minute,20/day"),
+    "unfinished_jobs_per_user": ("2", "3", 2),
+    "budget_per_user": ("1.00/day", "2/month", "1.00/day"),
+    "jobs": ("5/minute,20/day", "1/hour", "5/minute,20/day"),
+    "budget": ("1.00/day", "2/month", "1.00/day"),
+    "count": ("UNITS", "calls", "units"),
+    "prices": ("{prices}", "", "{prices}"),
+    "input_units": ("os.path:exists", "os.path:isfile", os.path.exists),
+    "check_input": ("os.path:exists", "os.path:isfile", os.path.exists),
+    "store": ("memory", "sqlite:spent.db", "memory"),
+    "on_store_failure": ("Allow", "refuse", "allow"),
+    "job_lifetime_s": ("60", "61", 60),
+    "account_days": ("30", "31", 30),
     "processes": ("3", "2", 3),
     "drain_timeout_s": ("0", "1.5", 0.0),
     "worker_timeout_s": ("0", "1.5", 0.0),
@@ -44,11 +59,16 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "admin_port": ("0", "9000", 0),
     "admin_address": ("::1", "0.0.0.0", "::1"),
 }
-SWITCHES = ("event_streams_over_http1", "allow_uploads", "allow_cancel", "allow_credentials")
+SWITCHES = (
+    *("event_streams_over_http1", "allow_uploads", "allow_cancel", "allow_credentials"),
+    *("own_jobs_only", "tag_users"),
+)
 NO_DEFAULT = (
     "max_buffered_bytes",
     *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
     *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
+    *("identify", "jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget"),
+    *("prices", "input_units", "check_input", "store"),
 )
 
 
@@ -56,7 +76,7 @@ def test_the_table_has_every_option() -> None:
     """The table above has every option, so the tests below cover a new one."""
     actions = {action.dest for action in _parser()._actions}
     assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
-    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", *SWITCHES}
+    relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", "plans", *SWITCHES}
     assert relayed < set(OPTIONS)
 
 
@@ -70,6 +90,7 @@ def test_help_lists_every_option() -> None:
         "listening:",
         "relaying:",
         "access:",
+        "spending:",
         "processes:",
         "watching:",
         "other:",
@@ -87,13 +108,17 @@ def test_help_lists_every_option() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, name: str) -> None:
+def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, tmp_path: Path, name: str) -> None:
     """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same; the option wins."""
-    text, other, value = (authority.ca_file if item == "{ca}" else item for item in OPTIONS[name])
+    prices = tmp_path / "prices.toml"
+    prices.write_text('"**" = 1\n')
+    files = {"{ca}": authority.ca_file, "{prices}": str(prices)}
+    text, other, value = (files.get(item, item) if isinstance(item, str) else item for item in OPTIONS[name])
+    needed = {"FAL_PROXY_PRICES": str(prices)} if name.startswith("budget") else {}
     option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
 
     def parsed(argv: list[str], environ: dict[str, str]) -> Any:
-        settings = parse_settings(argv, WITH_KEY | environ)
+        settings = parse_settings(argv, WITH_KEY | needed | environ)
         assert settings.config is not None
         return getattr(settings, name, None) if hasattr(settings, name) else getattr(settings.config, name)
 

@@ -79,7 +79,7 @@ class Backend:
         self.client = UpstreamClient(force_instance=True, config=config)
         self.slots = Slots(config.max_in_flight)
         self._config = config
-        self._ledger: Ledger | None = None
+        self.ledger_in_use: Ledger | None = None  # None until a call needs one
         self._loop = asyncio.get_running_loop()
         self._hangups = HangupWatch()
         self._watched: dict[int, weakref.ref[IOStream]] = {}
@@ -92,10 +92,10 @@ class Backend:
     @property
     def ledger(self) -> Ledger:
         """Return the ledger, which is made when it is first asked for. Only a configuration with a store has one."""
-        if self._ledger is None:
+        if self.ledger_in_use is None:
             assert self._config.spending is not None
-            self._ledger = Ledger(self._config.spending, make_store(self._config))
-        return self._ledger
+            self.ledger_in_use = Ledger(self._config.spending, make_store(self._config))
+        return self.ledger_in_use
 
     def watch(self, stream: IOStream) -> None:
         """Close a client's ``stream`` from now on as soon as its peer leaves, which also tells its handler."""
@@ -122,13 +122,8 @@ class Backend:
             self._loop.remove_reader(fd)
         self._hangups.close()
         self.client.close()
-        if self._ledger is not None:
-            self._ledger.close()
-
-    async def closed(self) -> None:
-        """Wait, after :meth:`close`, until what calls have spent is in the store: for some seconds at most."""
-        if self._ledger is not None:
-            await self._ledger.closed()
+        if self.ledger_in_use is not None:
+            self.ledger_in_use.close()
 
     def _close_left(self) -> None:
         for fd in self._hangups.hung_up():
@@ -158,8 +153,8 @@ def make_store(config: ProxyConfig) -> Store:
 
 _backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], Backend]] = weakref.WeakKeyDictionary()
 
-# Backends that were closed, until somebody waits for their stores.
-_closing: weakref.WeakKeyDictionary[Application, list[Backend]] = weakref.WeakKeyDictionary()
+# Ledgers that close, until somebody waits for it.
+_closing: weakref.WeakKeyDictionary[Application, list[Ledger]] = weakref.WeakKeyDictionary()
 
 
 def shared_backend(application: Application, config: ProxyConfig) -> Backend:
@@ -185,7 +180,8 @@ def close_upstreams(application: Application) -> None:
     """
     for backend in _backends.pop(application, {}).values():
         backend.close()
-        _closing.setdefault(application, []).append(backend)
+        if (ledger := backend.ledger_in_use) is not None:
+            _closing.setdefault(application, []).append(ledger)
 
 
 async def flush_spending(application: Application) -> None:
@@ -193,5 +189,5 @@ async def flush_spending(application: Application) -> None:
 
     Call it after :func:`close_upstreams`, where limits on spending are set, before the loop ends.
     """
-    for backend in _closing.pop(application, []):
-        await backend.closed()
+    for ledger in _closing.pop(application, []):
+        await ledger.closed()
