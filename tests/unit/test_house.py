@@ -25,6 +25,7 @@ CROSSINGS = {
     "telemetry": {"rules", "errors"},
     "upstream": {"rules", "config", "memory", "errors", "_sweep"},
     "relay": {"upstream", "rules", "config", "telemetry", "errors", "_sweep"},
+    "spending": {"rules", "errors"},
     "handler": {"relay", "upstream", "rules", "config", "credentials", "telemetry", "errors"},
     "sandbox": set(),
     "__init__": {"handler", "relay", "rules", "config", "telemetry", "errors", "_version"},
