@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.scripted_upstream import Exchange, Handler
 from tests.support.stub_handlers import EVENT, EVENT_STREAM, JSON, Gate, fine, must_not_be_called, resets, responds
 from tests.support.waiting import arrived, eventually
 from tornado_fal_proxy import Call, FalProxyHandler, Target
+from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 
 RUN, QUEUE, WMA = "https://fal.run/fal-ai/flux/dev", "https://queue.fal.run/fal-ai/flux/dev", "https://wma.fal.run"
 TOKEN, UPLOAD = "https://rest.fal.ai/tokens/", "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn-v3"
@@ -391,6 +393,29 @@ async def test_a_crowd_gets_no_job_more(setup: Setup, store: FakeStore, protocol
     responses = await asyncio.gather(*(call(port) for _ in range(200)))
     assert sorted(response.status for response in responses) == [200] * 37 + [402] * 163
     assert len(upstream.exchanges) == 37
+
+
+@pytest.mark.gen_test
+async def test_two_proxies_count_in_one_file(setup: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two proxies that share a file give out no job more than one would, and the account has all of it."""
+    monkeypatch.setattr("tornado_fal_proxy.relay.backend.make_store", lambda config: SqliteStore(tmp_path / "spent.db"))
+    upstream = await setup.upstream(queue(bills("3")))
+    options = LIMITS | {"identify": by_header, "jobs_per_user": "20/day", "unfinished_jobs_per_user": None}
+    ports = [setup.proxy(upstream, **options) for _ in range(2)]
+    responses = await asyncio.gather(*(call(ports[n % 2], headers=["X-User: ann"]) for n in range(60)))
+    assert sorted(response.status for response in responses) == [200] * 20 + [402] * 40
+    await call(ports[0], target=QUEUE, headers=["X-User: bob"])
+    assert (await call(ports[1], "GET", target=JOB)).status == 200
+    await setup.close()
+    setup._closers.clear()
+    store = SqliteStore(tmp_path / "spent.db")
+    await store.open()
+    rows = await store.usage("0000-01-01", "9999-12-31")
+    assert [(row.user, row.endpoint, row.jobs, row.refused, row.units, row.cost) for row in rows] == [
+        ("ann", "fal-ai/flux/dev", 20, 40, 40_000_000, 400_000),
+        ("bob", "fal-ai/flux/dev", 1, 0, 3_000_000, 30_000),
+    ]
+    await store.close()
 
 
 @pytest.mark.gen_test

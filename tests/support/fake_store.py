@@ -5,7 +5,7 @@ from collections import Counter as Counts
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tornado_fal_proxy.spending.store import UNFINISHED, Reservation, Standing, StoreFailed, Usage
+from tornado_fal_proxy.spending.store import Reservation, Standing, StoreFailed, Usage, first_without_room
 
 __all__ = ["FakeStore", "Kept"]
 
@@ -52,12 +52,10 @@ class FakeStore:
         await self._do("reserve")
         counters = [*((each, job.jobs) for each in job.job_counters), *((each, job.cost) for each in job.cost_counters)]
         unfinished = self.unfinished(job.user)
-        full = [n for n, (each, add) in enumerate(counters) if add and self.used[each.key] + add > each.limit]
-        if not full and job.max_unfinished is not None and unfinished >= job.max_unfinished:
-            full = [UNFINISHED]
-        if full:
+        refused_by = first_without_room(job, [self.used[each.key] for each, _ in counters], unfinished)
+        if refused_by is not None:
             self.refused += 1
-            return Standing([self.used[each.key] for each, _ in counters], unfinished, full[0])
+            return Standing([self.used[each.key] for each, _ in counters], unfinished, refused_by)
         for each, add in counters:
             self.used[each.key] += add
         self.jobs[job.id] = Kept(job, job.cost, job.units)

@@ -3,7 +3,8 @@
 Strategy. A store does five things to a job, each of them at once for all processes that share it: it *reserves* the
 job, *renames* it when fal has given it an id, *settles* it when its bill is known, *ends* it when it runs no more, and
 *gives it back* if it certainly did not run. Each operation can come twice, late, or never, because processes crash. So
-an operation on a job that the store does not know does nothing, and so does a second one of a kind.
+an operation on a job that the store does not know does nothing, and so does a second one of a kind. A caller who is
+cancelled does not know whether the operation was done, so a caller who may be cancelled shields it.
 
 Whoever calls knows limits, prices and the time. A store knows none of them: it compares numbers and adds.
 """
@@ -12,12 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import gmtime
 from typing import Protocol
 
-__all__ = ["JOB_KEPT_S", "UNFINISHED", "Counter", "Reservation", "Standing", "Store", "StoreFailed", "Usage"]
+__all__ = [
+    "COUNTER_KEPT_S",
+    "JOB_KEPT_S",
+    "UNFINISHED",
+    "Counter",
+    "Reservation",
+    "Standing",
+    "Store",
+    "StoreFailed",
+    "Usage",
+    "day_of",
+    "first_without_room",
+]
 
 # Limits, in seconds, for how long a job is kept after its reservation: a late result settles it, its user may read it.
 JOB_KEPT_S = 7 * 86_400
+# Limits, in seconds, for how long a counter is kept after its window has ended. No reservation asks for it then, except
+# after a clock was set back. A day of this is enough, and a user who calls all day has 1,440 counters of minutes in it.
+COUNTER_KEPT_S = 86_400
 # The place in Standing.refused_by of the limit of unfinished jobs.
 UNFINISHED = -1
 
@@ -31,7 +48,7 @@ class Counter:
     """One number that a job adds to: of one user or of all, in one window.
 
     ``key`` names it, and no other counter has that key. The number never exceeds ``limit`` by a reservation. It may be
-    forgotten JOB_KEPT_S after ``ends``, in seconds since 1970.
+    forgotten COUNTER_KEPT_S after ``ends``, in seconds since 1970.
     """
 
     key: str
@@ -96,7 +113,10 @@ class Store(Protocol):
     """Keep jobs, counters and the account. Every method raises StoreFailed."""
 
     async def open(self) -> None:
-        """Connect, and make what is missing. Needs the loop on which the store is used from then on."""
+        """Connect, and make what is missing. Needs the loop on which the store is used from then on.
+
+        After StoreFailed the store is open nevertheless: each operation tries to connect.
+        """
 
     async def close(self) -> None:
         """Finish what was asked, and disconnect."""
@@ -104,7 +124,9 @@ class Store(Protocol):
     async def reserve(self, job: Reservation) -> Standing:
         """Add the job to all its counters, the account and the unfinished jobs; or, where one has no room, to none.
 
-        A refusal is counted in the account. A cost of 0, or a number of jobs of 0, has room everywhere.
+        A refusal is counted in the account. A cost of 0, or a number of jobs of 0, has room everywhere. A job that is
+        reserved already is not reserved again. After StoreFailed the job is not reserved, or is given back as soon as
+        the store can.
         """
 
     async def rename(self, job_id: str, new_id: str) -> None:
@@ -129,4 +151,21 @@ class Store(Protocol):
         """Return the rows of the account from day ``since`` to day ``until``, both included, by day, user, endpoint."""
 
     async def prune(self, now: int, account_days: int) -> None:
-        """Forget jobs and counters after JOB_KEPT_S, and days of the account after ``account_days``."""
+        """Forget jobs after JOB_KEPT_S, counters after COUNTER_KEPT_S, days of the account after ``account_days``."""
+
+
+def day_of(at: int) -> str:
+    """Return the day of a time as the account names it, in UTC."""
+    return "{:04}-{:02}-{:02}".format(*gmtime(at)[:3])
+
+
+def first_without_room(job: Reservation, used: Sequence[int], unfinished: int) -> int | None:
+    """Return Standing.refused_by for a job, where so much is used up."""
+    counters = [*job.job_counters, *job.cost_counters]
+    for index, counter in enumerate(counters):
+        add = job.jobs if index < len(job.job_counters) else job.cost
+        if add and used[index] + add > counter.limit:
+            return index
+    if job.max_unfinished is not None and unfinished >= job.max_unfinished:
+        return UNFINISHED
+    return None

@@ -1,0 +1,322 @@
+"""Keep what is spent in an SQLite file that all worker processes of a host share, or in the memory of one process.
+
+Strategy. The loop's thread never waits for the file: one thread of the store's own does every operation. All operations
+that wait for it share one transaction, so under load a commit, and the file's lock, cost little for each. Their results
+go back to the loop at once. This is why the store uses :mod:`sqlite3` and not aiosqlite, which changes threads for
+each statement and cannot commit the operations of several calls together.
+
+After kill -9 of a process, everything is there that an operation has reported. After a loss of power, the operations
+of the last moments may be missing, because the file is synchronized at checkpoints only (``synchronous=NORMAL``). The
+file is never damaged by either.
+
+A process that forks opens its store afterwards. Nobody may remove or replace the file while a process uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+from tornado_fal_proxy.spending import sqlite_statements as statements
+from tornado_fal_proxy.spending.store import Reservation, Standing, StoreFailed, Usage, day_of
+
+__all__ = ["MEMORY", "SqliteStore"]
+
+# The path of a store in memory.
+MEMORY = ":memory:"
+# Limits the wait for a file that others have locked: as long as a client may wait for a response that says so. Each
+# holds it for milliseconds, except a program that the operator runs on the file.
+_BUSY_TIMEOUT_S = 5.0
+# The time between two attempts to get the file's lock: at first what a transaction takes, and then longer.
+_FIRST_PAUSE_S = 0.0005
+_MAX_PAUSE_S = 0.02
+# Limits the operations of one transaction: others wait for the file meanwhile, about 10 ms with so many.
+_MAX_BATCH = 200
+# The meaning of SQLite's errors to an operator.
+_MEANINGS = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_READONLY: "this user may not write the file, or its folder",
+    sqlite3.SQLITE_PERM: "this user may not write the file, or its folder",
+    sqlite3.SQLITE_CANTOPEN: "cannot open the file: it must be in a folder that exists, and that this user may write",
+    sqlite3.SQLITE_NOTADB: "the file is not an SQLite file: name another file",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: stop the proxy, and restore the file or remove it",
+}
+
+_Result = TypeVar("_Result")
+
+
+class _Operation:
+    """A piece of work for the store's thread, and what became of it."""
+
+    __slots__ = ("arguments", "failure", "future", "result", "work", "writes")
+
+    def __init__(
+        self, work: Callable[..., Any], arguments: tuple[Any, ...], writes: bool, future: asyncio.Future[Any]
+    ) -> None:
+        self.work, self.arguments, self.writes, self.future = work, arguments, writes, future
+        self.result: Any = None
+        self.failure: tuple[str, Exception] | None = None
+
+
+class SqliteStore:
+    """A :class:`~tornado_fal_proxy.spending.store.Store` in the file ``path``, which it makes, or in memory if None."""
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> None:
+        self._path = MEMORY if path is None else os.fspath(path)
+        self._busy_timeout_s = busy_timeout_s
+        self._queue: SimpleQueue[_Operation | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[None] | None = None
+        # Only the thread uses these.
+        self._db: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._path!r})"
+
+    async def open(self) -> None:
+        """Start the thread and open the file."""
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._ended = self._loop.create_future()
+            self._thread = Thread(target=self._run, name="spending", daemon=True)
+            self._thread.start()
+        await self._do(_nothing, writes=False)
+
+    async def close(self) -> None:
+        """Do what waits, close the file and end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+        if self._ended is not None:
+            await asyncio.shield(self._ended)
+        if thread is not None:
+            thread.join()
+
+    async def reserve(self, job: Reservation) -> Standing:
+        """Do Store.reserve."""
+        return await self._do(statements.reserve, job)
+
+    async def rename(self, job_id: str, new_id: str) -> None:
+        """Do Store.rename."""
+        await self._do(statements.rename, job_id, new_id)
+
+    async def settle(self, job_id: str, units: int, cost: int) -> None:
+        """Do Store.settle."""
+        await self._do(statements.settle, job_id, units, cost)
+
+    async def end(self, job_id: str) -> None:
+        """Do Store.end."""
+        await self._do(statements.end, job_id)
+
+    async def give_back(self, job_id: str) -> None:
+        """Do Store.give_back."""
+        await self._do(statements.give_back, job_id)
+
+    async def owner(self, job_id: str) -> str | None:
+        """Do Store.owner."""
+        return await self._do(statements.owner, job_id, writes=False)
+
+    async def endpoint(self, job_id: str) -> str | None:
+        """Do Store.endpoint."""
+        return await self._do(statements.endpoint, job_id, writes=False)
+
+    async def usage(self, since: str, until: str) -> Sequence[Usage]:
+        """Do Store.usage."""
+        return await self._do(statements.usage, since, until, writes=False)
+
+    async def prune(self, now: int, account_days: int) -> None:
+        """Do Store.prune, in many short transactions."""
+        while await self._do(statements.forget_jobs, now):
+            pass
+        while await self._do(statements.forget_counters, now):
+            pass
+        while await self._do(statements.forget_days, day_of(now - account_days * 86_400)):
+            pass
+
+    def _do(self, work: Callable[..., _Result], *arguments: Any, writes: bool = True) -> asyncio.Future[_Result]:
+        """Let the thread call ``work`` with the connection and these arguments."""
+        if self._thread is None or self._loop is None:
+            raise StoreFailed(f"{self._path}: the store is not open")
+        future: asyncio.Future[_Result] = self._loop.create_future()
+        self._queue.put(_Operation(work, arguments, writes, future))
+        return future
+
+    # From here on, everything runs in the store's thread, except _deliver.
+
+    def _run(self) -> None:
+        """Do what comes, until the store is closed or the loop is."""
+        assert self._loop is not None
+        assert self._ended is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            while batch := self._next_batch():
+                self._perform(batch)
+                self._loop.call_soon_threadsafe(_deliver, batch)
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_set, self._ended)
+
+    def _next_batch(self) -> list[_Operation]:
+        """Wait for an operation, and return it with all that wait behind it. Return none when the store is closed."""
+        batch: list[_Operation] = []
+        operation = self._queue.get()
+        with suppress(Empty):
+            while operation is not None:
+                batch.append(operation)
+                if len(batch) == _MAX_BATCH:
+                    return batch
+                operation = self._queue.get_nowait()
+            if batch:
+                self._queue.put(None)  # ends the thread after this batch
+        return batch
+
+    def _perform(self, batch: list[_Operation]) -> None:
+        """Do operations in one transaction: all, or those that can be done, or none."""
+        deadline = time.monotonic() + self._busy_timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                self._transact(batch)
+            except Exception as error:  # noqa: BLE001 an operation that fails must not end the thread
+                code = _code(error)
+                self._leave(keep=code == sqlite3.SQLITE_BUSY)
+                if code == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+                    continue
+                if len(batch) > 1 and not _concerns_the_file(error):
+                    for operation in batch:
+                        self._perform([operation])
+                    return
+                text = f"{self._path}: {self._explain(error)}"
+                for operation in batch:
+                    operation.failure = text, error
+            return
+
+    def _transact(self, batch: list[_Operation]) -> None:
+        db = self._connected()
+        db.execute("BEGIN IMMEDIATE" if any(operation.writes for operation in batch) else "BEGIN")
+        for operation in batch:
+            operation.result = operation.work(db, *operation.arguments)
+        db.execute("COMMIT")
+
+    def _leave(self, keep: bool) -> None:
+        """Roll back after a failure. Close the file unless it is to be kept: the next operation opens it."""
+        if self._db is None:
+            return
+        with suppress(sqlite3.Error):
+            if self._db.in_transaction:
+                self._db.rollback()
+            if keep or self._path == MEMORY:
+                return
+        with suppress(sqlite3.Error):
+            self._db.close()
+        self._db = None
+
+    def _connected(self) -> sqlite3.Connection:
+        """Return the connection. Open it first if there is none, and make what the file lacks."""
+        if self._db is None:
+            if self._path != MEMORY:
+                # sqlite3 would make it with the rights that the process' umask leaves to others.
+                with suppress(FileExistsError):
+                    os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            # The wait for a lock is _perform's: SQLite's own is for up to 100 ms in one piece.
+            self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._prepare(self._db)
+            self._file = self._identity()
+        elif self._file != self._identity():
+            # Opened again it could lose what the others, who have not noticed yet, still write to it.
+            raise StoreFailed("somebody removed or replaced the file: restart all processes that use it")
+        return self._db
+
+    def _identity(self) -> tuple[int, int] | None:
+        if self._path == MEMORY:
+            return None
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Make the tables in a new file. Refuse a file that is not the store's, or a newer version's."""
+        version = _pragma(db, "user_version")
+        if version == statements.SCHEMA_VERSION and _pragma(db, "application_id") == statements.APPLICATION_ID:
+            return
+        db.execute("BEGIN IMMEDIATE")
+        version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and application != statements.APPLICATION_ID:
+            raise StoreFailed("the file belongs to another program: name another file")
+        if version > statements.SCHEMA_VERSION:
+            raise StoreFailed(f"a newer version of the proxy made the file (its schema is {version}): use that version")
+        if not tables:
+            for statement in statements.SCHEMA.split(";")[:-1]:
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {statements.APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {statements.SCHEMA_VERSION}")
+        db.execute("COMMIT")
+
+    def _explain(self, error: Exception) -> str:
+        """Return a line for the operator."""
+        code = _code(error)
+        if code == sqlite3.SQLITE_BUSY:
+            return f"another program has kept the file locked for {self._busy_timeout_s:g} s"
+        if isinstance(error, FileNotFoundError):
+            return _MEANINGS[sqlite3.SQLITE_CANTOPEN]
+        if isinstance(error, OSError):
+            return f"cannot make the file: {error.strerror}"
+        return _MEANINGS.get(code, str(error) if isinstance(error, StoreFailed) else f"{type(error).__name__}: {error}")
+
+
+def _deliver(batch: list[_Operation]) -> None:
+    """Give the callers their results."""
+    for operation in batch:
+        if operation.future.done():  # its caller was cancelled
+            continue
+        if operation.failure is None:
+            operation.future.set_result(operation.result)
+        else:
+            text, cause = operation.failure
+            failed = StoreFailed(text)
+            failed.__cause__ = cause
+            operation.future.set_exception(failed)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _nothing(_db: sqlite3.Connection) -> None:
+    """Do nothing: to open the file is all."""
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _code(error: Exception) -> int:
+    """Return SQLite's code of an error, without what makes it an extended one; -1 for other errors."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return -1 if code is None else code & 0xFF
+
+
+def _concerns_the_file(error: Exception) -> bool:
+    """Tell whether an error is that of every operation: it comes from the file, not from one operation's values."""
+    if isinstance(error, sqlite3.DatabaseError):
+        return not isinstance(error, sqlite3.IntegrityError | sqlite3.DataError | sqlite3.ProgrammingError)
+    return isinstance(error, OSError | StoreFailed)
