@@ -232,11 +232,15 @@ class SqliteStore:
                 with suppress(FileExistsError):
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
             # The wait for a lock is _perform's: SQLite's own is for up to 100 ms in one piece.
-            self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._prepare(self._db)
-            self._file = self._identity()
+            db = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode = WAL").fetchone()
+                db.execute("PRAGMA synchronous = NORMAL")
+                self._prepare(db)
+            except Exception:
+                db.close()  # also where it is busy: the next attempt begins again
+                raise
+            self._db, self._file = db, self._identity()
         elif self._file != self._identity():
             # Opened again it could lose what the others, who have not noticed yet, still write to it.
             raise StoreFailed("somebody removed or replaced the file: restart all processes that use it")
