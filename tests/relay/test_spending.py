@@ -390,7 +390,10 @@ async def test_a_crowd_gets_no_job_more(setup: Setup, store: FakeStore, protocol
     """Of 200 clients at once exactly as many pass as are allowed."""
     upstream = await setup.upstream(fine, protocol)
     port = setup.proxy(upstream, **{whose: "37/day"})
-    responses = await asyncio.gather(*(call(port) for _ in range(200)))
+    clients = [await RawClient.open(port) for _ in range(200)]
+    await asyncio.gather(*(client.send() for client in clients))
+    responses = await asyncio.gather(*(client.response() for client in clients))
+    await asyncio.gather(*(client.close() for client in clients))
     assert sorted(response.status for response in responses) == [200] * 37 + [402] * 163
     assert len(upstream.exchanges) == 37
 
