@@ -66,11 +66,22 @@ class _Operation:
 
 
 class SqliteStore:
-    """A :class:`~tornado_fal_proxy.spending.store.Store` in the file ``path``, which it makes, or in memory if None."""
+    """A :class:`~tornado_fal_proxy.spending.store.Store` in the file ``path``, which it makes, or in memory if None.
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> None:
+    It makes the file's folder only if ``make_folder`` is True, because a folder that somebody named should be there: a
+    disk may not be mounted yet.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        busy_timeout_s: float = _BUSY_TIMEOUT_S,
+        make_folder: bool = False,
+    ) -> None:
         self._path = MEMORY if path is None else os.fspath(path)
         self._busy_timeout_s = busy_timeout_s
+        self._make_folder = make_folder
         self._queue: SimpleQueue[_Operation | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -228,6 +239,8 @@ class SqliteStore:
         """Return the connection. Open it first if there is none, and make what the file lacks."""
         if self._db is None:
             if self._path != MEMORY:
+                if self._make_folder:
+                    os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
                 # sqlite3 would make it with the rights that the process' umask leaves to others.
                 with suppress(FileExistsError):
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))

@@ -1,0 +1,147 @@
+"""The operations of the Redis store on a job, as scripts in Lua, each of which Redis runs as a whole.
+
+Strategy. A script gets all keys that it can be told beforehand, and finds the others in the job. All keys of the store
+have one hash tag, so a Redis Cluster has them in one place. A script's first command that writes is one that Redis
+refuses when its memory is full: it runs as a whole or not at all. Numbers of Lua are exact up to 2**53.
+
+The keys, after their prefix::
+
+    job:ID            hash     the job                      unfinished:USER   sorted set   ids, by unfinished_until
+    counter:KEY       number                                account:DAY       hash         [USER, ENDPOINT] -> numbers
+    days              sorted set, of the days in the account
+"""
+
+from __future__ import annotations
+
+__all__ = ["END", "GIVE_BACK", "RENAME", "RESERVE", "SETTLE"]
+
+_COMMON = """
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+-- A counter that is forgotten stays so. None falls below zero.
+local function add(keys, amount)
+  if amount == 0 then return end
+  for _, key in ipairs(cjson.decode(keys)) do
+    if redis.call('EXISTS', key) == 1 then
+      local value = redis.call('INCRBY', key, whole(amount))
+      if value < 0 then redis.call('INCRBY', key, whole(-value)) end
+    end
+  end
+end
+
+-- A row is "jobs refused units cost". One that has only zeros is deleted.
+local function account(day, row, jobs, refused, units, cost)
+  local old = redis.call('HGET', day, row)
+  if old then
+    local j, r, u, c = string.match(old, '(%S+) (%S+) (%S+) (%S+)')
+    jobs, refused, units, cost = jobs + j, refused + r, units + u, cost + c
+  end
+  if jobs == 0 and refused == 0 and units == 0 and cost == 0 then
+    redis.call('HDEL', day, row)
+  else
+    redis.call('HSET', day, row, table.concat({whole(jobs), whole(refused), whole(units), whole(cost)}, ' '))
+  end
+end
+"""
+
+# Returns refused_by (-2: not refused), the user's unfinished jobs, and what is used of each counter.
+RESERVE = (
+    _COMMON
+    + """
+local job, unfinished, day, days = unpack(KEYS, 1, 4)
+local id, user, endpoint, row, at, unfinished_until, max_unfinished, jobs, units, cost, job_counters, cost_counters,
+  day_name, number_of_job_counters, job_ttl, day_ttl = unpack(ARGV, 1, 16)
+number_of_job_counters = tonumber(number_of_job_counters)
+
+local function counter(i)  -- its amount that is added, its limit, its time to live
+  return i <= number_of_job_counters and jobs or cost, tonumber(ARGV[15 + 2 * i]), ARGV[16 + 2 * i]
+end
+
+local running = redis.call('ZCOUNT', unfinished, '(' .. at, '+inf')
+local answer = {-2, running}
+local missing = {}
+for i = 1, #KEYS - 4 do
+  local value = redis.call('GET', KEYS[4 + i])
+  missing[i] = not value
+  value = tonumber(value or 0)
+  answer[2 + i] = value
+  local amount, limit = counter(i)
+  amount = tonumber(amount)
+  if answer[1] == -2 and amount > 0 and value + amount > limit then answer[1] = i - 1 end
+end
+if redis.call('EXISTS', job) == 1 then
+  answer[1] = -2
+  return answer
+end
+if answer[1] == -2 and max_unfinished ~= '' and running >= tonumber(max_unfinished) then answer[1] = -1 end
+
+if answer[1] == -2 then
+  redis.call('HSET', job, 'user', user, 'endpoint', endpoint, 'day', day, 'row', row, 'unfinished', unfinished,
+    'jobs', jobs, 'units', units, 'cost', cost, 'job_counters', job_counters, 'cost_counters', cost_counters)
+  redis.call('EXPIRE', job, job_ttl)
+  for i = 1, #KEYS - 4 do
+    local amount, _, ttl = counter(i)
+    answer[2 + i] = redis.call('INCRBY', KEYS[4 + i], amount)
+    if missing[i] then redis.call('EXPIRE', KEYS[4 + i], ttl) end
+  end
+  redis.call('ZREMRANGEBYSCORE', unfinished, '-inf', at)
+  redis.call('ZADD', unfinished, unfinished_until, id)
+  redis.call('EXPIRE', unfinished, job_ttl)
+  account(day, row, jobs, 0, units, cost)
+  answer[2] = running + 1
+else
+  account(day, row, 0, 1, 0, 0)
+end
+redis.call('EXPIRE', day, day_ttl)
+redis.call('ZADD', days, 0, day_name)
+redis.call('EXPIRE', days, day_ttl)
+return answer
+"""
+)
+
+RENAME = """
+if redis.call('EXISTS', KEYS[1]) == 1 and redis.call('RENAMENX', KEYS[1], KEYS[2]) == 1 then
+  local unfinished = redis.call('HGET', KEYS[2], 'unfinished')
+  local unfinished_until = redis.call('ZSCORE', unfinished, ARGV[1])
+  if unfinished_until then
+    redis.call('ZREM', unfinished, ARGV[1])
+    redis.call('ZADD', unfinished, unfinished_until, ARGV[2])
+  end
+end
+"""
+
+SETTLE = (
+    _COMMON
+    + """
+local day, row, units, cost, cost_counters, unfinished, settled =
+  unpack(redis.call('HMGET', KEYS[1], 'day', 'row', 'units', 'cost', 'cost_counters', 'unfinished', 'settled'))
+if not day or settled then return end
+redis.call('HSET', KEYS[1], 'settled', 1, 'units', ARGV[2], 'cost', ARGV[3])
+redis.call('ZREM', unfinished, ARGV[1])
+add(cost_counters, ARGV[3] - cost)
+account(day, row, 0, 0, ARGV[2] - units, ARGV[3] - cost)
+redis.call('EXPIRE', day, ARGV[4])
+"""
+)
+
+END = """
+local unfinished = redis.call('HGET', KEYS[1], 'unfinished')
+if unfinished then redis.call('ZREM', unfinished, ARGV[1]) end
+"""
+
+GIVE_BACK = (
+    _COMMON
+    + """
+local day, row, jobs, units, cost, job_counters, cost_counters, unfinished, settled = unpack(redis.call(
+  'HMGET', KEYS[1], 'day', 'row', 'jobs', 'units', 'cost', 'job_counters', 'cost_counters', 'unfinished', 'settled'))
+if not day or settled then return end
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', unfinished, ARGV[1])
+add(job_counters, -jobs)
+add(cost_counters, -cost)
+account(day, row, -jobs, 0, -units, -cost)
+redis.call('EXPIRE', day, ARGV[2])
+"""
+)
