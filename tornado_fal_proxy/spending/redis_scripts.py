@@ -13,7 +13,7 @@ The keys, after their prefix::
 
 from __future__ import annotations
 
-__all__ = ["END", "GIVE_BACK", "RENAME", "RESERVE", "SETTLE"]
+__all__ = ["ALL", "END", "GIVE_BACK", "RENAME", "RESERVE", "SETTLE"]
 
 _COMMON = """
 local function whole(number)
@@ -50,53 +50,46 @@ end
 RESERVE = (
     _COMMON
     + """
-local job, unfinished, day, days = unpack(KEYS, 1, 4)
-local id, user, endpoint, row, at, unfinished_until, max_unfinished, jobs, units, cost, job_counters, cost_counters,
-  day_name, number_of_job_counters, job_ttl, day_ttl = unpack(ARGV, 1, 16)
-number_of_job_counters = tonumber(number_of_job_counters)
+local key, unfinished, day, days = unpack(KEYS, 1, 4)
+local job = cjson.decode(ARGV[1])
 
-local function counter(i)  -- its amount that is added, its limit, its time to live
-  return i <= number_of_job_counters and jobs or cost, tonumber(ARGV[15 + 2 * i]), ARGV[16 + 2 * i]
-end
-
-local running = redis.call('ZCOUNT', unfinished, '(' .. at, '+inf')
+local running = redis.call('ZCOUNT', unfinished, '(' .. whole(job.at), '+inf')
 local answer = {-2, running}
-local missing = {}
+local adds, missing = {}, {}
 for i = 1, #KEYS - 4 do
   local value = redis.call('GET', KEYS[4 + i])
   missing[i] = not value
   value = tonumber(value or 0)
   answer[2 + i] = value
-  local amount, limit = counter(i)
-  amount = tonumber(amount)
-  if answer[1] == -2 and amount > 0 and value + amount > limit then answer[1] = i - 1 end
+  adds[i] = i <= #job.job_counters and job.jobs or job.cost
+  if answer[1] == -2 and adds[i] > 0 and value + adds[i] > job.limits[i] then answer[1] = i - 1 end
 end
-if redis.call('EXISTS', job) == 1 then
+if redis.call('EXISTS', key) == 1 then
   answer[1] = -2
   return answer
 end
-if answer[1] == -2 and max_unfinished ~= '' and running >= tonumber(max_unfinished) then answer[1] = -1 end
+if answer[1] == -2 and job.max_unfinished ~= cjson.null and running >= job.max_unfinished then answer[1] = -1 end
 
 if answer[1] == -2 then
-  redis.call('HSET', job, 'user', user, 'endpoint', endpoint, 'day', day, 'row', row, 'unfinished', unfinished,
-    'jobs', jobs, 'units', units, 'cost', cost, 'job_counters', job_counters, 'cost_counters', cost_counters)
-  redis.call('EXPIRE', job, job_ttl)
-  for i = 1, #KEYS - 4 do
-    local amount, _, ttl = counter(i)
-    answer[2 + i] = redis.call('INCRBY', KEYS[4 + i], amount)
-    if missing[i] then redis.call('EXPIRE', KEYS[4 + i], ttl) end
+  redis.call('HSET', key, 'user', job.user, 'endpoint', job.endpoint, 'day', day, 'row', job.row,
+    'unfinished', unfinished, 'jobs', whole(job.jobs), 'units', whole(job.units), 'cost', whole(job.cost),
+    'job_counters', cjson.encode(job.job_counters), 'cost_counters', cjson.encode(job.cost_counters))
+  redis.call('EXPIRE', key, job.ttl)
+  for i = 1, #adds do
+    answer[2 + i] = redis.call('INCRBY', KEYS[4 + i], whole(adds[i]))
+    if missing[i] then redis.call('EXPIRE', KEYS[4 + i], job.ttls[i]) end
   end
-  redis.call('ZREMRANGEBYSCORE', unfinished, '-inf', at)
-  redis.call('ZADD', unfinished, unfinished_until, id)
-  redis.call('EXPIRE', unfinished, job_ttl)
-  account(day, row, jobs, 0, units, cost)
+  redis.call('ZREMRANGEBYSCORE', unfinished, '-inf', whole(job.at))
+  redis.call('ZADD', unfinished, whole(job.unfinished_until), job.id)
+  redis.call('EXPIRE', unfinished, job.ttl)
+  account(day, job.row, job.jobs, 0, job.units, job.cost)
   answer[2] = running + 1
 else
-  account(day, row, 0, 1, 0, 0)
+  account(day, job.row, 0, 1, 0, 0)
 end
-redis.call('EXPIRE', day, day_ttl)
-redis.call('ZADD', days, 0, day_name)
-redis.call('EXPIRE', days, day_ttl)
+redis.call('EXPIRE', day, job.day_ttl)
+redis.call('ZADD', days, 0, job.day)
+redis.call('EXPIRE', days, job.day_ttl)
 return answer
 """
 )
@@ -106,8 +99,8 @@ if redis.call('EXISTS', KEYS[1]) == 1 and redis.call('RENAMENX', KEYS[1], KEYS[2
   local unfinished = redis.call('HGET', KEYS[2], 'unfinished')
   local unfinished_until = redis.call('ZSCORE', unfinished, ARGV[1])
   if unfinished_until then
+    redis.call('ZADD', unfinished, unfinished_until, ARGV[2])  -- first: an empty set would lose its time to live
     redis.call('ZREM', unfinished, ARGV[1])
-    redis.call('ZADD', unfinished, unfinished_until, ARGV[2])
   end
 end
 """
@@ -145,3 +138,5 @@ account(day, row, -jobs, 0, -units, -cost)
 redis.call('EXPIRE', day, ARGV[2])
 """
 )
+
+ALL = (RESERVE, RENAME, SETTLE, END, GIVE_BACK)

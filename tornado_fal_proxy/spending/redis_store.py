@@ -1,9 +1,10 @@
 """Keep what is spent in a Redis, or a Valkey, that the services of several hosts share.
 
 Strategy. Each operation on a job is one script (``redis_scripts``), which Redis runs as a whole, and which does nothing
-the second time. So an operation is tried a second time when its connection broke, because the proxy cannot know whether
-Redis did it. It is not tried again when Redis is slow, because its caller waits. A reservation that failed so is given
-back when Redis responds again. Everything in Redis has a time to live.
+the second time. All operations that wait are sent at once on the one connection, in order, because a call of the
+library costs much more than an operation. Those of a connection that broke are sent once more, because the proxy cannot
+know whether Redis did them. Nothing is sent again when Redis is slow, because clients wait. A reservation that failed
+is given back when Redis responds again. Everything in Redis has a time to live.
 
 Redis must be set to keep what it has (``maxmemory-policy noeviction``, which is its default). What it forgets, by
 eviction or by the loss of a server that has not replicated yet, is free for the users.
@@ -14,16 +15,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from hashlib import sha1
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionBroken
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from tornado_fal_proxy.spending import redis_scripts
@@ -44,11 +46,11 @@ __all__ = ["RedisStore"]
 # second is in trouble, and a client of the proxy waits for it.
 _CONNECT_TIMEOUT_S = 1.0
 _RESPONSE_TIMEOUT_S = 1.0
-# Limits an operation as a whole: both waits, and the wait for a free connection.
+# Limits an attempt as a whole, of which the library makes several waits.
 _TIMEOUT_S = 2.0
-# Limits the connections of one process. Redis does one operation after the other, so more would not be faster.
-_MAX_CONNECTIONS = 16
-# Limits the reservations to give back when Redis responds again: those of the seconds before calls are refused.
+# Limits the operations that are sent at once: Redis needs about 5 ms for so many, and others wait meanwhile.
+_MAX_BATCH = 200
+# Limits the reservations to give back when Redis responds again: far more than clients make while they wait for it.
 _MAX_DOUBTFUL = 10_000
 # The prefix of all keys. The braces are the hash tag.
 _PREFIX = "{fal-proxy}:"
@@ -58,6 +60,22 @@ _ACCOUNT_DAYS = 400
 # The rows of the account that Redis returns at once: others wait for less than a millisecond.
 _ROWS_AT_ONCE = 500
 _NOT_REFUSED = -2
+_json = json.JSONEncoder(ensure_ascii=False).encode
+_SHA1 = {script: sha1(script.encode(), usedforsecurity=False).hexdigest() for script in redis_scripts.ALL}
+
+
+class _Operation:
+    """A command for Redis, and the caller that waits for its result, if any does.
+
+    ``undo`` is the command that takes it back where its outcome is not known.
+    """
+
+    __slots__ = ("command", "future", "undo")
+
+    def __init__(
+        self, command: Sequence[Any], future: asyncio.Future[Any] | None, undo: Sequence[Any] | None = None
+    ) -> None:
+        self.command, self.future, self.undo = command, future, undo
 
 
 class RedisStore:
@@ -70,35 +88,34 @@ class RedisStore:
         parts = urlsplit(url)
         # Without user, password and query, in which a password may be too.
         self._name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        pool = BlockingConnectionPool.from_url(
+        self._redis = Redis.from_url(
             url,
             decode_responses=True,
-            max_connections=_MAX_CONNECTIONS,
-            timeout=_CONNECT_TIMEOUT_S,
             socket_connect_timeout=_CONNECT_TIMEOUT_S,
             socket_timeout=_RESPONSE_TIMEOUT_S,
             # Versions of the library differ in what they try again by themselves.
             retry=Retry(NoBackoff(), 0),
         )
-        self._password = str(pool.connection_kwargs.get("password") or "")
-        self._redis = Redis(connection_pool=pool)
-        self._reserve = self._redis.register_script(redis_scripts.RESERVE)
-        self._rename = self._redis.register_script(redis_scripts.RENAME)
-        self._settle = self._redis.register_script(redis_scripts.SETTLE)
-        self._end = self._redis.register_script(redis_scripts.END)
-        self._give_back = self._redis.register_script(redis_scripts.GIVE_BACK)
+        self._password = str(self._redis.connection_pool.connection_kwargs.get("password") or "")
         self._account_ttl_s = _ACCOUNT_DAYS * _DAY_S
-        self._doubtful: deque[str] = deque(maxlen=_MAX_DOUBTFUL)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: deque[_Operation] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._doubtful: deque[Sequence[Any]] = deque(maxlen=_MAX_DOUBTFUL)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._name!r})"
 
     async def open(self) -> None:
         """Connect."""
-        await self._do(self._redis.ping)
+        self._loop = asyncio.get_running_loop()
+        await self._do("PING")
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Do what waits, and disconnect."""
+        self._loop = None
+        if self._sender is not None:
+            await asyncio.shield(self._sender)
         with suppress(RedisError, OSError, TimeoutError):
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._redis.connection_pool.disconnect()
@@ -112,54 +129,67 @@ class RedisStore:
             *job_counters,
             *cost_counters,
         ]
-        arguments: list[str | int] = [
-            *(job.id, job.user, job.endpoint, _json([job.user, job.endpoint]), job.at, job.unfinished_until),
-            *("" if job.max_unfinished is None else job.max_unfinished, job.jobs, job.units, job.cost),
-            *(_json(job_counters), _json(cost_counters), day, len(job_counters), JOB_KEPT_S, self._account_ttl_s),
-        ]
-        for counter in (*job.job_counters, *job.cost_counters):
-            arguments += counter.limit, max(counter.ends - job.at, 0) + COUNTER_KEPT_S
-        try:
-            refused_by, unfinished, *used = await self._do(self._reserve, keys, arguments)
-        except StoreFailed as failure:
-            if not isinstance(failure.__cause__, ResponseError):
-                self._doubtful.append(job.id)
-            raise
+        counters = (*job.job_counters, *job.cost_counters)
+        # One argument costs the library less than twenty.
+        argument = _json(
+            {
+                "id": job.id,
+                "user": job.user,
+                "endpoint": job.endpoint,
+                "row": _json([job.user, job.endpoint]),
+                "at": job.at,
+                "day": day,
+                "jobs": job.jobs,
+                "units": job.units,
+                "cost": job.cost,
+                "max_unfinished": job.max_unfinished,
+                "unfinished_until": job.unfinished_until,
+                "job_counters": job_counters,
+                "cost_counters": cost_counters,
+                "limits": [counter.limit for counter in counters],
+                "ttls": [max(counter.ends - job.at, 0) + COUNTER_KEPT_S for counter in counters],
+                "ttl": JOB_KEPT_S,
+                "day_ttl": self._account_ttl_s,
+            }
+        )
+        command = _script(redis_scripts.RESERVE, keys, [argument])
+        refused_by, unfinished, *used = await self._do(*command, undo=self._giving_back(job.id))
         return Standing(used, unfinished, None if refused_by == _NOT_REFUSED else refused_by)
 
     async def rename(self, job_id: str, new_id: str) -> None:
         """Do Store.rename."""
-        await self._do(self._rename, [_job(job_id), _job(new_id)], [job_id, new_id])
+        await self._do(*_script(redis_scripts.RENAME, [_job(job_id), _job(new_id)], [job_id, new_id]))
 
     async def settle(self, job_id: str, units: int, cost: int) -> None:
         """Do Store.settle."""
-        await self._do(self._settle, [_job(job_id)], [job_id, units, cost, self._account_ttl_s])
+        arguments: list[str | int] = [job_id, units, cost, self._account_ttl_s]
+        await self._do(*_script(redis_scripts.SETTLE, [_job(job_id)], arguments))
 
     async def end(self, job_id: str) -> None:
         """Do Store.end."""
-        await self._do(self._end, [_job(job_id)], [job_id])
+        await self._do(*_script(redis_scripts.END, [_job(job_id)], [job_id]))
 
     async def give_back(self, job_id: str) -> None:
         """Do Store.give_back."""
-        await self._do(self._give_back, [_job(job_id)], [job_id, self._account_ttl_s])
+        await self._do(*self._giving_back(job_id))
 
     async def owner(self, job_id: str) -> str | None:
         """Do Store.owner."""
-        return cast("str | None", await self._do(self._redis.hget, _job(job_id), "user"))
+        return cast("str | None", await self._do("HGET", _job(job_id), "user"))
 
     async def endpoint(self, job_id: str) -> str | None:
         """Do Store.endpoint."""
-        return cast("str | None", await self._do(self._redis.hget, _job(job_id), "endpoint"))
+        return cast("str | None", await self._do("HGET", _job(job_id), "endpoint"))
 
     async def usage(self, since: str, until: str) -> Sequence[Usage]:
         """Do Store.usage."""
         rows: list[Usage] = []
-        for day in await self._do(self._redis.zrangebylex, f"{_PREFIX}days", f"[{since}", f"[{until}"):
+        for day in await self._do("ZRANGEBYLEX", f"{_PREFIX}days", f"[{since}", f"[{until}"):
             found: dict[str, str] = {}  # a row may come twice
             cursor = -1
             while cursor != 0:
                 cursor, some = await self._do(
-                    self._redis.hscan, f"{_PREFIX}account:{day}", max(cursor, 0), count=_ROWS_AT_ONCE
+                    "HSCAN", f"{_PREFIX}account:{day}", max(cursor, 0), "COUNT", _ROWS_AT_ONCE
                 )
                 found |= some
             rows += (Usage(day, *json.loads(key), *map(int, row.split())) for key, row in found.items())
@@ -169,33 +199,76 @@ class RedisStore:
         """Forget days of the account. All else has a time to live."""
         self._account_ttl_s = account_days * _DAY_S
         bound = f"({day_of(now - self._account_ttl_s)}"
-        for day in await self._do(self._redis.zrangebylex, f"{_PREFIX}days", "-", bound):
-            await self._do(self._redis.unlink, f"{_PREFIX}account:{day}")
-            await self._do(self._redis.zrem, f"{_PREFIX}days", day)
+        for day in await self._do("ZRANGEBYLEX", f"{_PREFIX}days", "-", bound):
+            await self._do("UNLINK", f"{_PREFIX}account:{day}")
+            await self._do("ZREM", f"{_PREFIX}days", day)
 
-    async def _do(self, operation: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
-        """Return what an operation returns. Then give back what may have been reserved while Redis failed."""
-        result = await self._try(operation, *arguments, **options)
-        with suppress(StoreFailed):
-            while self._doubtful:
-                job_id = self._doubtful[0]
-                await self._try(self._give_back, [_job(job_id)], [job_id, self._account_ttl_s])
-                with suppress(ValueError):  # another call may have given it back
-                    self._doubtful.remove(job_id)
-        return result
+    def _giving_back(self, job_id: str) -> list[Any]:
+        return _script(redis_scripts.GIVE_BACK, [_job(job_id)], [job_id, self._account_ttl_s])
 
-    async def _try(self, operation: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
-        """Try an operation, and once more on other connections if its own broke, or if its server only reads."""
+    async def _do(self, *command: str | int, undo: Sequence[Any] | None = None) -> Any:
+        """Return what Redis responds to a command."""
+        if self._loop is None:
+            raise StoreFailed(f"{self._name}: the store is not open")
+        try:
+            encoded = [command[0], *(part.encode() if isinstance(part, str) else part for part in command[1:])]
+        except UnicodeError as error:  # here, because it would fail others too in the library
+            raise StoreFailed(f"{self._name}: {error}") from error
+        future = self._loop.create_future()
+        self._waiting.append(_Operation(encoded, future, undo))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return await future
+
+    async def _send(self) -> None:
+        """Send what waits until nothing does."""
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_BATCH))]
+            results = await self._respond(batch)
+            for operation, result in zip(batch, results, strict=True):
+                if operation.undo is not None and isinstance(result, Exception):
+                    self._doubtful.append(operation.undo)
+                self._deliver(operation.future, result)
+            if self._doubtful and not _has(Exception, results):
+                undos = [self._doubtful.popleft() for _ in range(min(len(self._doubtful), _MAX_BATCH))]
+                self._waiting.extend(_Operation(undo, None, undo) for undo in undos)
+        self._sender = None
+
+    async def _respond(self, batch: Sequence[_Operation]) -> Sequence[Any]:
+        """Return the results of all operations, which may be errors. Try twice where that can help."""
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 try:
-                    return await operation(*arguments, **options)
-                except (ConnectionBroken, ReadOnlyError):
-                    # The others are broken too, or lead to what was the master before.
-                    await self._redis.connection_pool.disconnect(inuse_connections=False)
-                    return await operation(*arguments, **options)
-        except (RedisError, OSError, UnicodeError, TimeoutError) as error:
-            raise StoreFailed(f"{self._name}: {self._explain(error)}") from error
+                    results = await self._pipelined(batch)
+                except ConnectionBroken:
+                    results = None
+                if results is None or _has(ReadOnlyError, results):
+                    # A new connection may lead to a Redis that is up again, or to the new master of the same name.
+                    await self._redis.connection_pool.disconnect()
+                    results = await self._pipelined(batch)
+                if _has(NoScriptError, results):
+                    for script in redis_scripts.ALL:
+                        await self._redis.script_load(script)
+                    results = await self._pipelined(batch)
+        except Exception as error:  # noqa: BLE001 whatever it is, nobody may wait for ever
+            return [error] * len(batch)
+        return results
+
+    async def _pipelined(self, batch: Sequence[_Operation]) -> Sequence[Any]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for operation in batch:
+            pipeline.execute_command(*operation.command)
+        return cast("Sequence[Any]", await pipeline.execute(raise_on_error=False))
+
+    def _deliver(self, future: asyncio.Future[Any] | None, result: Any) -> None:
+        if future is None or future.done():  # nobody waits, or who did was cancelled
+            return
+        if isinstance(result, Exception):
+            failed = StoreFailed(f"{self._name}: {self._explain(result)}")
+            failed.__cause__ = result
+            future.set_exception(failed)
+        else:
+            future.set_result(result)
 
     def _explain(self, error: Exception) -> str:
         """Return a line for the operator, without the password."""
@@ -207,13 +280,17 @@ class RedisStore:
         return text.replace(self._password, "***") if self._password else text
 
 
+def _has(kind: type[Exception], results: Iterable[Any]) -> bool:
+    return any(isinstance(result, kind) for result in results)
+
+
+def _script(script: str, keys: Sequence[str], arguments: Sequence[str | int]) -> list[str | int]:
+    return ["EVALSHA", _SHA1[script], len(keys), *keys, *arguments]
+
+
 def _job(job_id: str) -> str:
     return f"{_PREFIX}job:{job_id}"
 
 
 def _keys(counters: Sequence[Counter]) -> list[str]:
     return [f"{_PREFIX}counter:{counter.key}" for counter in counters]
-
-
-def _json(values: list[str]) -> str:
-    return json.dumps(values, ensure_ascii=False)
