@@ -2,12 +2,12 @@
 
 Strategy. Each operation on a job is one script (``redis_scripts``), which Redis runs as a whole, and which does nothing
 the second time. All operations that wait are sent at once on the one connection, in order, because a call of the
-library costs much more than an operation. Those of a connection that broke are sent once more, because the proxy cannot
+library costs much more than an operation. After a connection broke they are sent once more, because the proxy cannot
 know whether Redis did them. Nothing is sent again when Redis is slow, because clients wait. A reservation that failed
 is given back when Redis responds again. Everything in Redis has a time to live.
 
-Redis must be set to keep what it has (``maxmemory-policy noeviction``, which is its default). What it forgets, by
-eviction or by the loss of a server that has not replicated yet, is free for the users.
+Redis must be set to keep what it has (``maxmemory-policy noeviction``, which is its default). A job that it
+forgets, by eviction or by the loss of a server that has not replicated yet, is free for its user.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as ConnectionBroken
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from tornado_fal_proxy.spending import redis_scripts
@@ -55,7 +55,7 @@ _MAX_DOUBTFUL = 10_000
 # The prefix of all keys. The braces are the hash tag.
 _PREFIX = "{fal-proxy}:"
 _DAY_S = 86_400
-# How long days of the account live in Redis until prune() tells. It is the default of the option account_days.
+# Limits the life of the account's days until prune() tells another limit. It is the default of the option account_days.
 _ACCOUNT_DAYS = 400
 # The rows of the account that Redis returns at once: others wait for less than a millisecond.
 _ROWS_AT_ONCE = 500
@@ -86,17 +86,29 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
+        if not parts.hostname or (not parts.path.removeprefix("/").isdecimal() and parts.path not in ("", "/")):
+            raise ValueError("a URL for Redis has a host, and a number as its path")
         # Without user, password and query, in which a password may be too.
         self._name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        self._redis = Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_connect_timeout=_CONNECT_TIMEOUT_S,
-            socket_timeout=_RESPONSE_TIMEOUT_S,
-            # Versions of the library differ in what they try again by themselves.
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._password = str(self._redis.connection_pool.connection_kwargs.get("password") or "")
+        # Before version 6 the library does not compare names with certificates by itself.
+        verify: dict[str, Any] = {}
+        if parts.scheme == "rediss" and "ssl_cert_reqs" not in parts.query:
+            verify = {"ssl_check_hostname": True}
+        try:
+            self._redis = Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_connect_timeout=_CONNECT_TIMEOUT_S,
+                socket_timeout=_RESPONSE_TIMEOUT_S,
+                # Versions of the library differ in what they try again by themselves.
+                retry=Retry(NoBackoff(), 0),
+                **verify,
+            )
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # to check the options in the URL
+        except (TypeError, RedisError):
+            raise ValueError("an option in the URL for Redis is unknown, or has an impossible value") from None
+        self._password = str(pool.connection_kwargs.get("password") or "")
         self._account_ttl_s = _ACCOUNT_DAYS * _DAY_S
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[_Operation] = deque()
@@ -277,6 +289,8 @@ class RedisStore:
         if isinstance(error, ReadOnlyError):
             return "the server is a replica, which only reads: name the master"
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, AuthenticationError) or "authenticat" in text:
+            return "the user or the password is wrong or missing"
         return text.replace(self._password, "***") if self._password else text
 
 

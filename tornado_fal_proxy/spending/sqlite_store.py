@@ -49,6 +49,9 @@ _MEANINGS = {
     sqlite3.SQLITE_CORRUPT: "the file is damaged: stop the proxy, and restore the file or remove it",
 }
 
+# After these the connection can be used again. The first is that of errors which are not SQLite's.
+_KEEPING = (-1, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT)
+
 _Result = TypeVar("_Result")
 
 
@@ -201,7 +204,7 @@ class SqliteStore:
                 self._transact(batch)
             except Exception as error:  # noqa: BLE001 an operation that fails must not end the thread
                 code = _code(error)
-                self._leave(keep=code == sqlite3.SQLITE_BUSY)
+                self._leave(keep=code in _KEEPING)
                 if code == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, _MAX_PAUSE_S)
@@ -244,6 +247,9 @@ class SqliteStore:
                 # sqlite3 would make it with the rights that the process' umask leaves to others.
                 with suppress(FileExistsError):
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+                if not os.access(self._path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                    # SQLite would make files beside it that cannot be written either, and would leave them.
+                    raise StoreFailed(_MEANINGS[sqlite3.SQLITE_READONLY])
             # The wait for a lock is _perform's: SQLite's own is for up to 100 ms in one piece.
             db = sqlite3.connect(self._path, timeout=0, isolation_level=None)
             try:
@@ -270,9 +276,6 @@ class SqliteStore:
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Make the tables in a new file. Refuse a file that is not the store's, or a newer version's."""
-        version = _pragma(db, "user_version")
-        if version == statements.SCHEMA_VERSION and _pragma(db, "application_id") == statements.APPLICATION_ID:
-            return
         db.execute("BEGIN IMMEDIATE")
         version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
