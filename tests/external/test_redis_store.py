@@ -13,6 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.certificates import Authority
 from tests.support.redis_server import RedisServer, running_redis
+from tests.support.spenders import compete, spend_and_be_killed
 from tests.support.spending_model import NOON, StoreMachine, reservation
 from tests.support.strategies import examples
 from tests.support.tools import unused_port
@@ -143,6 +144,20 @@ async def test_large_account(server: RedisServer) -> None:
         await asyncio.gather(*(store.reserve(reservation(str(i), f"u{i:04}", cost=0)) for i in range(1500)))
         rows = await store.usage("2026-12-31", "2026-12-31")
         assert [row.user for row in rows] == [f"u{i:04}" for i in range(1500)]
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_processes_compete(server: RedisServer) -> None:
+    """Four processes with many clients get as many jobs as the limit allows, together."""
+    await compete(server.url())
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_processes_are_killed(server: RedisServer) -> None:
+    """A process that is killed in any moment has lost nothing that it has reported as reserved."""
+    await spend_and_be_killed(server.url())
 
 
 # All that can happen to a Redis.

@@ -216,7 +216,7 @@ async def test_no_right_to_write() -> None:
         path.chmod(0o666)
         folder.chmod(0o555)
         with without_rights():
-            await fails(store, path, "cannot open the file: it must be in a folder that exists, and that this user may")
+            await fails(store, path, "this user may not write the file, or its folder")
         folder.chmod(0o777)
         with without_rights():
             assert (await store.reserve(reservation("2"))).used[0] == 2

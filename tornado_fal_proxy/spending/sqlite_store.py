@@ -45,12 +45,13 @@ _MEANINGS = {
     sqlite3.SQLITE_READONLY: "this user may not write the file, or its folder",
     sqlite3.SQLITE_PERM: "this user may not write the file, or its folder",
     sqlite3.SQLITE_CANTOPEN: "cannot open the file: it must be in a folder that exists, and that this user may write",
+    sqlite3.SQLITE_IOERR: "reading or writing the file failed: see the system's log",
     sqlite3.SQLITE_NOTADB: "the file is not an SQLite file: name another file",
     sqlite3.SQLITE_CORRUPT: "the file is damaged: stop the proxy, and restore the file or remove it",
 }
 
 # After these the connection can be used again. The first is that of errors which are not SQLite's.
-_KEEPING = (-1, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT)
+_KEEPING = (-1, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FULL)
 
 _Result = TypeVar("_Result")
 
