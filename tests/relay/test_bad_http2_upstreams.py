@@ -11,7 +11,7 @@ from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
-JSON = ("content-type", "application/json")
+JSON, IMAGE = ("content-type", "application/json"), ("content-type", "image/png")
 LENGTH = ("content-length", "2")
 HALF = b'{"images": [{"url": "htt'
 HEAD, ALL, PART = head(JSON), data(b"{}", end=True), data(b"{}")
@@ -197,6 +197,11 @@ LENGTHS = {
     "two different": Row((head(JSON, LENGTH, ("content-length", "3")), ALL), NOTHING, LOST),
     "two equal": Row((head(JSON, LENGTH, LENGTH), ALL), NOTHING, LOST),
     "overflow": Row((head(JSON, ("content-length", str(2**64 + 2))), ALL), NOTHING, LOST),
+    "two equal in a list": Row((head(JSON, ("content-length", "2, 2")), ALL), NOTHING, LOST),
+    "space around": Row((head(JSON, ("content-length", " 2 ")), ALL), NOTHING, LOST),
+    "leading zeros": Row((head(JSON, ("content-length", "0002")), ALL), OK),
+    "19 digits": Row((head(IMAGE, ("content-length", str(2**63 - 1))), ALL), NOTHING, MALFORMED),
+    "18 digits": Row((head(IMAGE, ("content-length", "9" * 18)), PART, reset_stream(0)), CUT, LOST),
     "204, no data": Row((head(status="204", end=True),), Want(204)),
     "204, data": Row((head(JSON, status="204"), ALL), CUT, LOST),
     "304, no data": Row((head(JSON, LENGTH, status="304", end=True),), Want(304)),

@@ -12,11 +12,12 @@ from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
-JSON = "content-type: application/json"
+JSON, IMAGE = "content-type: application/json", "content-type: image/png"
 LENGTH = "content-length: 2"
 CHUNKED = "transfer-encoding: chunked"
 CLOSES = "connection: close"
 HALF = b'{"images": [{"url": "htt'
+PIXELS = b"\x89PNG"
 FINE = response(JSON, LENGTH, body=b"{}")
 SURPLUS = response(JSON, "content-length: 16", body=b'{"another": "x"}')
 LOST, MALFORMED, LATE = "ConnectionLost", "MalformedResponse", "UpstreamTimeout"
@@ -152,8 +153,31 @@ LENGTHS = {
     "two different in a list": Row((response(JSON, "content-length: 2, 3", body=b"{}x"),), NOTHING, MALFORMED),
     "two equal": Row((response(JSON, LENGTH, LENGTH, body=b"{}"),), OK),
     "leading zeros": Row((response(JSON, "content-length: 0002", body=b"{}"),), OK),
-    "overflow": Row((response(JSON, f"content-length: {2**64 + 2}", body=b"{}"), Do.CLOSE), OK),
-    "overflow, cut": Row((response(JSON, f"content-length: {2**64 + 2}", body=HALF), Do.CLOSE), CUT, LOST),
+    "two equal in a list": Row((response(JSON, "content-length: 2, 2", body=b"{}"),), OK),
+    "two equal in a list, cut": Row((response(IMAGE, "content-length: 9, 9", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "two in one": Row((response(JSON, "content-length: 2 2", body=b"{}"),), NOTHING, MALFORMED),
+    "space around": Row((response(JSON, "content-length: \t 2\t ", body=b"{}"),), OK),
+    "space around, cut": Row((response(IMAGE, "content-length: \t 9\t ", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "overflow": Row((response(IMAGE, f"content-length: {2**64 + 2}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED),
+    "19 digits": Row((response(IMAGE, f"content-length: {2**63 - 1}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED),
+    "18 digits": Row((response(IMAGE, f"content-length: {'9' * 18}", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "overflow, then another": Row(
+        (response(IMAGE, f"content-length: {2**64 + 2}", LENGTH, body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "overflow behind another": Row(
+        (response(IMAGE, LENGTH, f"content-length: {2**64 + 2}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "void by a transfer-encoding, cut": Row(
+        (response(IMAGE, "content-length: 9", "transfer-encoding: identity", body=PIXELS), Do.CLOSE), CUT, LOST
+    ),
+    "void by an empty transfer-encoding, cut": Row(
+        (response(IMAGE, "content-length: 9", "transfer-encoding:", body=PIXELS), Do.CLOSE), CUT, LOST
+    ),
+    "zstd, overflow": Row(
+        (response(IMAGE, f"content-length: {2**64 + 2}", "content-encoding: zstd", body=PIXELS), Do.CLOSE),
+        NOTHING,
+        MALFORMED,
+    ),
     "by the end, whole": Row((response(JSON, CLOSES, body=b"{}"), Do.CLOSE), OK),
     "by the end, FIN": Row((response(JSON, CLOSES, body=b"{}"), Do.FIN), CUT, LOST),
     "by the end, cut": Row((response(JSON, CLOSES, body=HALF), Do.CLOSE), CUT, LOST),
@@ -249,13 +273,22 @@ HEADERS = {
     "no colon": Row((response(JSON, LENGTH, "x-a", body=b"{}"),), NOTHING, MALFORMED),
     "a CR": Row((response(JSON, LENGTH, "x-a: b\rx-b: c", body=b"{}"),), NOTHING, MALFORMED),
     "a space before the colon": Row((response(JSON, LENGTH, "x-a : b", body=b"{}"),), OK),
-    "a space before the length's colon": Row((response(JSON, "content-length : 2", body=b"{}"), Do.CLOSE), OK),
+    "a space before the length's colon": Row(
+        (response(JSON, "content-length : 2", body=b"{}"), Do.CLOSE), NOTHING, MALFORMED
+    ),
     "a space before the length's colon, cut": Row(
-        (response(JSON, "content-length : 99", body=HALF), Do.CLOSE), CUT, LOST
+        (response(IMAGE, "content-length : 99", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "a space before the transfer-encoding's colon": Row(
+        (response(JSON, "transfer-encoding : chunked", body=chunked(b"{}")), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "a space before the coding's colon": Row(
+        (response(JSON, f"content-length: {len(GZIP)}", "content-encoding : gzip", body=GZIP),), DECODED
     ),
     "no name": Row((response(JSON, LENGTH, ": b", body=b"{}"),), OK),
     "folded": Row((response(JSON, LENGTH, "x-a: b", "\tc", body=b"{}"),), OK),
     "a folded length": Row((response(JSON, "content-length:", " 2", body=b"{}"),), OK),
+    "a folded length, cut": Row((response(IMAGE, "content-length:", " 9", body=PIXELS), Do.CLOSE), CUT, LOST),
     "folded first": Row((response(" x-a: b", JSON, LENGTH, body=b"{}"),), OK),
     "two content-types": Row((response(JSON, "content-type: text/html", LENGTH, body=b"{}"),), OK),
     "no content-type": Row((response(LENGTH, body=b"{}"),), OK),

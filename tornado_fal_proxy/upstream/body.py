@@ -39,16 +39,17 @@ class Body:
     ``complete`` is true when all of the body has arrived. ``high_water`` is the number of bytes above which the body is
     full. ``paused`` is true from a piece that was refused until the reader has caught up. ``peer_closed`` says that the
     server has closed the connection: the rest of the body is then taken however slow the reader is. ``window`` is the
-    number of bytes that the server may send ahead. ``decoder`` and ``completeness`` are set once the head is known.
+    number of bytes that the server may send ahead. ``received`` counts all bytes that came, encoded. ``decoder`` and
+    ``completeness`` are set once the head is known.
     Every byte that is here is counted in ``budget``.
     """
 
     __slots__ = (
-        "_arrived",
         "_budget",
         "_buffered",
         "_chunks",
         "_decoded",
+        "_opened_at",
         "_taken",
         "complete",
         "completeness",
@@ -56,6 +57,7 @@ class Body:
         "high_water",
         "paused",
         "peer_closed",
+        "received",
         "window",
     )
 
@@ -66,12 +68,13 @@ class Body:
         self.complete = False
         self.paused = False
         self.peer_closed = False
+        self.received = 0
         self.decoder: Decoder | None = None
         self.completeness: Completeness | None = None
         self._chunks: list[bytes] = []
         self._decoded: list[bytes] = []  # pieces that were taken to measure or check the body, and not read yet
         self._buffered = 0
-        self._arrived = 0  # since the window was opened last
+        self._opened_at = 0  # what was received when the window was opened last
         self._taken = 0
 
     def resume(self) -> None:
@@ -93,12 +96,14 @@ class Body:
         self._chunks.append(data)
         size = len(data)
         self._buffered += size
-        self._arrived += size
+        self.received += size
         self._budget.add(size)
         buffering = self.high_water > HIGH_WATER_BYTES
-        if self.window != FIRST_WINDOW_BYTES and not (buffering and self._arrived >= BUFFERED_WINDOW_BYTES // 2):
+        if self.window != FIRST_WINDOW_BYTES and not (
+            buffering and self.received - self._opened_at >= BUFFERED_WINDOW_BYTES // 2
+        ):
             return False
-        self._arrived = 0
+        self._opened_at = self.received
         self.window = BUFFERED_WINDOW_BYTES if buffering else WINDOW_BYTES
         return True
 

@@ -273,6 +273,9 @@ class UpstreamClient(CurlLoop):
             failure = upstream_error(curl_error, curl_message or "", may_have_run=_may_have_run(transfer))
         elif transfer.head is None:
             failure = MalformedResponse("no head", may_have_run=_may_have_run(transfer))
+        elif transfer.head.declared not in (None, transfer.received):
+            detail = f"the body is not whole: {transfer.received} bytes of {transfer.head.declared}"
+            failure = ConnectionLost(detail, may_have_run=_may_have_run(transfer))
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
             self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)
