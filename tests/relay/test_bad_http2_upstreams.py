@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import brotli
 import pytest
 
 from tests.support.bad_upstream import Do, block, data, frame, goaway, head, many, reset_stream
@@ -73,6 +74,15 @@ RESETS = {
     "NO_ERROR in an error": Row((head(JSON, status="422"), data(HALF), reset_stream(0)), CUT, LOST),
     "NO_ERROR in gzip": Row(
         (head(JSON, ("content-encoding", "gzip")), data(GZIP[:-9]), reset_stream(0)), CUT, MALFORMED
+    ),
+    "NO_ERROR between members of gzip": Row(
+        (head(JSON, ("content-encoding", "gzip")), data(gzip.compress(b'{"a": ')), reset_stream(0)), CUT, LOST
+    ),
+    "NO_ERROR behind whole gzip": Row(
+        (head(JSON, ("content-encoding", "gzip")), data(GZIP), reset_stream(0)), Want(200, b'{"a": 1}')
+    ),
+    "NO_ERROR behind half a text in brotli": Row(
+        (head(JSON, ("content-encoding", "br")), data(brotli.compress(b'{"a": ')), reset_stream(0)), CUT, LOST
     ),
     "NO_ERROR in 40 kB": Row(
         (HEAD, data(b'{"a": "' + b"x" * 16_000), data(b"x" * 16_000), data(b"x" * 8000), reset_stream(0)), CUT, LOST
@@ -340,6 +350,9 @@ STREAMS = {
     "NO_ERROR behind an event": Row((head(EVENTS), data(EVENT), reset_stream(0)), Want(200, EVENT)),
     "NO_ERROR in an event": Row((head(EVENTS), data(EVENT + EVENT[:9]), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind a line": Row((head(EVENTS), data(EVENT + EVENT[:-1]), reset_stream(0)), CUT, LOST),
+    "NO_ERROR between members of gzip": Row(
+        (head(EVENTS, ("content-encoding", "gzip")), data(gzip.compress(EVENT[:9])), reset_stream(0)), CUT, LOST
+    ),
     "NO_ERROR in a character": Row((head(EVENTS), data(b"data: \xc3"), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind a comment": Row(
         (head(EVENTS), data(EVENT + b": ping\n"), reset_stream(0)), Want(200, EVENT + b": ping\n")

@@ -28,6 +28,10 @@ def encoded(coding: str, body: bytes, *more: str) -> bytes:
     return response(JSON, f"content-encoding: {coding}", f"content-length: {len(body)}", *more, body=body)
 
 
+def by_the_end(coding: str, body: bytes, content_type: str = JSON) -> bytes:
+    return response(content_type, f"content-encoding: {coding}", CLOSES, body=body)
+
+
 def raw_deflate(content: bytes) -> bytes:
     compressor = zlib.compressobj(wbits=-15)
     return compressor.compress(content) + compressor.flush()
@@ -253,6 +257,13 @@ CODINGS = {
     ),
     "by the end": Row((response(JSON, "content-encoding: gzip", CLOSES, body=GZIP), Do.CLOSE), DECODED),
     "in chunks": Row((response(JSON, "content-encoding: gzip", CHUNKED, body=chunked(GZIP[:7], GZIP[7:])),), DECODED),
+    "by the end, two members": Row(
+        (by_the_end("gzip", gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:])), Do.CLOSE), DECODED
+    ),
+    "by the end, cut between members": Row((by_the_end("gzip", gzip.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, half a text in deflate": Row((by_the_end("deflate", zlib.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, half a text in brotli": Row((by_the_end("br", brotli.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, half a text in zstd": Row((by_the_end("zstd", b"{"), Do.CLOSE), Want(200, b"{")),
 }
 
 NO_BODY = {
@@ -341,6 +352,8 @@ STREAMS = {
     "whole": Row((response(EVENTS, CHUNKED, body=chunked(EVENT, EVENT)),), Want(200, EVENT * 2)),
     "by the end": Row((response(EVENTS, CLOSES, body=EVENT), Do.CLOSE), Want(200, EVENT)),
     "by the end, cut": Row((response(EVENTS, CLOSES, body=EVENT + EVENT[:9]), Do.CLOSE), CUT, LOST),
+    "by the end, gzip": Row((by_the_end("gzip", gzip.compress(EVENT), EVENTS), Do.CLOSE), Want(200, EVENT)),
+    "by the end, cut between members": Row((by_the_end("gzip", gzip.compress(EVENT[:9]), EVENTS), Do.CLOSE), CUT, LOST),
     "in chunks, cut": Row((response(EVENTS, CHUNKED, body=chunked(EVENT, end=b"")), Do.CLOSE), CUT, LOST),
     "in chunks, cut in an event": Row(
         (response(EVENTS, CHUNKED, body=chunked(EVENT + EVENT[:5], end=b"")), Do.CLOSE), CUT, LOST

@@ -128,15 +128,18 @@ class Body:
         decoder = self.decoder
         if decoder is None:
             return self._pop() if self._chunks else b""
-        if self.has_more:
-            return decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES)
-        return b""
+        if not self.has_more:
+            return b""
+        piece = decoder.decode(b"" if decoder.has_more else self._pop(), HIGH_WATER_BYTES)
+        if self.completeness is not None:
+            self.completeness.feed(piece)
+        return piece
 
     def check_end(self) -> None:
         """Raise Undecodable or Truncated where a body that was read to its end is not whole."""
         if self.decoder is not None:
             self.decoder.end()
-        elif self.completeness is not None and not self.completeness.is_complete:
+        if self.completeness is not None and not self.completeness.is_complete:
             raise Truncated("its content ends too early")
 
     def read_rest_of_line(self, chunk: bytes) -> bytes:
@@ -185,7 +188,7 @@ class Body:
         self._buffered -= size
         self._taken += size
         self._budget.remove(size)
-        if self.completeness is not None:
+        if self.completeness is not None and self.decoder is None:
             self.completeness.feed(chunk)
         if self.paused:
             if self._buffered <= self.high_water // 2:

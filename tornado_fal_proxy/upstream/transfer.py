@@ -304,7 +304,7 @@ class Transfer(Body):
             self.decoder = decoder_for(head.coding)
             if self.decoder is None:
                 head.headers.append(("content-encoding", head.coding))
-        elif not head.framed and head.has_body:
+        if not head.framed and head.has_body and (self.decoder is not None or not head.coding):
             self.completeness = completeness_for(head.content_type)
         self.head = head
         if head.event_stream:
