@@ -75,6 +75,12 @@ RESETS = {
     "NO_ERROR in gzip": Row(
         (head(JSON, ("content-encoding", "gzip")), data(GZIP[:-9]), reset_stream(0)), CUT, MALFORMED
     ),
+    **{
+        f"NO_ERROR before the first byte of {coding}": Row(
+            (head(JSON, ("content-encoding", coding)), reset_stream(0)), CUT, MALFORMED
+        )
+        for coding in ("gzip", "deflate", "br")
+    },
     "NO_ERROR between members of gzip": Row(
         (head(JSON, ("content-encoding", "gzip")), data(gzip.compress(b'{"a": ')), reset_stream(0)), CUT, LOST
     ),
@@ -215,6 +221,8 @@ LENGTHS = {
     "204, no data": Row((head(status="204", end=True),), Want(204)),
     "204, data": Row((head(JSON, status="204"), ALL), CUT, LOST),
     "304, no data": Row((head(JSON, LENGTH, status="304", end=True),), Want(304)),
+    "304 in gzip": Row((head(JSON, ("content-encoding", "gzip"), status="304", end=True),), Want(304)),
+    "zero, in gzip": Row((head(JSON, ("content-length", "0"), ("content-encoding", "gzip"), end=True),), Want(200)),
     "304, data": Row((head(JSON, status="304"), ALL), CUT, LOST),
 }
 

@@ -248,6 +248,7 @@ CODINGS = {
     "half a second member": Row((encoded("gzip", GZIP + GZIP[:20]),), CUT, MALFORMED),
     "zeros behind": Row((encoded("gzip", GZIP + bytes(20)),), DECODED),
     "empty gzip": Row((encoded("gzip", b""),), Want(200)),
+    "empty deflate": Row((encoded("deflate", b""),), Want(200)),
     "empty brotli": Row((encoded("br", b""),), Want(200)),
     "gzip of nothing": Row((encoded("gzip", gzip.compress(b"")),), Want(200)),
     "unknown": Row((encoded("zstd", b"whatever"),), Want(200, b"whatever")),
@@ -263,6 +264,19 @@ CODINGS = {
     "by the end, cut between members": Row((by_the_end("gzip", gzip.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
     "by the end, half a text in deflate": Row((by_the_end("deflate", zlib.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
     "by the end, half a text in brotli": Row((by_the_end("br", brotli.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, nothing in gzip": Row((by_the_end("gzip", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in gzip": Row(
+        (response(JSON, "content-encoding: gzip", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in deflate": Row((by_the_end("deflate", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in deflate": Row(
+        (response(JSON, "content-encoding: deflate", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in brotli": Row((by_the_end("br", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in brotli": Row(
+        (response(JSON, "content-encoding: br", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in zstd": Row((by_the_end("zstd", b""), Do.CLOSE), Want(200)),
     "by the end, half a text in zstd": Row((by_the_end("zstd", b"{"), Do.CLOSE), Want(200, b"{")),
 }
 

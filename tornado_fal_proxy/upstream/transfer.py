@@ -300,12 +300,13 @@ class Transfer(Body):
                 self._fail(f"more than {MAX_INTERIM} interim responses")
 
     def _begin_body(self, head: ResponseHead) -> None:
-        if head.coding:
-            self.decoder = decoder_for(head.coding)
-            if self.decoder is None:
-                head.headers.append(("content-encoding", head.coding))
-        if not head.framed and head.has_body and (self.decoder is not None or not head.coding):
-            self.completeness = completeness_for(head.content_type)
+        decoder = decoder_for(head.coding) if head.coding else None
+        if head.coding and decoder is None:
+            head.headers.append(("content-encoding", head.coding))
+        elif head.has_body and head.declared != 0:
+            self.decoder = decoder
+            if not head.framed:
+                self.completeness = completeness_for(head.content_type)
         self.head = head
         if head.event_stream:
             self.high_water = HIGH_WATER_BYTES
