@@ -131,6 +131,7 @@ GOAWAYS = {
     "graceful, then the response, close": Row((goaway(), *FINE, Do.CLOSE), OK),
     "in two steps": Row((goaway(last=2**31 - 1), HEAD, goaway(), ALL, Do.CLOSE), OK),
     "in the response": Row((HEAD, goaway(), ALL), OK),
+    "behind the response, in its record of TLS": Row((HEAD, lambda own: ALL(own) + goaway()(own)), OK),
     "behind the response, close": Row((*FINE, goaway(), Do.CLOSE), OK),
     "while idle": Row((*FINE, Do.RESPONDED, goaway()), OK),
     "while idle, close": Row((*FINE, Do.RESPONDED, goaway(), Do.CLOSE), OK),
