@@ -249,9 +249,11 @@ class UpstreamClient(CurlLoop):
     def on_idle_bytes(self, local_port: int) -> None:
         """Suspect the host, because the bytes may announce the end of the connection (GOAWAY, close_notify).
 
-        libcurl reads them once a second, and until then would send a POST on that connection.
+        libcurl reads them once a second, and until then would send a POST on that connection. Where a transfer is
+        paused they are its body: one client that does not read would cost each POST of the others a handshake.
         """
-        self._hosts.suspect(self._ports.get(local_port, ""), self.now())
+        if not any(other.paused and other.local_port == local_port for other in self._running.values()):
+            self._hosts.suspect(self._ports.get(local_port, ""), self.now())
 
     # Ends.
 
