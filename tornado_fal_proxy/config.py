@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -390,6 +391,9 @@ def _unreadable(name: str, path: object) -> list[str]:
     if not isinstance(path, str | os.PathLike):
         return [f"{name}: must be the path of a PEM file, not {path!r}"]
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # would hang here, or be empty for libcurl
+            return [f"{name}: {os.fspath(path)!r} is no regular file"]
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(os.fspath(path))
     except ssl.SSLError:
         return [f"{name}: {os.fspath(path)!r} holds no PEM certificates"]

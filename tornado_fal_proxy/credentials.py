@@ -6,7 +6,11 @@ its characters, and never put it into an exception, a repr or a log line.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+import time
 from collections.abc import Mapping
 
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
@@ -16,7 +20,11 @@ __all__ = ["KEY_CHARACTERS", "authorization_line", "configured_key", "key_from_e
 # A key of fal's, and all that may stand in a header line without a second meaning: printable ASCII without spaces.
 KEY_CHARACTERS = re.compile(r"[!-~]+")
 # Limits how much of a key file is read: far more than any key has, and little when the path names the wrong file.
-_MAX_KEY_FILE_CHARS = 10_000
+_MAX_KEY_FILE_BYTES = 10_000
+# Limits how long a pipe may take to bring the key: a command that asks a vault takes a few seconds.
+_KEY_FILE_TIMEOUT_S = 10.0
+# Time between two tries to read a pipe: a start that is so much later is not noticed.
+_KEY_FILE_RETRY_S = 0.01
 
 
 def key_from_env(environ: Mapping[str, str]) -> str | None:
@@ -33,22 +41,50 @@ def key_from_env(environ: Mapping[str, str]) -> str | None:
 def key_from_file(environ: Mapping[str, str]) -> str | None:
     """Return the key in the file that ``FAL_KEY_FILE`` names, as systemd and containers hand over secrets.
 
-    Return None where the variable is not set. Raise ConfigError. The file's mode is not checked, because it means
-    nothing where secrets are mounted.
+    Return None where the variable is not set. Raise ConfigError. A pipe may be named too, and has some seconds to bring
+    the key. The file's mode is not checked, because it means nothing where secrets are mounted.
     """
     path = environ.get("FAL_KEY_FILE", "")
     if not path:
         return None
     try:
-        with open(path, encoding="ascii") as file:
-            key = file.read(_MAX_KEY_FILE_CHARS).strip()
+        content = _read(path)
+        key = content.decode("ascii").strip()
     except OSError as exc:
         raise ConfigError([f"FAL_KEY_FILE: cannot read {path!r}: {exc.strerror}"]) from exc
     except ValueError:  # a path with a NUL, or bytes that are not text: from None, because the exception may quote them
         raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"]) from None
-    if not KEY_CHARACTERS.fullmatch(key):
+    if len(content) > _MAX_KEY_FILE_BYTES or not KEY_CHARACTERS.fullmatch(key):
         raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"])
     return key
+
+
+def _read(path: str) -> bytes:
+    """Return the content of a file or a pipe; of one that is too long, only so much as shows that. Raise OSError.
+
+    Nothing blocks, because a pipe that nobody writes to would hold up the start for ever. A pipe reads as empty before
+    its writer comes, so it is at its end only when something has come.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        deadline = time.monotonic() + _KEY_FILE_TIMEOUT_S
+        content = b""
+        while len(content) <= _MAX_KEY_FILE_BYTES:
+            try:
+                piece = os.read(fd, _MAX_KEY_FILE_BYTES)
+                if not piece and (content or not is_pipe):
+                    break
+                content += piece
+            except BlockingIOError:
+                piece = b""
+            if not piece and time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"its end did not come within {_KEY_FILE_TIMEOUT_S:g} s")
+            if not piece:
+                time.sleep(_KEY_FILE_RETRY_S)
+        return content
+    finally:
+        os.close(fd)
 
 
 def configured_key(environ: Mapping[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import brotli
 import pytest
 
 from tests.support.bad_upstream import Do, block, data, frame, goaway, head, many, reset_stream
@@ -11,7 +12,7 @@ from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
-JSON = ("content-type", "application/json")
+JSON, IMAGE = ("content-type", "application/json"), ("content-type", "image/png")
 LENGTH = ("content-length", "2")
 HALF = b'{"images": [{"url": "htt'
 HEAD, ALL, PART = head(JSON), data(b"{}", end=True), data(b"{}")
@@ -74,6 +75,21 @@ RESETS = {
     "NO_ERROR in gzip": Row(
         (head(JSON, ("content-encoding", "gzip")), data(GZIP[:-9]), reset_stream(0)), CUT, MALFORMED
     ),
+    **{
+        f"NO_ERROR before the first byte of {coding}": Row(
+            (head(JSON, ("content-encoding", coding)), reset_stream(0)), CUT, MALFORMED
+        )
+        for coding in ("gzip", "deflate", "br")
+    },
+    "NO_ERROR between members of gzip": Row(
+        (head(JSON, ("content-encoding", "gzip")), data(gzip.compress(b'{"a": ')), reset_stream(0)), CUT, LOST
+    ),
+    "NO_ERROR behind whole gzip": Row(
+        (head(JSON, ("content-encoding", "gzip")), data(GZIP), reset_stream(0)), Want(200, b'{"a": 1}')
+    ),
+    "NO_ERROR behind half a text in brotli": Row(
+        (head(JSON, ("content-encoding", "br")), data(brotli.compress(b'{"a": ')), reset_stream(0)), CUT, LOST
+    ),
     "NO_ERROR in 40 kB": Row(
         (HEAD, data(b'{"a": "' + b"x" * 16_000), data(b"x" * 16_000), data(b"x" * 8000), reset_stream(0)), CUT, LOST
     ),
@@ -115,6 +131,7 @@ GOAWAYS = {
     "graceful, then the response, close": Row((goaway(), *FINE, Do.CLOSE), OK),
     "in two steps": Row((goaway(last=2**31 - 1), HEAD, goaway(), ALL, Do.CLOSE), OK),
     "in the response": Row((HEAD, goaway(), ALL), OK),
+    "behind the response, in its record of TLS": Row((HEAD, lambda own: ALL(own) + goaway()(own)), OK),
     "behind the response, close": Row((*FINE, goaway(), Do.CLOSE), OK),
     "while idle": Row((*FINE, Do.RESPONDED, goaway()), OK),
     "while idle, close": Row((*FINE, Do.RESPONDED, goaway(), Do.CLOSE), OK),
@@ -197,9 +214,16 @@ LENGTHS = {
     "two different": Row((head(JSON, LENGTH, ("content-length", "3")), ALL), NOTHING, LOST),
     "two equal": Row((head(JSON, LENGTH, LENGTH), ALL), NOTHING, LOST),
     "overflow": Row((head(JSON, ("content-length", str(2**64 + 2))), ALL), NOTHING, LOST),
+    "two equal in a list": Row((head(JSON, ("content-length", "2, 2")), ALL), NOTHING, LOST),
+    "space around": Row((head(JSON, ("content-length", " 2 ")), ALL), NOTHING, LOST),
+    "leading zeros": Row((head(JSON, ("content-length", "0002")), ALL), OK),
+    "19 digits": Row((head(IMAGE, ("content-length", str(2**63 - 1))), ALL), NOTHING, MALFORMED),
+    "18 digits": Row((head(IMAGE, ("content-length", "9" * 18)), PART, reset_stream(0)), CUT, LOST),
     "204, no data": Row((head(status="204", end=True),), Want(204)),
     "204, data": Row((head(JSON, status="204"), ALL), CUT, LOST),
     "304, no data": Row((head(JSON, LENGTH, status="304", end=True),), Want(304)),
+    "304 in gzip": Row((head(JSON, ("content-encoding", "gzip"), status="304", end=True),), Want(304)),
+    "zero, in gzip": Row((head(JSON, ("content-length", "0"), ("content-encoding", "gzip"), end=True),), Want(200)),
     "304, data": Row((head(JSON, status="304"), ALL), CUT, LOST),
 }
 
@@ -335,6 +359,9 @@ STREAMS = {
     "NO_ERROR behind an event": Row((head(EVENTS), data(EVENT), reset_stream(0)), Want(200, EVENT)),
     "NO_ERROR in an event": Row((head(EVENTS), data(EVENT + EVENT[:9]), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind a line": Row((head(EVENTS), data(EVENT + EVENT[:-1]), reset_stream(0)), CUT, LOST),
+    "NO_ERROR between members of gzip": Row(
+        (head(EVENTS, ("content-encoding", "gzip")), data(gzip.compress(EVENT[:9])), reset_stream(0)), CUT, LOST
+    ),
     "NO_ERROR in a character": Row((head(EVENTS), data(b"data: \xc3"), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind a comment": Row(
         (head(EVENTS), data(EVENT + b": ping\n"), reset_stream(0)), Want(200, EVENT + b": ping\n")

@@ -12,11 +12,12 @@ from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
-JSON = "content-type: application/json"
+JSON, IMAGE = "content-type: application/json", "content-type: image/png"
 LENGTH = "content-length: 2"
 CHUNKED = "transfer-encoding: chunked"
 CLOSES = "connection: close"
 HALF = b'{"images": [{"url": "htt'
+PIXELS = b"\x89PNG"
 FINE = response(JSON, LENGTH, body=b"{}")
 SURPLUS = response(JSON, "content-length: 16", body=b'{"another": "x"}')
 LOST, MALFORMED, LATE = "ConnectionLost", "MalformedResponse", "UpstreamTimeout"
@@ -25,6 +26,10 @@ BIG = b'{"prompt": "%b"}' % (b"x" * 300_000)
 
 def encoded(coding: str, body: bytes, *more: str) -> bytes:
     return response(JSON, f"content-encoding: {coding}", f"content-length: {len(body)}", *more, body=body)
+
+
+def by_the_end(coding: str, body: bytes, content_type: str = JSON) -> bytes:
+    return response(content_type, f"content-encoding: {coding}", CLOSES, body=body)
 
 
 def raw_deflate(content: bytes) -> bytes:
@@ -152,8 +157,31 @@ LENGTHS = {
     "two different in a list": Row((response(JSON, "content-length: 2, 3", body=b"{}x"),), NOTHING, MALFORMED),
     "two equal": Row((response(JSON, LENGTH, LENGTH, body=b"{}"),), OK),
     "leading zeros": Row((response(JSON, "content-length: 0002", body=b"{}"),), OK),
-    "overflow": Row((response(JSON, f"content-length: {2**64 + 2}", body=b"{}"), Do.CLOSE), OK),
-    "overflow, cut": Row((response(JSON, f"content-length: {2**64 + 2}", body=HALF), Do.CLOSE), CUT, LOST),
+    "two equal in a list": Row((response(JSON, "content-length: 2, 2", body=b"{}"),), OK),
+    "two equal in a list, cut": Row((response(IMAGE, "content-length: 9, 9", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "two in one": Row((response(JSON, "content-length: 2 2", body=b"{}"),), NOTHING, MALFORMED),
+    "space around": Row((response(JSON, "content-length: \t 2\t ", body=b"{}"),), OK),
+    "space around, cut": Row((response(IMAGE, "content-length: \t 9\t ", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "overflow": Row((response(IMAGE, f"content-length: {2**64 + 2}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED),
+    "19 digits": Row((response(IMAGE, f"content-length: {2**63 - 1}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED),
+    "18 digits": Row((response(IMAGE, f"content-length: {'9' * 18}", body=PIXELS), Do.CLOSE), CUT, LOST),
+    "overflow, then another": Row(
+        (response(IMAGE, f"content-length: {2**64 + 2}", LENGTH, body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "overflow behind another": Row(
+        (response(IMAGE, LENGTH, f"content-length: {2**64 + 2}", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "void by a transfer-encoding, cut": Row(
+        (response(IMAGE, "content-length: 9", "transfer-encoding: identity", body=PIXELS), Do.CLOSE), CUT, LOST
+    ),
+    "void by an empty transfer-encoding, cut": Row(
+        (response(IMAGE, "content-length: 9", "transfer-encoding:", body=PIXELS), Do.CLOSE), CUT, LOST
+    ),
+    "zstd, overflow": Row(
+        (response(IMAGE, f"content-length: {2**64 + 2}", "content-encoding: zstd", body=PIXELS), Do.CLOSE),
+        NOTHING,
+        MALFORMED,
+    ),
     "by the end, whole": Row((response(JSON, CLOSES, body=b"{}"), Do.CLOSE), OK),
     "by the end, FIN": Row((response(JSON, CLOSES, body=b"{}"), Do.FIN), CUT, LOST),
     "by the end, cut": Row((response(JSON, CLOSES, body=HALF), Do.CLOSE), CUT, LOST),
@@ -220,6 +248,7 @@ CODINGS = {
     "half a second member": Row((encoded("gzip", GZIP + GZIP[:20]),), CUT, MALFORMED),
     "zeros behind": Row((encoded("gzip", GZIP + bytes(20)),), DECODED),
     "empty gzip": Row((encoded("gzip", b""),), Want(200)),
+    "empty deflate": Row((encoded("deflate", b""),), Want(200)),
     "empty brotli": Row((encoded("br", b""),), Want(200)),
     "gzip of nothing": Row((encoded("gzip", gzip.compress(b"")),), Want(200)),
     "unknown": Row((encoded("zstd", b"whatever"),), Want(200, b"whatever")),
@@ -229,6 +258,26 @@ CODINGS = {
     ),
     "by the end": Row((response(JSON, "content-encoding: gzip", CLOSES, body=GZIP), Do.CLOSE), DECODED),
     "in chunks": Row((response(JSON, "content-encoding: gzip", CHUNKED, body=chunked(GZIP[:7], GZIP[7:])),), DECODED),
+    "by the end, two members": Row(
+        (by_the_end("gzip", gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:])), Do.CLOSE), DECODED
+    ),
+    "by the end, cut between members": Row((by_the_end("gzip", gzip.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, half a text in deflate": Row((by_the_end("deflate", zlib.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, half a text in brotli": Row((by_the_end("br", brotli.compress(TEXT[:9])), Do.CLOSE), CUT, LOST),
+    "by the end, nothing in gzip": Row((by_the_end("gzip", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in gzip": Row(
+        (response(JSON, "content-encoding: gzip", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in deflate": Row((by_the_end("deflate", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in deflate": Row(
+        (response(JSON, "content-encoding: deflate", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in brotli": Row((by_the_end("br", b""), Do.CLOSE), CUT, MALFORMED),
+    "in chunks, nothing in brotli": Row(
+        (response(JSON, "content-encoding: br", CHUNKED, body=chunked()),), CUT, MALFORMED
+    ),
+    "by the end, nothing in zstd": Row((by_the_end("zstd", b""), Do.CLOSE), Want(200)),
+    "by the end, half a text in zstd": Row((by_the_end("zstd", b"{"), Do.CLOSE), Want(200, b"{")),
 }
 
 NO_BODY = {
@@ -249,13 +298,22 @@ HEADERS = {
     "no colon": Row((response(JSON, LENGTH, "x-a", body=b"{}"),), NOTHING, MALFORMED),
     "a CR": Row((response(JSON, LENGTH, "x-a: b\rx-b: c", body=b"{}"),), NOTHING, MALFORMED),
     "a space before the colon": Row((response(JSON, LENGTH, "x-a : b", body=b"{}"),), OK),
-    "a space before the length's colon": Row((response(JSON, "content-length : 2", body=b"{}"), Do.CLOSE), OK),
+    "a space before the length's colon": Row(
+        (response(JSON, "content-length : 2", body=b"{}"), Do.CLOSE), NOTHING, MALFORMED
+    ),
     "a space before the length's colon, cut": Row(
-        (response(JSON, "content-length : 99", body=HALF), Do.CLOSE), CUT, LOST
+        (response(IMAGE, "content-length : 99", body=PIXELS), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "a space before the transfer-encoding's colon": Row(
+        (response(JSON, "transfer-encoding : chunked", body=chunked(b"{}")), Do.CLOSE), NOTHING, MALFORMED
+    ),
+    "a space before the coding's colon": Row(
+        (response(JSON, f"content-length: {len(GZIP)}", "content-encoding : gzip", body=GZIP),), DECODED
     ),
     "no name": Row((response(JSON, LENGTH, ": b", body=b"{}"),), OK),
     "folded": Row((response(JSON, LENGTH, "x-a: b", "\tc", body=b"{}"),), OK),
     "a folded length": Row((response(JSON, "content-length:", " 2", body=b"{}"),), OK),
+    "a folded length, cut": Row((response(IMAGE, "content-length:", " 9", body=PIXELS), Do.CLOSE), CUT, LOST),
     "folded first": Row((response(" x-a: b", JSON, LENGTH, body=b"{}"),), OK),
     "two content-types": Row((response(JSON, "content-type: text/html", LENGTH, body=b"{}"),), OK),
     "no content-type": Row((response(LENGTH, body=b"{}"),), OK),
@@ -308,6 +366,8 @@ STREAMS = {
     "whole": Row((response(EVENTS, CHUNKED, body=chunked(EVENT, EVENT)),), Want(200, EVENT * 2)),
     "by the end": Row((response(EVENTS, CLOSES, body=EVENT), Do.CLOSE), Want(200, EVENT)),
     "by the end, cut": Row((response(EVENTS, CLOSES, body=EVENT + EVENT[:9]), Do.CLOSE), CUT, LOST),
+    "by the end, gzip": Row((by_the_end("gzip", gzip.compress(EVENT), EVENTS), Do.CLOSE), Want(200, EVENT)),
+    "by the end, cut between members": Row((by_the_end("gzip", gzip.compress(EVENT[:9]), EVENTS), Do.CLOSE), CUT, LOST),
     "in chunks, cut": Row((response(EVENTS, CHUNKED, body=chunked(EVENT, end=b"")), Do.CLOSE), CUT, LOST),
     "in chunks, cut in an event": Row(
         (response(EVENTS, CHUNKED, body=chunked(EVENT + EVENT[:5], end=b"")), Do.CLOSE), CUT, LOST

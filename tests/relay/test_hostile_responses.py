@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from tornado.web import Application
 
+from tests.support.bad_upstream import Do, response
+from tests.support.bad_upstream.server import BadUpstream
+from tests.support.certificates import Authority
 from tests.support.logs import Logs
-from tests.support.proxy import ROUTE, SECRET, Setup
+from tests.support.proxy import KEY, ROUTE, SECRET, Setup
 from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import JSON
@@ -89,6 +92,51 @@ class Failing(FalProxyHandler):
 
     def _copy_head(self, head: Any) -> None:
         raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [(KEY, SECRET), ("id:short", "id:short"), ("a-key-without-a-colon", "a-key-without-a-colon"), ("tiny", "")],
+)
+@pytest.mark.gen_test
+async def test_a_key_in_a_response(setup: Setup, logs: Logs, protocol: str, key: str, secret: str) -> None:
+    """A header of fal's that has the key is dropped, in a response and before one. Other headers and the body pass."""
+
+    async def respond(exchange: Exchange) -> None:
+        await exchange.body()
+        echo = [("x-echo", f"Key {key}"), ("x-a", "tiny"), ("x-part", f"a{secret}b"), (f"x-{secret}", "c")]
+        await exchange.respond(401, b"{}", [*JSON, *echo])
+
+    got = await call(setup.proxy(await setup.upstream(respond, protocol), key=key))
+    names = {name.lower() for name, _ in got.headers}
+    if len(secret) >= 16:
+        logs.expect("^WARNING tornado_fal_proxy: key in a response: fal.run has sent it back, in 3 headers")
+        assert not names & {"x-echo", "x-part", f"x-{secret}"}
+        assert secret not in str(got.headers) + "".join(logs.lines)
+    assert (got.status, got.body, got.header("x-a")) == (401, b"{}", "tiny")
+
+
+KEY_LINES = {
+    "reason": (response("content-length: 2", status=f"HTTP/1.1 401 Key {KEY}", body=b"{}"), 401),
+    "bad status line": (response(status=f"HTTP/1.1 Key {KEY}"), 500),
+    "length": (response(f"content-length: {SECRET}"), 500),
+    "transfer-encoding": (response(f"transfer-encoding: {SECRET}"), 500),
+    "header behind a fold": (response("content-length: 2", "x-a: b", f" Key {KEY}", body=b"{}"), 200),
+    "interim": (response(f"x-a: {KEY}", status="HTTP/1.1 103 Hints") + response("content-length: 2", body=b"{}"), 200),
+}
+
+
+@pytest.mark.parametrize("name", KEY_LINES)
+@pytest.mark.gen_test
+async def test_a_key_in_a_line(setup: Setup, authority: Authority, logs: Logs, name: str) -> None:
+    """The key is in no log line and no response either where fal has it in a line that the log quotes."""
+    script, status = KEY_LINES[name]
+    logs.expect("key in a response|upstream error")
+    async with BadUpstream(authority.context(), "http/1.1") as upstream:
+        upstream.script = (script, Do.CLOSE)
+        got = await call(setup.proxy(upstream.address))
+    assert got.status == status
+    assert SECRET not in f"{got.headers}{got.body!r}{logs.lines}"
 
 
 @pytest.mark.gen_test

@@ -72,15 +72,17 @@ SMALL, BULK = b"x" * 100, b"x" * 16_000
 @pytest.mark.parametrize(
     ("pieces", "joined"),
     [
-        ([SMALL, SMALL], [SMALL, SMALL]),
+        ([SMALL, SMALL], [SMALL + SMALL]),
+        ([SMALL] * 11, [SMALL * 10, SMALL]),
+        ([b"7"] * 10_000, [b"7" * 1024] * 9 + [b"7" * 784]),
         ([SMALL, BULK], [SMALL, BULK]),
         ([BULK, SMALL, BULK], [BULK + SMALL + BULK]),
         ([BULK] * 6, [BULK * 5, BULK]),
     ],
 )
 @pytest.mark.gen_test
-async def test_only_pieces_of_a_large_body_are_joined(pieces: list[bytes], joined: list[bytes]) -> None:
-    """Pieces of a large body that are here are joined; small pieces reach the client as fal sent them."""
+async def test_pieces_that_wait_are_joined(pieces: list[bytes], joined: list[bytes]) -> None:
+    """Pieces of a large body that are here are joined, and so are small pieces, up to 1 kB, however many came."""
     client: Any = NoClient()
     handle: Any = object()
     transfer = Transfer(client, handle, None, host="fal.run", repeatable=True)

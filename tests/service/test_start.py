@@ -56,6 +56,8 @@ FAILS = [
     start(match=r"FAL_KEY_FILE: cannot read '.*/none': No such", environ={"FAL_KEY_FILE": "{dir}/none"}),
     start(match=r"FAL_KEY_FILE: cannot read '.*': Is a directory", environ={"FAL_KEY_FILE": "{dir}"}),
     start(match=r"FAL_KEY_FILE: '.*empty.pem' holds no key", environ={"FAL_KEY_FILE": "{dir}/empty.pem"}),
+    start(match=r"FAL_KEY_FILE: cannot read '.*/fifo': its end did not", environ={"FAL_KEY_FILE": "{dir}/fifo"}),
+    start(match=r"FAL_KEY_FILE: '/dev/zero' holds no key", environ={"FAL_KEY_FILE": "/dev/zero"}),
     # A key that is passed as an option must not get into the machine's log.
     start(f"--key={KEY}", match=r"unknown: --key; .*FAL_KEY"),
     start("--key", KEY, match=r"unknown: --key, an argument; .*FAL_KEY"),
@@ -87,6 +89,7 @@ FAILS = [
     start("--max-in-flight=0", match=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
     start("--response-buffer-bytes=1.5", match=r"--response-buffer-bytes: must be .*'1.5'", environ=WITH_KEY),
     start("--ca-certs={dir}/none.pem", match=r"--ca-certs: cannot read .*none.pem': No such file", environ=WITH_KEY),
+    start("--ca-certs={dir}/fifo", match=r"--ca-certs: '.*/fifo' is no regular file", environ=WITH_KEY),
     start("--ca-certs={dir}", match=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
     start(
         match=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}
@@ -201,6 +204,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended
     """Run all of FAILS side by side, and return how each ended, by its number."""
     directory = tmp_path_factory.mktemp("service")
     (directory / "empty.pem").touch()
+    os.mkfifo(directory / "fifo")
     (directory / "shim").mkdir()
     (directory / "shim" / "sitecustomize.py").write_text(WITHOUT_TRUSTME)
     with socket.create_server(("127.0.0.1", 0)) as taken:

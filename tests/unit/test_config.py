@@ -1,8 +1,12 @@
 """ProxyConfig: the values it refuses, the problems it names, where values come from, and where the key appears."""
 
+import contextlib
 import dataclasses
 import os
 import pickle
+import re
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.proxy import KEY
-from tornado_fal_proxy import ConfigError, ProxyConfig
+from tornado_fal_proxy import ConfigError, ProxyConfig, credentials
 from tornado_fal_proxy.config import ENV_PREFIX, relay_options
 from tornado_fal_proxy.credentials import key_from_env, key_from_file
 from tornado_fal_proxy.errors import KeyMissing
@@ -316,6 +320,7 @@ KEY_FILES: list[tuple[bytes, str | None]] = [
     (b"a:b\nc:d\n", None),
     (b"a:\xff", None),
     (b"\0" * 20_000, None),
+    (b"a" * 20_000, None),
 ]
 
 
@@ -333,6 +338,68 @@ def test_the_key_may_be_in_a_file(content: bytes, key: str | None, tmp_path: Pat
     else:
         assert (key_from_file(environ), ProxyConfig.from_env(environ).key) == (key, key)
     assert key_from_file({"FAL_KEY_FILE": ""}) is None
+
+
+LATE = "its end did not come within 0.3 s"
+# A command whose output is the pipe, and the problem behind the pipe's name. None: the key is read.
+KEY_PIPES: list[tuple[str, str | None]] = [
+    ("printf a:b", None),
+    ("printf a; sleep 0.1; echo :b", None),
+    ("sleep 0.1; echo a:b", None),
+    ("exec >&-; exec sleep 60", LATE),
+    ("exec sleep 60", LATE),
+    ("printf a:b; exec sleep 60", LATE),
+    ("exec cat /dev/zero", "holds no key"),
+    ("printf 'a b'", "holds no key"),
+]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("command", "problem"), KEY_PIPES)
+def test_the_key_may_come_through_a_pipe(
+    command: str, problem: str | None, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key may come from a shell's ``<(command)`` or a FIFO. One that brings no key in time ends the start."""
+    if problem == LATE:
+        monkeypatch.setattr(credentials, "_KEY_FILE_TIMEOUT_S", 0.3)
+    with contextlib.ExitStack() as stack:
+        if named:
+            path = str(tmp_path / "fifo")
+            os.mkfifo(path)
+            command = f"exec >{path}; {command}"
+        writer = stack.enter_context(subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE))
+        stack.callback(writer.kill)
+        assert writer.stdout is not None
+        environ = {"FAL_KEY_FILE": path if named else f"/dev/fd/{writer.stdout.fileno()}"}
+        if problem is None:
+            assert key_from_file(environ) == "a:b"
+        else:
+            with pytest.raises(ConfigError, match=re.escape(problem)):
+                key_from_file(environ)
+
+
+def test_nothing_else_than_a_file_or_a_pipe_holds_up_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO without a writer, a device or a socket as the file of the key is a problem, and so is one of certificates.
+
+    /dev/zero has no end, and fills no memory.
+    """
+    monkeypatch.setattr(credentials, "_KEY_FILE_TIMEOUT_S", 0.05)
+    os.mkfifo(tmp_path / "fifo")
+    terminal, other_end = os.openpty()
+    with socket.socket(socket.AF_UNIX) as listener, open(terminal, "rb"), open(other_end, "rb"):
+        listener.bind(str(tmp_path / "socket"))
+        for path, problem in {
+            str(tmp_path / "fifo"): "its end did not come within 0.05 s",
+            str(tmp_path / "socket"): "No such device or address",
+            os.ttyname(other_end): "its end did not come within 0.05 s",
+            "/dev/zero": "holds no key",
+            "/dev/null": "holds no key",
+            str(tmp_path): "Is a directory",
+        }.items():
+            with pytest.raises(ConfigError, match=problem):
+                key_from_file({"FAL_KEY_FILE": path})
+            with pytest.raises(ConfigError, match="Is a directory" if path == str(tmp_path) else "is no regular file"):
+                ProxyConfig(ca_certs=path)
 
 
 def test_a_key_in_the_environment_is_read_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:

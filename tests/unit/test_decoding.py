@@ -73,11 +73,22 @@ def test_many_members_cost_no_depth() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if "members" not in name])
 def test_a_body_that_ends_too_early_is_an_error(name: str) -> None:
-    """A body that ends too early is not taken for a shorter one. A body that never began is empty."""
+    """A body that ends too early is not taken for a shorter one, and one that never began not for an empty one."""
     encoded = ENCODERS[name](b"some text" * 100)
-    with pytest.raises(Undecodable):
-        decode(name.split()[0], [encoded[:-5]], 10_000)
-    assert decode(name.split()[0], [], 10_000) == (b"", 0)
+    for end in range(len(encoded)):
+        with pytest.raises(Undecodable):
+            decode(name.split()[0], [encoded[:end]] if end else [], 10_000)
+    assert decode(name.split()[0], [ENCODERS[name](b"")], 10_000) == (b"", 0)
+
+
+def test_a_cut_in_the_first_bytes_of_a_member_is_an_error() -> None:
+    """The end may come between two members only. Bytes that begin no member, and what follows deflate, are ignored."""
+    member = gzip.compress(b"a")
+    for end in range(1, len(member)):
+        with pytest.raises(Undecodable):
+            decode("gzip", [member, member[:end]], 100)
+    assert decode("gzip", [member + bytes(20)], 100)[0] == b"a"
+    assert decode("deflate", [zlib.compress(b"a") + member[:1]], 100)[0] == b"a"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])

@@ -138,12 +138,14 @@ HEADERS: list[tuple[list[bytes], list[tuple[str, str]]]] = [
     ),
     # Lines that are no field are left out, and their neighbours stay.
     ([b"x-a: 1\r\n", b"no colon\r\n", b"x-b: 2\r\n"], [("x-a", "1"), ("x-b", "2")]),
-    ([b": 1\r\n", b"x b: 1\r\n", b"x-c : 1\r\n", b"x(d): 1\r\n", b"x-\xe9: 1\r\n", b"x-f: 2\r\n"], [("x-f", "2")]),
+    ([b": 1\r\n", b"x b: 1\r\n", b"x(d): 1\r\n", b"x-\xe9: 1\r\n", b"x-f: 2\r\n"], [("x-f", "2")]),
     (
         [b"x-a: 1\x002\r\n", b"x-b: 1\r2\r\n", b"x-c: \x7f\r\n", b"x-d: \x1b\r\n", b"x-e: 1\n2\r\n", b"x-f: 2\r\n"],
         [("x-f", "2")],
     ),
     ([b"\r\n", b"x-a: 1\r\n"], [("x-a", "1")]),
+    # Space before a colon is removed.
+    ([b"x-a : 1\r\n", b"x-b \t: 2\r\n", b"te : 3\r\n"], [("x-a", "1"), ("x-b", "2")]),
     # Folds.
     ([b"x-a: 1\r\n", b"  2\r\n", b"\t3\r\n", b"x-b: 4\r\n"], [("x-a", "1 2 3"), ("x-b", "4")]),
     ([b"x-a:\r\n", b" 1\r\n"], [("x-a", "1")]),
@@ -167,13 +169,11 @@ LENGTHS: list[tuple[list[bytes], int | None]] = [
     ([b"content-length: 12\r\n", b"content-encoding: gzip\r\n"], None),
     ([b"content-encoding: br\r\n", b"content-length: 12\r\n"], None),
     ([b"content-length: 12\r\n", b"transfer-encoding: chunked\r\n"], None),
-    ([b"content-length: -1\r\n"], None),
-    ([b"content-length: +1\r\n"], None),
-    ([b"content-length: 1_0\r\n"], None),
-    ([b"content-length: 0x1\r\n"], None),
-    ([b"content-length: 5, 5\r\n"], None),
-    ([b"content-length: 9999999999999999999\r\n"], None),
-    ([b"content-length:\r\n"], None),
+    ([b"content-length: 12\r\n", b"transfer-encoding: identity\r\n"], None),
+    ([b"content-length: 12\r\n", b"content-length: 012\r\n"], 12),
+    ([b"content-length: 5, 5 ,\t5\r\n"], 5),
+    ([b"content-length:\r\n", b" 5\r\n"], 5),
+    ([b"content-length: %b\r\n" % (b"9" * 18)], 10**18 - 1),
 ]
 
 
@@ -182,7 +182,6 @@ FRAMES: list[tuple[list[bytes], bool]] = [
     ([], False),
     ([b"content-length: 12\r\n"], True),
     ([b"content-length: 12\r\n", b"content-encoding: gzip\r\n"], True),
-    ([b"content-length: 99999999999999999999\r\n"], False),
     ([b"transfer-encoding: chunked\r\n"], True),
     ([b"transfer-encoding: gzip, Chunked \r\n"], True),
     ([b"transfer-encoding: gzip\r\n", b"transfer-encoding: chunked\r\n"], True),
@@ -190,7 +189,31 @@ FRAMES: list[tuple[list[bytes], bool]] = [
     ([b"transfer-encoding:\r\n"], False),
     ([b"transfer-encoding: ,\r\n"], False),
     ([b"transfer-encoding: chunked, identity\r\n"], False),
-    ([b"content-length: 1000\r\n", b"transfer-encoding: identity\r\n"], False),
+    ([b"content-length: 1000\r\n", b"transfer-encoding: identity\r\n"], True),
+    ([b"content-length: -1\r\n", b"transfer-encoding: chunked\r\n"], True),
+]
+
+# Lines that tell no end of the body, or two. Those of NOWHERE make any response malformed.
+NOWHERE = [
+    [b"content-length : 5\r\n"],
+    [b"Content-Length\t: 5\r\n"],
+    [b"transfer-encoding : chunked\r\n"],
+]
+NO_END = [
+    [b"content-length: -1\r\n"],
+    [b"content-length: +1\r\n"],
+    [b"content-length: 1_0\r\n"],
+    [b"content-length: 0x1\r\n"],
+    [b"content-length:\r\n"],
+    [b"content-length: 5,\r\n"],
+    [b"content-length: 5 5\r\n"],
+    [b"content-length: 5, 6\r\n"],
+    [b"content-length: 5\r\n", b"content-length: 6\r\n"],
+    [b"content-length: %b\r\n" % (b"9" * 19)],
+    [b"content-length: %b\r\n" % (b"9" * 9999)],
+    [b"content-length: %b\r\n" % (b"9" * 20), b"content-length: 5\r\n"],
+    [b"content-length: 5\r\n", b"content-length: %b\r\n" % (b"9" * 20)],
+    [b"content-length: x\r\n", b"transfer-encoding: identity\r\n"],
 ]
 
 
@@ -198,6 +221,17 @@ FRAMES: list[tuple[list[bytes], bool]] = [
 def test_a_body_is_framed_by_a_length_or_by_chunks(lines: list[bytes], framed: bool) -> None:
     """Any other transfer coding leaves the end of a body to the end of the connection (RFC 9112 section 6.3)."""
     assert parse_response_head([OK, *lines]).framed is framed
+
+
+@pytest.mark.parametrize("lines", NOWHERE + NO_END)
+def test_a_body_whose_end_cannot_be_told_is_malformed(lines: list[bytes]) -> None:
+    """A number that libcurl takes for none would make a body that was cut pass for one that the connection ends."""
+    with pytest.raises(MalformedResponse) as caught:
+        parse_response_head([OK, *lines])
+    assert len(caught.value.detail) < 120
+    if lines in NO_END:
+        for status in (b"103", b"204", b"304"):
+            assert parse_response_head([b"HTTP/1.1 %b \r\n" % status, *lines]).length is None
 
 
 @pytest.mark.parametrize(("lines", "length"), LENGTHS)

@@ -49,7 +49,7 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 _NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 # strip() removes the white space around the value. A pattern would take quadratic time on a line that has much of it.
-_FIELD_LINE = re.compile(rf"({_NAME}):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
+_FIELD_LINE = re.compile(rf"({_NAME})([ \t]*):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]|2) ([1-9][0-9]{2})(?: .*)?\r?\n?", re.DOTALL)
 
 # The fields of RFC 9110 section 7.6.1. Each message adds the names that its Connection field lists, and proxy-* is
@@ -61,6 +61,8 @@ _HOP_BY_HOP = frozenset(
 _SET_BY_SERVER = frozenset({"content-length", "content-encoding"})
 _STAYS_HERE = _HOP_BY_HOP | _SET_BY_SERVER
 _NO_CODING = ("", "identity")
+_FRAMING = ("content-length", "transfer-encoding")
+_WITHOUT_BODY = (204, 304)
 _RELAYED_BY_NAME = frozenset({"accept", "content-type", "user-agent"})
 _RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{_NAME}")
 _NEVER_RELAYED = frozenset({TARGET_HEADER, "x-fal-client-proxy"})
@@ -77,7 +79,7 @@ class ResponseHead(NamedTuple):
     ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where fal
     declared it and the body is not encoded, else None. ``protocol`` is ``"1.0"``, ``"1.1"`` or ``"2"``. ``coding`` is
     the content-encoding in lower case, empty where there is none. ``framed`` tells whether a length or chunks mark the
-    end of the body, encoded or not.
+    end of the body, encoded or not. ``declared`` is that length, of the body as it comes.
     """
 
     status: int
@@ -88,11 +90,12 @@ class ResponseHead(NamedTuple):
     coding: str = ""
     content_type: str = ""
     framed: bool = False
+    declared: int | None = None
 
     @property
     def has_body(self) -> bool:
         """Return whether the status allows a body (RFC 9110 sections 15.3.5 and 15.4.5)."""
-        return self.status not in (204, 304)
+        return self.status not in _WITHOUT_BODY
 
 
 def content_length(value: str) -> int | None:
@@ -139,14 +142,16 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
     """Return the head of a response from its lines as received: the status line and the fields.
 
     The empty line at the end is not among ``lines``. A line that is not a valid field is left out and does not fail the
-    call, because the result behind it is paid. A folded line continues the one before it (RFC 9112 section 5.2). Raises
-    MalformedResponse where the status line is not valid (section 4).
+    call, because the result behind it is paid. A folded line continues the one before it (RFC 9112 section 5.2), and
+    space before a colon is removed (section 5.1). Raises MalformedResponse where the status line is not valid (section
+    4), or the end of the body cannot be told (section 6.3).
     """
     status_line = _STATUS_LINE.fullmatch(lines[0]) if lines else None
     if status_line is None:
         raise MalformedResponse(f"status line {bytes(lines[0][:80]) if lines else b''!r}")
     fields = [field for line in _unfolded(lines) if (field := _field(line)) is not None]
-    length, encoded, transferred, content_type = None, False, "", ""
+    encoded, transferred, content_type = False, "", ""
+    lengths: list[str] = []
     codings: list[str] = []
     listed = _listed_by_connection(fields)
     headers = []
@@ -157,22 +162,41 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
             if name == "content-type":
                 content_type = value
         elif name == "content-length":
-            length = content_length(value)
+            lengths.append(value)
         elif name == "content-encoding":
             encoded = True
             codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]
         elif name == "transfer-encoding":
             encoded, transferred = True, f"{transferred},{value}"  # it voids a length too (RFC 9112 section 6.3)
+    status = int(status_line[2])
+    chunked = bool(transferred) and _is_chunked(transferred)
+    counts = lengths and not chunked and status >= 200 and status not in _WITHOUT_BODY
+    declared = _declared_length(lengths) if counts else None
     return ResponseHead(
-        int(status_line[2]),
+        status,
         status_line[1].decode(),
         headers,
-        None if encoded else length,
+        None if encoded else declared,
         content_type.lower().startswith("text/event-stream"),
         ", ".join(codings),
         content_type,
-        _is_chunked(transferred) if transferred else length is not None,
+        chunked or declared is not None,
+        declared,
     )
+
+
+def _declared_length(values: list[str]) -> int:
+    """Return the length that all values of content-length agree on. Raise MalformedResponse where there is none.
+
+    libcurl takes a number beyond 18 digits for none, and then the body for one that the end of the connection marks.
+    """
+    length = content_length(values[0])
+    if length is None or len(values) > 1:
+        lengths = {content_length(value.strip(" \t")) for value in ",".join(values).split(",")}
+        length = lengths.pop()
+        if lengths or length is None:
+            raise MalformedResponse(f"content-length {', '.join(values)[:80]!r}")
+    return length
 
 
 def _is_chunked(codings: str) -> bool:
@@ -206,4 +230,9 @@ def _field(line: bytes) -> tuple[str, str] | None:
 def _parsed_field(line: bytes) -> tuple[str, str] | None:
     """Return the name, in lower case, and the value of a field line, or None where it is not a field line."""
     match = _FIELD_LINE.fullmatch(line)
-    return match and (match[1].lower().decode("ascii"), match[2].strip(b" \t").decode("latin-1"))
+    if match is None:
+        return None
+    name = match[1].lower().decode("ascii")
+    if match[2] and name in _FRAMING:
+        raise MalformedResponse(f"a space behind {name}")  # libcurl does not know it then
+    return name, match[3].strip(b" \t").decode("latin-1")

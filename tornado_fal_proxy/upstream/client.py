@@ -56,6 +56,9 @@ MAX_ENDED_AT_ONCE, ENDING_INTERVAL_S = 16, 0.02
 DEFAULT_BUFFERED_PART = 4
 # Limits how rarely idle transfers are swept.
 MAX_SWEEP_INTERVAL_S = 5.0
+# Limits which part of a key is searched for in heads: fewer characters may be there by chance. fal's keys have 32 of
+# their secret.
+MIN_SECRET_BYTES = 16
 
 # A transfer that timed out, whether libcurl had it then, when a byte moved last, and the error that its client gets.
 _TimedOut = tuple[Transfer, bool, float, UpstreamTimeout]
@@ -111,6 +114,7 @@ class UpstreamClient(CurlLoop):
             transfer.upload_bytes = len(body)  # a smaller one leaves in one write, whose end is the only progress
         if self._config.event_streams_over_http1:
             transfer.http1_only = any(line.startswith(b"accept:") and b"text/event-stream" in line for line in headers)
+        transfer.secret = _secret_of(headers)
         set_request(curl, transfer, method, target, headers, body)
         self._running[curl] = transfer
         self._enqueue(transfer)
@@ -245,9 +249,11 @@ class UpstreamClient(CurlLoop):
     def on_idle_bytes(self, local_port: int) -> None:
         """Suspect the host, because the bytes may announce the end of the connection (GOAWAY, close_notify).
 
-        libcurl reads them once a second, and until then would send a POST on that connection.
+        libcurl reads them once a second, and until then would send a POST on that connection. Where a transfer is
+        paused they are its body: one client that does not read would cost each POST of the others a handshake.
         """
-        self._hosts.suspect(self._ports.get(local_port, ""), self.now())
+        if not any(other.paused and other.local_port == local_port for other in self._running.values()):
+            self._hosts.suspect(self._ports.get(local_port, ""), self.now())
 
     # Ends.
 
@@ -270,9 +276,13 @@ class UpstreamClient(CurlLoop):
         if curl_error is not None:
             # A connection may have been ready and nothing written to it yet.
             transfer.may_have_been_sent = transfer.may_have_been_sent and curl.getinfo(pycurl.REQUEST_SIZE) > 0
-            failure = upstream_error(curl_error, curl_message or "", may_have_run=_may_have_run(transfer))
+            message = transfer.without_secret(curl_message or "")
+            failure = upstream_error(curl_error, message, may_have_run=_may_have_run(transfer))
         elif transfer.head is None:
             failure = MalformedResponse("no head", may_have_run=_may_have_run(transfer))
+        elif transfer.head.declared not in (None, transfer.received):
+            detail = f"the body is not whole: {transfer.received} bytes of {transfer.head.declared}"
+            failure = ConnectionLost(detail, may_have_run=_may_have_run(transfer))
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
             self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)
@@ -325,6 +335,18 @@ class UpstreamClient(CurlLoop):
                 self.abort(transfer, reason)
         if rest := timed_out[MAX_ENDED_AT_ONCE:]:
             self._loop.call_later(ENDING_INTERVAL_S, self._end_some, rest)
+
+
+def _secret_of(headers: list[bytes]) -> bytes:
+    """Return the part of the key that may be shown nowhere, or all of the key where that part is short."""
+    line = headers[0] if headers else b""
+    if not line.startswith(b"authorization:"):
+        return b""
+    key = line.rpartition(b" ")[2]
+    secret = key.rpartition(b":")[2]
+    if len(secret) < MIN_SECRET_BYTES:
+        secret = key
+    return secret if len(secret) >= MIN_SECRET_BYTES else b""
 
 
 def _forbid_reuse(transfer: Transfer) -> None:

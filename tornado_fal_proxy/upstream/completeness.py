@@ -3,8 +3,9 @@
 Strategy. A stream of HTTP/2 that ends with RST_STREAM and the code 0 instead of END_STREAM is truncated, as when a
 proxy in front of fal loses its own upstream. libcurl reports it as complete, as it does a body of HTTP/1 that only the
 end of the connection delimits. A declared length or chunks expose it, and so does the content: JSON ends when its
-outermost value is closed, and an event stream ends behind an empty line. Both are followed piece by piece, without a
-copy of the body. A body of any other type without a length is taken for whole.
+outermost value is closed, and an event stream ends behind an empty line. Both are followed piece by piece, decoded,
+without a copy of the body, because an encoded one may end too early in a place where its coding allows an end: between
+two members of gzip. A body of any other type without a length is taken for whole.
 
 Sources: RFC 9113 section 8.1, RFC 8259 section 2, the HTML standard section 9.2.6 (event streams).
 """

@@ -46,7 +46,7 @@ class Decoder(Protocol):
         """
 
     def end(self) -> None:
-        """Note that there is no more data. Raise Undecodable where there should be."""
+        """Note that there is no more data. Raise Undecodable where there should be, as in a body of no bytes."""
 
 
 def decoder_for(coding: str) -> Decoder | None:
@@ -63,7 +63,6 @@ class _Zlib:
         self.has_more = False
         self._wbits = wbits
         self._stream = zlib.decompressobj(wbits)
-        self._begun = False
         self._rest = b""
 
     def decode(self, data: bytes, max_bytes: int) -> bytes:
@@ -76,17 +75,16 @@ class _Zlib:
             self._rest = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
             if not self._rest:
                 break
-        if self._stream.eof and not _GZIP_MAGIC.startswith(self._rest[:2]):
+        if self._stream.eof and not (self._wbits == _GZIP and _GZIP_MAGIC.startswith(self._rest[:2])):
             self._rest = b""
         self.has_more = max_bytes <= 0 or bool(self._rest and not self._stream.eof)
         return b"".join(pieces)
 
     def end(self) -> None:
-        if self._begun and not self._stream.eof:
+        if self._rest or not self._stream.eof:
             raise Undecodable("it ends too early")
 
     def _decompress(self, data: bytes, max_bytes: int) -> bytes:
-        self._begun = self._begun or bool(data)
         try:
             return self._stream.decompress(data, max_bytes)
         except zlib.error as exc:
@@ -111,7 +109,6 @@ class _Deflate(_Zlib):
         if len(self._first) < 2:
             first, self._first = self._first, (self._first + data)[:2]
             if len(self._first) < 2:
-                self._begun = self._begun or bool(data)
                 return b""
             data = first + data
             if self._first[0] & 15 != 8 or int.from_bytes(self._first, "big") % 31:
@@ -123,7 +120,6 @@ class _Brotli:
     def __init__(self) -> None:
         self.has_more = False
         self._stream: Any = brotli.Decompressor()
-        self._begun = False
 
     def decode(self, data: bytes, max_bytes: int) -> bytes:
         if self._stream.is_finished():
@@ -133,10 +129,9 @@ class _Brotli:
             decoded: bytes = self._stream.process(data, output_buffer_limit=max_bytes)
         except brotli.error as exc:
             raise Undecodable(str(exc)) from None
-        self._begun = self._begun or bool(data)
         self.has_more = len(decoded) >= max_bytes or not self._stream.can_accept_more_data()
         return decoded
 
     def end(self) -> None:
-        if self._begun and not self._stream.is_finished():
+        if not self._stream.is_finished():
             raise Undecodable("it ends too early")

@@ -11,6 +11,7 @@ A transfer never decides which connection it uses; the client does.
 from __future__ import annotations
 
 import asyncio
+import logging
 from copy import copy
 from typing import Protocol
 
@@ -30,6 +31,8 @@ from tornado_fal_proxy.upstream.completeness import Truncated, completeness_for
 from tornado_fal_proxy.upstream.decoding import Undecodable, decoder_for
 
 __all__ = ["Transfer", "TransferDelegate"]
+
+logger = logging.getLogger("tornado_fal_proxy")
 
 _ALPN = b"ALPN: server "
 # Limits how long one transfer decodes before the other calls get their turn: a fraction of what a client may notice.
@@ -75,7 +78,8 @@ class Transfer(Body):
     the name lookup, ``started`` that libcurl has it, ``fresh_connect`` that it avoids pooled connections,
     ``http1_only`` that it takes no connection over HTTP/2, and ``forbids_reuse`` that its connection serves no other
     call. ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body
-    that takes several writes, of which ``uploaded`` have left; 0 when all of it has.
+    that takes several writes, of which ``uploaded`` have left; 0 when all of it has. ``secret`` is the part of the
+    key that is searched for in heads.
     """
 
     __slots__ = (
@@ -103,6 +107,7 @@ class Transfer(Body):
         "pool",
         "repeatable",
         "resolving",
+        "secret",
         "started",
         "upload_bytes",
         "uploaded",
@@ -131,6 +136,7 @@ class Transfer(Body):
         self.started = False
         self.local_port = 0
         self.fresh_connect = False
+        self.secret = b""
         self.http1_only = False
         self.forbids_reuse = False
         self.last_progress_at = delegate.now()
@@ -283,6 +289,8 @@ class Transfer(Body):
         if self.head is not None:
             return  # trailers
         self.last_progress_at = self._delegate.now()
+        if self.secret and self.secret in b"".join(lines):
+            lines = self._drop_secret(lines)
         try:
             head = parse_response_head(lines)
         except MalformedResponse as exc:
@@ -299,13 +307,21 @@ class Transfer(Body):
             if self._interim > MAX_INTERIM:
                 self._fail(f"more than {MAX_INTERIM} interim responses")
 
+    def _drop_secret(self, lines: list[bytes]) -> list[bytes]:
+        """Return the lines of a head without those that have the key, which must not reach a client or the log."""
+        fields = [line for line in lines[1:] if self.secret not in line]
+        dropped = len(lines) - 1 - len(fields)
+        logger.warning("key in a response: %s has sent it back, in %d headers that were dropped", self.host, dropped)
+        return [lines[0].replace(self.secret, b"***"), *fields]
+
     def _begin_body(self, head: ResponseHead) -> None:
-        if head.coding:
-            self.decoder = decoder_for(head.coding)
-            if self.decoder is None:
-                head.headers.append(("content-encoding", head.coding))
-        elif not head.framed and head.has_body:
-            self.completeness = completeness_for(head.content_type)
+        decoder = decoder_for(head.coding) if head.coding else None
+        if head.coding and decoder is None:
+            head.headers.append(("content-encoding", head.coding))
+        elif head.has_body and head.declared != 0:
+            self.decoder = decoder
+            if not head.framed:
+                self.completeness = completeness_for(head.content_type)
         self.head = head
         if head.event_stream:
             self.high_water = HIGH_WATER_BYTES
@@ -335,6 +351,10 @@ class Transfer(Body):
         return None
 
     # For the client.
+
+    def without_secret(self, text: str) -> str:
+        """Return a text of libcurl's, which may quote a header, without the key."""
+        return text.replace(self.secret.decode("latin-1"), "***") if self.secret else text
 
     def end(self, failure: ProxyError | None) -> None:
         """End the transfer. Pieces that have arrived can still be read; then the failure is raised."""

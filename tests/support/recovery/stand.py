@@ -37,6 +37,9 @@ handles.CONNECTION_LIFETIME_S, handles.ADDRESS_LIFETIME_S = %d, 1
 # Limits how long the service takes to return to its former state: surplus pooled connections are closed when they are
 # old.
 REST_S = 75 if REAL_TIME else 30
+# Limits how much memory the service keeps for the next calls. It has grown by more only until it gives memory back,
+# which it does from 32 MB on, some seconds after a crowd has gone.
+MAX_KB = 40_000
 
 
 @dataclass
@@ -268,7 +271,8 @@ class Stand:
 
 def is_at_rest(now: dict[str, int], before: dict[str, int]) -> bool:
     """Tell whether no resource has grown, except memory that is kept for the next calls."""
-    return all(now[name] <= before[name] for name in ("tasks", "calls", "transfers", "waiting", "files", "connections"))
+    counts = ("tasks", "calls", "transfers", "waiting", "files", "connections")
+    return all(now[name] <= before[name] for name in counts) and now["kb"] <= before["kb"] + MAX_KB
 
 
 def files(pid: int) -> Iterator[str]:
