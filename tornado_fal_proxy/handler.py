@@ -251,7 +251,7 @@ class FalProxyHandler(PayingResponse):
             pass
         elif (access := self._config.access) is not None and access.needs_body(target):
             try:
-                access.check_body(self._body.getvalue())
+                access.check_body(target, self._body.getvalue())
             except AccessRefused as exc:
                 self._refuse(exc)
         await self._relay()
@@ -295,7 +295,7 @@ class FalProxyHandler(PayingResponse):
             call.relayed = True
             self._backend.watch(stream)
             head = await transfer.read_head()
-            buffered = (not transfer.repeatable and not head.event_stream) or not head.has_body
+            buffered = (not transfer.repeatable and not head.streams) or not head.has_body
             whole = (buffered or transfer.complete) and await transfer.buffer_whole()
             self._copy_head(head)
             call.head = head

@@ -127,7 +127,6 @@ CLOSED = [
     ("GET", "https://rest.fal.ai/billing/user_details"),
     ("GET", "https://api.fal.ai/v1/models/usage"),
     ("GET", "https://v3.fal.ai/files/x.png"),
-    ("GET", "https://rest.fal.ai/storage/upload/complete-multipart?storage_type=fal-cdn-v3"),
 ]
 RESTRICTED = rules(allowed_endpoints=PATTERNS_SET, allow_cancel=True)
 
@@ -318,7 +317,15 @@ STORAGE = [
     ("POST", f"https://rest.fal.ai/storage/upload/initiate{V3}&x", False),
     ("POST", f"https://rest.fal.ai/storage/upload/../initiate{V3}", False),
     ("POST", f"https://rest.fal.ai/storage/upload/initiate/{V3}", False),
-    ("POST", f"https://rest.fal.ai/storage/upload/complete-multipart{V3}", False),
+    ("POST", f"https://rest.fal.ai/storage/upload/complete-multipart{V3}", True),
+    ("POST", f"https://rest.alpha.fal.ai/storage/upload/complete-multipart{V3}", True),
+    ("GET", f"https://rest.fal.ai/storage/upload/complete-multipart{V3}", False),
+    ("POST", "https://rest.fal.ai/storage/upload/complete-multipart", False),
+    ("POST", f"https://rest.fal.ai/storage/auth/token{V3}", True),
+    ("POST", f"https://rest.alpha.fal.ai/storage/auth/token{V3}", True),
+    ("GET", f"https://rest.fal.ai/storage/auth/token{V3}", False),
+    ("POST", "https://rest.fal.ai/storage/auth/token", False),
+    ("POST", "https://rest.fal.ai/storage/auth/token?storage_type=gcs", False),
     ("POST", f"https://fal.ai/storage/upload/initiate{V3}", False),
     ("POST", f"https://fal.run/storage/upload/initiate{V3}", False),
 ]

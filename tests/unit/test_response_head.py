@@ -241,7 +241,7 @@ def test_a_length_counts_only_where_it_is_the_bodys(lines: list[bytes], length: 
 
 
 @pytest.mark.parametrize(
-    ("value", "event_stream"),
+    ("value", "streams"),
     [
         (b"text/event-stream", True),
         (b"Text/Event-Stream; charset=utf-8", True),
@@ -250,6 +250,6 @@ def test_a_length_counts_only_where_it_is_the_bodys(lines: list[bytes], length: 
         (b"", False),
     ],
 )
-def test_an_event_stream_is_recognized_by_its_type(value: bytes, event_stream: bool) -> None:
+def test_an_event_stream_is_recognized_by_its_type(value: bytes, streams: bool) -> None:
     """An event stream is recognized as fal's SDKs do it, by how the content-type begins."""
-    assert parse_response_head([OK, b"content-type: %b\r\n" % value]).event_stream is event_stream
+    assert parse_response_head([OK, b"content-type: %b\r\n" % value]).streams is streams

@@ -26,7 +26,14 @@ from tornado_fal_proxy.telemetry import Call
         ("GET", "https://queue.fal.run/fal-ai/flux/requests/1/status/stream", "queue_stream"),
         ("GET", "https://queue.fal.run/fal-ai/flux/requests/1", "queue_result"),
         ("PUT", "https://queue.fal.run/fal-ai/flux/requests/1/cancel", "queue_cancel"),
+        ("POST", "https://fal.run/fal-ai/flux/dev/ice", "ice"),
+        ("POST", "https://wma.fal.run/ice", "ice"),
+        ("POST", "https://wma.fal.run/session", "session"),
+        ("POST", "https://wma.fal.run/session/heartbeat", "heartbeat"),
+        ("POST", "https://wma.fal.run/other", "other"),
         ("POST", "https://rest.fal.ai/tokens/", "token"),
+        ("POST", "https://rest.fal.ai/tokens/realtime", "token"),
+        ("POST", "https://rest.fal.ai/storage/auth/token", "storage"),
         ("POST", "https://rest.alpha.fal.ai/storage/upload/initiate", "storage"),
         ("GET", "https://rest.fal.ai/anything", "other"),
         ("GET", "https://v3.fal.ai/x", "other"),
@@ -104,7 +111,7 @@ def test_lines_fit_into_one_write() -> None:
     """The longest lines fit into one write as JSON, because processes that share a pipe would mix longer ones."""
     longest = Call("OPTIONS", "i" * 128)
     longest.target = Target(f"{'h' * 63}.fal.run", "/" + "p" * 1000)
-    longest.head = ResponseHead(200, "1.1", [("x-fal-request-id", "f" * 128)], None, event_stream=False, coding="")
+    longest.head = ResponseHead(200, "1.1", [("x-fal-request-id", "f" * 128)], None, streams=False, coding="")
     longest.status, longest.sent_bytes = 200, 10**12
     longest.first_byte_s = longest.seconds = 86_399.123456
     longest.outcome, longest.error, longest.detail = "client_disconnected", "UnsupportedMediaType", "d" * 1000

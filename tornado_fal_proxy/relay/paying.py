@@ -124,7 +124,7 @@ class PayingResponse(HookedResponse):
         """Reserve a paid call. Raise a ProxyError where it may not run; then nothing of it is left in the store."""
         rules, user, plan = payer
         if plan.access is not None and plan.access.needs_body(target):
-            plan.access.check_body(body)
+            plan.access.check_body(target, body)
         if self._config.check_input is not None or type(self).check_input is not PayingResponse.check_input:
             await self._ask(self.check_input, target, body)
         if not rules.needs_store:

@@ -133,7 +133,7 @@ class RelayResponse(RequestHandler):
         """Write the body piece by piece. ``length`` is its size in bytes where that is known."""
         if length is not None:
             self.set_header("Content-Length", length)
-        if head.event_stream:
+        if head.streams:
             self._headers["X-Accel-Buffering"] = "no"  # nginx buffers by default, and removes this header again
         self._streaming = True
         self._connection.stream.set_nodelay(True)
@@ -141,7 +141,7 @@ class RelayResponse(RequestHandler):
         spent = self._spent
         undecoded = b""
         while chunk := await transfer.read():
-            if head.event_stream:
+            if head.streams:
                 # @fal-ai/client decodes each chunk by itself and breaks where a character is cut in two.
                 chunk, undecoded = split_utf8(undecoded + transfer.read_rest_of_line(chunk))
             else:

@@ -1,4 +1,4 @@
-"""The operator's rules: pure decisions about a parsed target, and about the body of a token request.
+"""The operator's rules: pure decisions about a parsed target, and about a body that names apps.
 
 Strategy. Rules are compiled once into a frozen :class:`AccessRules`. Where endpoints are restricted, a request must be
 one that is known. Its path has one spelling for each endpoint, its host has a known meaning, and its method is one that
@@ -9,16 +9,14 @@ read where one of the app's endpoints is allowed.
 This module never refuses what no rule restricts, except calls for the key's account. Its errors name the rule but
 nothing of what the rule contains. Their ``detail``, for the operator's log, has the target that was refused.
 
-Sources: fal's pages on its queue, webhooks and realtime tokens, and the source of fal's SDKs.
+Sources: fal's pages on its queue, webhooks, realtime tokens and realtime video, and the source of fal's SDKs.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import unquote
 
 from tornado_fal_proxy.errors import (
@@ -30,22 +28,29 @@ from tornado_fal_proxy.errors import (
     UploadNotAllowed,
     WebhookNotAllowed,
 )
+from tornado_fal_proxy.rules.bodies import named_app, token_request
 from tornado_fal_proxy.rules.cors import origin_problem
 from tornado_fal_proxy.rules.endpoints import (
+    HEARTBEAT_PATH,
+    ICE,
+    ICE_PATH,
+    PATH_TOKENS_PATH,
     QUEUE_HOST,
     REQUESTS,
     REST_HOSTS,
     RUN_HOST,
+    SESSION_PATH,
     STREAM,
     TOKENS_PATH,
     UPLOADS,
+    WMA_HOST,
     id_length,
     is_account_call,
     is_cancel,
     is_queue_call,
 )
 from tornado_fal_proxy.rules.excerpt import excerpt
-from tornado_fal_proxy.rules.paths import SEGMENT, canonical_segments
+from tornado_fal_proxy.rules.paths import canonical_segments
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import Target
 
@@ -53,8 +58,6 @@ __all__ = ["DEFAULT_MAX_TOKEN_EXPIRATION_S", "AccessRules", "access_rules", "che
 
 # The life of a realtime token, in seconds. fal's JavaScript SDK asks for 120, and for a new token before they are over.
 DEFAULT_MAX_TOKEN_EXPIRATION_S = 300
-# The size of a token request's body, which holds a few short names at most.
-MAX_TOKEN_BODY_BYTES = 4096
 WEBHOOK = "fal_webhook"
 
 _HOST = re.compile(r"(\*\.)?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*fal\.(?:ai|run)")
@@ -96,30 +99,51 @@ class AccessRules:
         if target.host in REST_HOSTS:
             self._check_rest_call(method, target)
             return
+        if target.host == WMA_HOST:
+            if method != "POST" or target.request_target not in (ICE_PATH, SESSION_PATH, HEARTBEAT_PATH):
+                raise EndpointNotAllowed(_described("allowed_endpoints", target))
+            return
         segments = canonical_segments(target.path)
         if segments is None or not self._allows(method, target.host, segments):
             raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
     def needs_body(self, target: Target) -> bool:
         """Return whether :meth:`check_body` must see the whole body before the request goes to fal."""
-        return self.endpoints is not None and target.host in REST_HOSTS and target.path == TOKENS_PATH
+        if self.endpoints is None:
+            return False
+        if target.host == WMA_HOST:
+            return target.path in (ICE_PATH, SESSION_PATH)
+        return target.host in REST_HOSTS and target.path in (TOKENS_PATH, PATH_TOKENS_PATH)
 
-    def check_body(self, body: bytes) -> None:
-        """Raise TokenNotAllowed unless this body of a request for a realtime token may go to fal.
+    def check_body(self, target: Target, body: bytes) -> None:
+        """Raise EndpointNotAllowed or TokenNotAllowed unless this body may go to ``target``.
 
-        Its apps must all be allowed, and its token must live from 1 to ``max_token_expiration_s`` seconds.
+        A signal of realtime video must be for an allowed endpoint. The apps of a token must all be allowed, and it must
+        live from 1 to ``max_token_expiration_s`` seconds.
         """
+        if target.host == WMA_HOST:
+            self._check_signal(target, body)
+            return
         try:
-            apps, expiration_s = _token_request(body)
+            asked = token_request(target.path, body)
         except ValueError as exc:
             raise TokenNotAllowed(f"token: {exc}") from None
-        if not 1 <= expiration_s <= self.max_token_expiration_s:
+        if not 1 <= asked.seconds <= self.max_token_expiration_s:
             raise TokenNotAllowed("token: it would live too long")
-        if not all(map(self._allows_whole, apps)):
+        if not all(map(self._allows_whole, asked.apps)) or not all(map(self._spells, asked.paths)):
             raise TokenNotAllowed("token: for an app that no pattern of allowed_endpoints spells")
 
+    def _check_signal(self, target: Target, body: bytes) -> None:
+        assert self.endpoints is not None
+        try:
+            segments = named_app(body)
+        except ValueError as exc:
+            raise EndpointNotAllowed(f"{_described('allowed_endpoints', target)}: {exc}") from None
+        if len(segments) < id_length(segments) or not any(pattern.matches(segments) for pattern in self.endpoints):
+            raise EndpointNotAllowed(f"allowed_endpoints: {excerpt(target.host + target.path)} for an app outside them")
+
     def _allows(self, method: str, host: str, segments: Sequence[str]) -> bool:
-        """Return whether this is an allowed endpoint, its stream, or one of the queue's calls for its jobs."""
+        """Return whether this is an allowed endpoint, its stream, its list of servers, or a call for its jobs."""
         assert self.endpoints is not None
         length = id_length(segments)
         if len(segments) < length or host not in (RUN_HOST, QUEUE_HOST):
@@ -135,7 +159,8 @@ class AccessRules:
             return True
         *endpoint, last = segments
         return (
-            (host, last) == (RUN_HOST, STREAM)
+            host == RUN_HOST
+            and (last == STREAM or (method, last) == ("POST", ICE))
             and len(endpoint) >= length
             and any(pattern.matches(endpoint) for pattern in self.endpoints)
         )
@@ -148,11 +173,19 @@ class AccessRules:
         assert self.endpoints is not None
         return any(pattern.alias == alias for pattern in self.endpoints)
 
+    def _spells(self, segments: Sequence[str]) -> bool:
+        """Return whether a pattern names this endpoint literally, or allows the whole app and names that."""
+        assert self.endpoints is not None
+        return any(
+            (pattern.alias is not None or "*" not in pattern.text) and pattern.matches(segments)
+            for pattern in self.endpoints
+        )
+
     def _check_rest_call(self, method: str, target: Target) -> None:
         if (target.host, target.request_target) in UPLOADS:
             if method != "POST" or not self.uploads:
                 raise UploadNotAllowed(_described("allow_uploads", target))
-        elif method != "POST" or target.request_target != TOKENS_PATH:
+        elif method != "POST" or target.request_target not in (TOKENS_PATH, PATH_TOKENS_PATH):
             raise EndpointNotAllowed(_described("allowed_endpoints", target))
 
     def _check_webhook(self, target: Target) -> None:
@@ -198,46 +231,6 @@ def _may_be_webhook(parameter: str) -> bool:
 
 def _is_host(host: str, allowed: str) -> bool:
     return host.endswith(allowed[1:]) if allowed.startswith("*.") else host == allowed
-
-
-def _token_request(body: bytes) -> tuple[list[str], int]:
-    """Return the apps and the seconds that a token request asks for.
-
-    Raises ValueError unless every JSON parser reads the body alike.
-    """
-    if len(body) > MAX_TOKEN_BODY_BYTES:
-        raise ValueError("the body is too large")
-    if not body.isascii() or b"\\" in body:
-        raise ValueError("the body has more than plain ASCII without escapes")
-    try:
-        fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise ValueError("the body is not plain JSON") from None
-    if not isinstance(fields, dict) or set(fields) != {"allowed_apps", "token_expiration"}:
-        raise ValueError("the body must have allowed_apps and token_expiration, and nothing else")
-    apps, expiration_s = fields["allowed_apps"], fields["token_expiration"]
-    if (
-        not isinstance(apps, list)
-        or not apps
-        or not all(isinstance(app, str) and SEGMENT.fullmatch(app) for app in apps)
-    ):
-        raise ValueError("allowed_apps must be a list of aliases")
-    if type(expiration_s) is not int:
-        raise ValueError("token_expiration must be an integer")
-    return apps, expiration_s
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the fields of a JSON object. Raises ValueError where it has a name twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return fields
-
-
-def _refuse_constant(text: str) -> Any:
-    """Raise ValueError because NaN and Infinity, which Python's parser takes, are not JSON."""
-    raise ValueError(f"{text} is not JSON")
 
 
 def access_rules(

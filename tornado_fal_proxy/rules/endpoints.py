@@ -22,18 +22,25 @@ from typing import Protocol
 from tornado_fal_proxy.rules.paths import canonical_segments
 
 __all__ = [
+    "COMPLETE_MULTIPART",
+    "HEARTBEAT_PATH",
+    "ICE",
+    "ICE_PATH",
     "INITIATE",
     "INITIATE_MULTIPART",
     "NAMESPACES",
     "OTHER",
+    "PATH_TOKENS_PATH",
     "QUEUE_CALLS",
     "QUEUE_HOST",
     "REQUESTS",
     "REST_HOSTS",
     "RUN_HOST",
+    "SESSION_PATH",
     "STREAM",
     "TOKENS_PATH",
     "UPLOADS",
+    "UPLOAD_TOKEN",
     "WELL_KNOWN_HOSTS",
     "WMA_HOST",
     "Url",
@@ -55,15 +62,20 @@ REST_HOSTS = _REST_HOST, _ALPHA_REST_HOST = "rest.fal.ai", "rest.alpha.fal.ai"
 # Signals for realtime video, whose media do not pass the proxy.
 WMA_HOST = "wma.fal.run"
 # The hosts that fal's SDKs call. They need no proof that they exist, not even at the first request.
-WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, *REST_HOSTS})
+WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, WMA_HOST, *REST_HOSTS})
 
-TOKENS_PATH = "/tokens/"
+# The second is for whole paths of endpoints, the first for the names of apps.
+TOKENS_PATH, PATH_TOKENS_PATH = "/tokens/", "/tokens/realtime"
 INITIATE, INITIATE_MULTIPART = "/storage/upload/initiate", "/storage/upload/initiate-multipart"
+# The first completes an upload in parts, and the second opens fal's storage to an upload.
+COMPLETE_MULTIPART, UPLOAD_TOKEN = "/storage/upload/complete-multipart", "/storage/auth/token"
 _CDN = "?storage_type=fal-cdn-v3"
-# Host and request target of the requests that begin an upload.
-UPLOADS = frozenset((host, path + _CDN) for host in REST_HOSTS for path in (INITIATE, INITIATE_MULTIPART)) | {
-    (_ALPHA_REST_HOST, INITIATE)
-}
+# Host and request target of the requests that belong to an upload.
+UPLOADS = frozenset(
+    (host, path + _CDN)
+    for host in REST_HOSTS
+    for path in (INITIATE, INITIATE_MULTIPART, COMPLETE_MULTIPART, UPLOAD_TOKEN)
+) | {(_ALPHA_REST_HOST, INITIATE)}
 
 # An app's id that begins with one of these has one more segment.
 NAMESPACES = ("workflows", "comfy")
@@ -79,12 +91,13 @@ _ACCOUNT_LABEL, _REST_LABEL = "api", "rest"
 # The first segments of those few paths: realtime tokens and uploads.
 _MODEL_SERVICES = _TOKENS, _STORAGE = ("tokens", "storage")
 # The last segment of an endpoint's path on RUN_HOST that lists servers for realtime video.
-_ICE = "ice"
-_SESSION = "session"
-# POSTs to these paths of WMA_HOST are free. A session is paid by time.
-_FREE_OF_WMA = (f"/{_ICE}", f"/{_SESSION}/heartbeat")
+ICE = "ice"
+# The paths of WMA_HOST, for POST only. A session is paid by time, and the others are free.
+ICE_PATH, SESSION_PATH, HEARTBEAT_PATH = "/ice", "/session", "/session/heartbeat"
 # The endpoints of calls that name none in their path, and of all that is not known.
 _TOKEN_ENDPOINT, _SESSION_ENDPOINT, OTHER = "realtime/token", "wma/session", "other"
+
+_WMA_KINDS = {ICE_PATH: "ice", SESSION_PATH: "session", HEARTBEAT_PATH: "heartbeat"}
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -165,8 +178,8 @@ def is_paid(method: str, target: Url) -> bool:
     if method != "POST" or target.query is not None:
         return True
     if host == RUN_HOST:
-        return segments[-1] != _ICE or len(segments) <= id_length(segments) or REQUESTS in segments
-    return host != WMA_HOST or target.path not in _FREE_OF_WMA
+        return segments[-1] != ICE or len(segments) <= id_length(segments) or REQUESTS in segments
+    return host != WMA_HOST or target.path not in (ICE_PATH, HEARTBEAT_PATH)
 
 
 def endpoint_of(target: Url) -> str:
@@ -182,11 +195,11 @@ def endpoint_of(target: Url) -> str:
     if host in REST_HOSTS:
         return _TOKEN_ENDPOINT if segments[0] == _TOKENS else OTHER
     if host == WMA_HOST:
-        return _SESSION_ENDPOINT if segments == [_SESSION] else OTHER
+        return _SESSION_ENDPOINT if path == SESSION_PATH else OTHER
     length = id_length(segments)
     if REQUESTS in segments:
         segments = segments[: segments.index(REQUESTS)]
-    elif host == RUN_HOST and segments[-1] == STREAM and len(segments) > length:
+    elif host == RUN_HOST and segments[-1] in (STREAM, ICE) and len(segments) > length:
         segments.pop()
     return "/".join(segments) if host in (RUN_HOST, QUEUE_HOST) and len(segments) >= length else OTHER
 
@@ -225,16 +238,18 @@ def is_account_call(target: Url) -> bool:
 
 
 def kind_of(target: Url | None) -> str:
-    """Return the kind of a call to ``target`` for logs and metrics, one of eleven names whatever clients send.
+    """Return the kind of a call to ``target`` for logs and metrics, one of fourteen names whatever clients send.
 
-    They are ``run``, ``stream``, ``queue_submit``, ``queue_status``, ``queue_stream``, ``queue_result``,
-    ``queue_cancel``, ``token``, ``storage``, ``other``, and ``none`` where the request has no valid target.
+    They are ``run``, ``stream``, ``ice``, ``queue_submit``, ``queue_status``, ``queue_stream``, ``queue_result``,
+    ``queue_cancel``, ``session``, ``heartbeat``, ``token``, ``storage``, ``other``, and ``none`` where the request has
+    no valid target.
     """
     if target is None:
         return "none"
     host, path = target.host, target.path
     if host == RUN_HOST:
-        return "stream" if path.endswith(f"/{STREAM}") else "run"
+        last = path.rpartition("/")[2]
+        return last if last in (STREAM, ICE) else "run"
     if host == QUEUE_HOST:
         _, found, rest = path.partition(f"/{REQUESTS}/")
         if not found:
@@ -243,6 +258,8 @@ def kind_of(target: Url | None) -> str:
             if rest.endswith(f"/{end}"):
                 return f"queue_{end}"
         return "queue_result"
+    if host == WMA_HOST:
+        return _WMA_KINDS.get(path, "other")
     if host.startswith("rest."):
         return "token" if path.startswith("/tokens") else "storage" if path.startswith("/storage/") else "other"
     return "other"

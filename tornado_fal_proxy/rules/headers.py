@@ -79,14 +79,15 @@ class ResponseHead(NamedTuple):
     ``headers`` are those that may be passed on, duplicates kept. ``length`` is the body's length in bytes where fal
     declared it and the body is not encoded, else None. ``protocol`` is ``"1.0"``, ``"1.1"`` or ``"2"``. ``coding`` is
     the content-encoding in lower case, empty where there is none. ``framed`` tells whether a length or chunks mark the
-    end of the body, encoded or not. ``declared`` is that length, of the body as it comes.
+    end of the body, encoded or not. ``declared`` is that length, of the body as it comes. ``streams`` tells whether
+    each piece must reach the client at once, as in an event stream.
     """
 
     status: int
     protocol: str
     headers: list[tuple[str, str]]
     length: int | None
-    event_stream: bool
+    streams: bool
     coding: str = ""
     content_type: str = ""
     framed: bool = False

@@ -130,7 +130,7 @@ class PaidCall:
             return
         if not sent:
             self._give_back()
-        elif head is not None and not head.event_stream:
+        elif head is not None and not head.streams:
             self._note(head, ends=False)
 
     def _is_first_end(self) -> bool:

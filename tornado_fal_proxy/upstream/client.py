@@ -311,8 +311,9 @@ class UpstreamClient(CurlLoop):
                 reason = UpstreamTimeout("too many lookups of unproven hosts at once")
                 timed_out.append((transfer, False, transfer.last_progress_at, reason))
                 continue
-            # While it is paused the client is the slow side, which the handler watches.
-            if since > self._config.idle_timeout_s and not transfer.paused:
+            # While it is paused the client is the slow side, which the handler watches. A session of realtime video is
+            # quiet once its response has begun: it ends with its client, or with its connection to fal.
+            if since > self._config.idle_timeout_s and not (transfer.paused or transfer.in_session):
                 reason = UpstreamTimeout("no byte moved", may_have_run=_may_have_run(transfer))
                 timed_out.append((transfer, transfer.started, transfer.last_progress_at, reason))
         self._end_some(timed_out)

@@ -24,6 +24,7 @@ from tornado_fal_proxy.errors import (
     ProxyError,
     UpstreamError,
 )
+from tornado_fal_proxy.rules.endpoints import WMA_HOST
 from tornado_fal_proxy.rules.headers import ResponseHead, parse_response_head
 from tornado_fal_proxy.upstream.body import HIGH_WATER_BYTES, WINDOW_BYTES, Body
 from tornado_fal_proxy.upstream.budget import BufferBudget
@@ -322,8 +323,10 @@ class Transfer(Body):
             self.decoder = decoder
             if not head.framed:
                 self.completeness = completeness_for(head.content_type)
+        if self.host == WMA_HOST:  # its response may stay open for as long as the session, whatever its type
+            head = head._replace(streams=True)
         self.head = head
-        if head.event_stream:
+        if head.streams:
             self.high_water = HIGH_WATER_BYTES
         self._delegate.protocol_known(self, head.protocol == "2")
         self._wake()
@@ -351,6 +354,11 @@ class Transfer(Body):
         return None
 
     # For the client.
+
+    @property
+    def in_session(self) -> bool:
+        """Return whether this is the response to a signal of realtime video, which may stay open without a byte."""
+        return self.head is not None and self.host == WMA_HOST
 
     def without_secret(self, text: str) -> str:
         """Return a text of libcurl's, which may quote a header, without the key."""
