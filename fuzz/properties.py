@@ -43,6 +43,7 @@ __all__ = [
     "origin",
     "request",
     "response",
+    "session",
     "target",
     "token",
 ]
@@ -295,6 +296,9 @@ def response(lines: Sequence[bytes]) -> ResponseHead | None:
 
 TOKEN_RULES = _rules(allowed_endpoints=("fal-ai/flux", "fal-ai/fast-*", "a/b/c"))
 MAY_HAVE_TOKENS = re.compile("flux")
+TOKENS, SESSION = parse_target("https://rest.fal.ai/tokens/"), parse_target("https://wma.fal.run/session")
+# The endpoints of which TOKEN_RULES allow a session.
+MAY_HAVE_SESSIONS = re.compile("fal-ai/flux|fal-ai/fast-[a-z0-9._-]*|a/b/c")
 
 
 def _first_key_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -320,7 +324,7 @@ READERS: tuple[Callable[[bytes], Any], ...] = (
 def token(body: bytes) -> bool:
     """Tell whether a token is given. If so, check that each reader finds allowed apps and a life of 1 to 300 s only."""
     try:
-        TOKEN_RULES.check_body(body)
+        TOKEN_RULES.check_body(TOKENS, body)
     except AccessRefused as exc:
         assert str(exc.detail).isprintable()
         return False
@@ -330,6 +334,18 @@ def token(body: bytes) -> bool:
         assert fields["allowed_apps"]
         assert all(MAY_HAVE_TOKENS.fullmatch(app) for app in fields["allowed_apps"])
         assert 1 <= fields["token_expiration"] <= 300
+    return True
+
+
+def session(body: bytes) -> bool:
+    """Tell whether a session may be opened. If so, check that each reader finds an allowed endpoint in its body."""
+    try:
+        TOKEN_RULES.check_body(SESSION, body)
+    except AccessRefused as exc:
+        assert str(exc.detail).isprintable()
+        return False
+    for reader in READERS[:-1]:  # the last would take a URL in a string for a comment
+        assert MAY_HAVE_SESSIONS.fullmatch(reader(body)["app_id"])
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fuzz.properties import METHODS, access, chunks, origin, request, response, target, token
+from fuzz.properties import METHODS, access, chunks, origin, request, response, session, target, token
 
 __all__ = ["TARGETS", "FuzzTarget"]
 
@@ -89,6 +89,23 @@ TARGETS: dict[str, FuzzTarget] = {
             b"\n",
             b"\x1e",
             b" ",
+        ),
+    ),
+    "session": FuzzTarget(
+        session,
+        (
+            b'"app_id"',
+            b'"APP_ID"',
+            b'"fal-ai/flux"',
+            b'"a/b/c"',
+            b'"sdp"',
+            b"\\u0061",
+            b":",
+            b",",
+            b"{",
+            b"}",
+            b"[",
+            b"]",
         ),
     ),
     "token": FuzzTarget(

@@ -26,6 +26,7 @@ from tornado_fal_proxy.option_fields import as_function, as_list, as_number, opt
 from tornado_fal_proxy.rules.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, AccessRules, access_rules
 from tornado_fal_proxy.rules.cors import CorsRules, cors_rules
 from tornado_fal_proxy.rules.excerpt import excerpt
+from tornado_fal_proxy.rules.fal_headers import HeaderRules, as_header_lines, header_names, header_rules
 from tornado_fal_proxy.spending.plans import ALLOW, CALLS, REFUSE, UNITS, SpendingRules, spending_rules
 
 __all__ = [
@@ -74,7 +75,10 @@ _OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)
 # The variables that Kubernetes sets in every pod for a Service named fal-proxy. Nobody has misspelled them.
 _SERVICE_LINK = re.compile(r"FAL_PROXY_(?:SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|PORT_[0-9]+_[A-Z]+(?:_[A-Z]+)?)")
 
-_LISTS = ("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins")
+_LISTS = (
+    *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
+    *("allowed_fal_headers", "set_fal_headers", "withhold_headers", "expose_headers"),
+)
 _SWITCHES = (
     *("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1"),
     *("own_jobs_only", "tag_users"),
@@ -120,6 +124,12 @@ class ProxyConfig:
     event_streams_over_http1: bool = option(
         False, "ask fal for event streams over HTTP/1.1, where a truncated one is always noticed"
     )
+    set_fal_headers: Sequence[str] | None = option(
+        None, "headers for fal in place of the client's, such as 'x-fal-store-io: 0'", "LINE,...", as_header_lines
+    )
+    withhold_headers: Sequence[str] | None = option(
+        None, "headers of fal's responses that clients do not get, such as alt-svc", "NAME,...", as_list
+    )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(
         None, "open every connection to this address instead of fal's (names and TLS checks stay fal's)", "HOST:PORT"
@@ -143,6 +153,13 @@ class ProxyConfig:
     allowed_webhooks: Sequence[str] | None = _access(
         None, "origins that fal_webhook may name, or none; without it any", "ORIGIN,...", as_list
     )
+    allowed_fal_headers: Sequence[str] | None = _access(
+        None,
+        "x-fal- and x-app-fal- headers that clients may send, with * for any part; "
+        "without it all, and with allowed endpoints those that fal's SDKs send",
+        "NAME,...",
+        as_list,
+    )
     authorize: Callable[[Any, Any], Any] | None = _access(  # noqa: RUF009  (it is a field)
         None,
         "function that is given handler and target, and whose false result means 401",
@@ -154,6 +171,9 @@ class ProxyConfig:
     )
     allowed_origins: Sequence[str] | None = _access(
         None, "origins whose pages may call, exact or such as https://*.example.com (CORS)", "ORIGIN,...", as_list
+    )
+    expose_headers: Sequence[str] | None = _access(
+        None, "response headers that those pages may read, beside fal's", "NAME,...", as_list
     )
     allow_credentials: bool = _access(False, "let those pages' browsers send cookies", "")
     identify: Callable[[Any, Any], Any] | None = _spending(  # noqa: RUF009  (it is a field)
@@ -263,7 +283,7 @@ class ProxyConfig:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 problems.append(f"{name}: must be a function, not {value!r}")
-        for rules in ("access", "cors", "spending"):
+        for rules in ("access", "headers", "withheld", "cors", "spending"):
             try:
                 getattr(self, rules)
             except ConfigError as exc:
@@ -290,7 +310,24 @@ class ProxyConfig:
             allow_credentials=self.allow_credentials,
             allow_cancel=self.allow_cancel,
             exposes_limits=any(getattr(self, name) is not None for name in _LIMITS),
+            expose_headers=header_names("expose_headers", self.expose_headers),
         )
+
+    @cached_property
+    def headers(self) -> HeaderRules | None:
+        """Return the rules on fal's own headers in requests; None where no rule is set."""
+        return header_rules(
+            allowed_fal_headers=self.allowed_fal_headers,
+            set_fal_headers=self.set_fal_headers,
+            restricts_endpoints=self.allowed_endpoints is not None,
+            restricts_webhooks=self.allowed_webhooks is not None,
+            tags_users=self.tag_users is True,
+        )
+
+    @cached_property
+    def withheld(self) -> frozenset[str]:
+        """Return the names of fal's response headers that clients do not get."""
+        return header_names("withhold_headers", self.withhold_headers)
 
     @cached_property
     def spending(self) -> SpendingRules | None:

@@ -11,6 +11,7 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     ├── TargetMissing         400   no x-fal-target-url, or several
     ├── TargetRefused         412   not a URL of fal's
     ├── AccessRefused         403   a rule that the operator has set
+    │   ├── HeaderNotAllowed
     │   ├── HostNotAllowed
     │   ├── AccountNotAllowed also where the operator has set no rule
     │   ├── WebhookNotAllowed
@@ -59,6 +60,7 @@ __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "EndpointNotAllowed",
+    "HeaderNotAllowed",
     "HeadersTooLarge",
     "HostNotAllowed",
     "JobNotFound",
@@ -118,8 +120,12 @@ class MethodNotAllowed(ProxyError):
     message = "Only GET and POST are allowed."
     headers = (("Allow", "GET, POST"),)
 
-    def __init__(self, detail: str = "", *, may_put: bool = False) -> None:
+    def __init__(self, detail: str = "", *, may_put: bool = False, needs_cancel: bool = False) -> None:
         super().__init__(detail)
+        if needs_cancel:
+            self.message = (
+                "Only GET and POST are allowed; a PUT that cancels a queued job needs this proxy's allow_cancel."
+            )
         if may_put:
             self.message = "Only GET, POST and PUT are allowed."
             self.headers = (("Allow", "GET, POST, PUT"),)
@@ -156,6 +162,10 @@ class WebhookNotAllowed(AccessRefused):
 
 class EndpointNotAllowed(AccessRefused):
     message = "This endpoint is not allowed by this proxy's allowed_endpoints."
+
+
+class HeaderNotAllowed(AccessRefused):
+    message = "A header of this request is not allowed by this proxy's allowed_fal_headers."
 
 
 class UploadNotAllowed(AccessRefused):

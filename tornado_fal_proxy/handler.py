@@ -135,7 +135,11 @@ class FalProxyHandler(PayingResponse):
             if self._connection.stream.closed():
                 raise ClientDisconnected
             target = decide(
-                self.request.method or "", self._pairs, max_body_bytes=config.max_body_bytes, access=config.access
+                self.request.method or "",
+                self._pairs,
+                max_body_bytes=config.max_body_bytes,
+                access=config.access,
+                header_rules=config.headers,
             )
             self.call.target = target
             backend = shared_backend(self.application, config)
@@ -149,8 +153,7 @@ class FalProxyHandler(PayingResponse):
                 authorization = _authorization(await self._ask(self.resolve_key, target))
             else:
                 authorization = config.authorization()
-            self._lines, self._pairs = request_headers(self._pairs, authorization), []
-            self._lines += self._tags
+            self._make_lines(authorization)
             self._admit(backend, target)
         except ClientDisconnected:
             self._responded = True
@@ -158,6 +161,16 @@ class FalProxyHandler(PayingResponse):
                 self._end_disconnected()
         except ProxyError as exc:
             self._refuse(exc)
+
+    def _make_lines(self, authorization: bytes) -> None:
+        """Make the header lines for fal. Raise HeadersTooLarge."""
+        rules = self._config.headers
+        if rules is not None:
+            self._pairs = rules.without_own(self._pairs)
+        self._lines, self._pairs = request_headers(self._pairs, authorization), []
+        self._lines += self._tags
+        if rules is not None:
+            self._lines += rules.lines
 
     def _admit(self, backend: Backend, target: Target) -> None:
         """Acquire what the call needs. :meth:`_serve` releases it. Raise BuffersFull or TooManyCalls."""

@@ -43,6 +43,7 @@ ASKED_FOR = "This error was asked for"
 INVALID = {"detail": [{"type": "value_error", "loc": ["body", "prompt"], "msg": ASKED_FOR}]}
 
 CLOSED = "This endpoint is not allowed by this proxy's allowed_endpoints."
+CANCEL_CLOSED = "Only GET and POST are allowed; a PUT that cancels a queued job needs this proxy's allow_cancel."
 UPLOADS_CLOSED = "Uploads are not allowed by this proxy's allow_uploads."
 
 # The call, and the error that the SDK makes of its response: name, status, message and body.
@@ -58,7 +59,7 @@ REFUSED = [
         for name in ("run_closed", "submit_closed", "stream_closed")
     ),
     ("upload_closed", "ApiError", 403, UPLOADS_CLOSED, {"message": UPLOADS_CLOSED}),
-    ("cancel", "ApiError", 405, "Only GET and POST are allowed.", {"message": "Only GET and POST are allowed."}),
+    ("cancel", "ApiError", 405, CANCEL_CLOSED, {"message": CANCEL_CLOSED}),
 ]
 
 

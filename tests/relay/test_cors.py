@@ -13,7 +13,7 @@ from tornado_fal_proxy import FalProxyHandler
 
 APP = "https://app.example.com"
 OTHER = "https://evil.example"
-EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
+EXPOSED = "x-fal-request-id, x-fal-request-timeout-type, x-fal-billable-units"
 TARGETS_OWN = [
     *[
         ("access-control-allow-origin", "*"),

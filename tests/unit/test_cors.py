@@ -9,7 +9,7 @@ from tornado_fal_proxy.rules.cors import CorsRules, cors_rules, vary
 
 APP = "https://app.example.com"
 OTHER = "https://evil.example"
-EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
+EXPOSED = "x-fal-request-id, x-fal-request-timeout-type, x-fal-billable-units"
 
 
 def rules(*origins: str, **more: Any) -> CorsRules:

@@ -120,6 +120,22 @@ def test_token(text: str, encoding: str) -> None:
     event("given" if properties.token(text.encode(encoding)) else "refused")
 
 
+SESSIONS = st.builds(
+    lambda name, app, more: f'{{"sdp": "v=0", {name}: {app}{more}}}',
+    st.sampled_from(['"app_id"', '"app_id"', '"App_Id"', '"\\u0061pp_id"']),
+    st.sampled_from(['"fal-ai/flux"', '"a/b/c"', '"a/b"', '"other/app"', '"a\\/b/c"', '["a/b/c"]']) | JSON,
+    st.sampled_from(["", "", ', "app_id": "other/app"', ', "APP_ID": "other/app"', ', "x": {"y": 1, "y": 2}', ","]),
+)
+
+
+@pytest.mark.slow
+@examples(1000)
+@given(text=JSON | SESSIONS, encoding=st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32"]))
+def test_session(text: str, encoding: str) -> None:
+    """A body that passes names one allowed endpoint, whichever of several JSON readers reads it."""
+    event("allowed" if properties.session(text.encode(encoding)) else "refused")
+
+
 ORIGINS = st.builds(
     lambda scheme, labels, apex, port: f"{scheme}{'.'.join([*labels, apex])}{port}",
     st.sampled_from(["https://", "http://", "HTTPS://", ""]),

@@ -105,7 +105,10 @@ class RelayResponse(RequestHandler):
         # parse_response_head has checked names and values. The target's headers win over the application's.
         headers = self._headers
         names = set()
-        for name, value in head.headers:
+        fields = head.headers
+        if withheld := self._config.withheld:
+            fields = [field for field in fields if field[0] not in withheld]
+        for name, value in fields:
             if name in names:
                 headers.add(name, value)
             else:

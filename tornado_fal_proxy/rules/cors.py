@@ -11,7 +11,7 @@ Source: the Fetch standard, section 3.3 (https://fetch.spec.whatwg.org/#http-cor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tornado_fal_proxy.errors import ConfigError
@@ -20,8 +20,8 @@ __all__ = ["CORS_PREFIX", "CorsRules", "cors_rules", "origin_problem", "vary"]
 
 # The prefix of the headers that fal's response may have too. They are valid for fal's origin, not for the proxy's.
 CORS_PREFIX = "access-control-"
-# The headers of a response that fal's SDKs read.
-EXPOSED = "x-fal-request-id, x-fal-request-timeout-type"
+# The headers of a response that fal's SDKs read, and fal's bill.
+EXPOSED = "x-fal-request-id, x-fal-request-timeout-type, x-fal-billable-units"
 # The headers that tell a page what is left of its limits.
 EXPOSED_LIMITS = "ratelimit, ratelimit-policy, retry-after"
 # The time, in seconds, for which a browser may keep the response to a preflight. Chromium keeps it no longer.
@@ -122,10 +122,11 @@ def cors_rules(
     allow_credentials: bool = False,
     allow_cancel: bool = False,
     exposes_limits: bool = False,
+    expose_headers: Collection[str] = (),
 ) -> CorsRules | None:
     """Return the rules for these fields of the configuration, or None where CORS is off.
 
-    With ``exposes_limits`` pages may read what is left of spending limits.
+    With ``exposes_limits`` pages may read what is left of spending limits. They may read ``expose_headers`` too.
     Raises ConfigError, which names every problem.
     """
     if allowed_origins is None:
@@ -151,5 +152,5 @@ def cors_rules(
         suffixes=tuple((match[3] or "", match[2].removeprefix("*")) for match in suffixes),
         credentials=allow_credentials is True,
         methods="GET, POST, PUT" if allow_cancel is True else "GET, POST",
-        exposed=f"{EXPOSED}, {EXPOSED_LIMITS}" if exposes_limits else EXPOSED,
+        exposed=", ".join([EXPOSED, *([EXPOSED_LIMITS] if exposes_limits else []), *sorted(expose_headers)]),
     )

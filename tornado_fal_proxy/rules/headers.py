@@ -25,11 +25,13 @@ from tornado_fal_proxy.rules.target import TARGET_HEADER
 
 __all__ = [
     "CLIENT_PROXY",
+    "FIELD_NAME",
     "MAX_RELAYED_BYTES",
     "MAX_RELAYED_HEADERS",
     "Pairs",
     "ResponseHead",
     "content_length",
+    "is_fals_own",
     "parse_response_head",
     "request_headers",
 ]
@@ -46,10 +48,10 @@ MAX_RELAYED_HEADERS, MAX_RELAYED_BYTES = 64, 8192
 _OVERHEAD_BYTES = 32
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
-_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 # strip() removes the white space around the value. A pattern would take quadratic time on a line that has much of it.
-_FIELD_LINE = re.compile(rf"({_NAME})([ \t]*):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
+_FIELD_LINE = re.compile(rf"({FIELD_NAME})([ \t]*):({_FIELD_VALUE.pattern})\r?\n?".encode("latin-1"))
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]|2) ([1-9][0-9]{2})(?: .*)?\r?\n?", re.DOTALL)
 
 # The fields of RFC 9110 section 7.6.1. Each message adds the names that its Connection field lists, and proxy-* is
@@ -64,7 +66,7 @@ _NO_CODING = ("", "identity")
 _FRAMING = ("content-length", "transfer-encoding")
 _WITHOUT_BODY = (204, 304)
 _RELAYED_BY_NAME = frozenset({"accept", "content-type", "user-agent"})
-_RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{_NAME}")
+_RELAYED_BY_PREFIX = re.compile(rf"x-(?:app-)?fal-{FIELD_NAME}")
 _NEVER_RELAYED = frozenset({TARGET_HEADER, "x-fal-client-proxy"})
 _CLIENT_PROXY_LINE = f"x-fal-client-proxy: {CLIENT_PROXY}".encode()
 
@@ -128,7 +130,12 @@ def request_headers(headers: Pairs, authorization: bytes) -> list[bytes]:
 
 @lru_cache(256)
 def _is_relayed(name: str) -> bool:
-    return name not in _NEVER_RELAYED and (name in _RELAYED_BY_NAME or bool(_RELAYED_BY_PREFIX.fullmatch(name)))
+    return name in _RELAYED_BY_NAME or is_fals_own(name)
+
+
+def is_fals_own(name: str) -> bool:
+    """Return whether a client's header of that name, in lower case, is one of fal's own that may be relayed."""
+    return name not in _NEVER_RELAYED and _RELAYED_BY_PREFIX.fullmatch(name) is not None
 
 
 @lru_cache(1024)

@@ -24,6 +24,7 @@ from tornado_fal_proxy.errors import (
 from tornado_fal_proxy.rules.access import AccessRules, check_account
 from tornado_fal_proxy.rules.endpoints import is_cancel
 from tornado_fal_proxy.rules.excerpt import excerpt
+from tornado_fal_proxy.rules.fal_headers import HeaderRules
 from tornado_fal_proxy.rules.headers import Pairs, content_length
 from tornado_fal_proxy.rules.target import TARGET_HEADER, Target, parse_target
 
@@ -32,7 +33,14 @@ __all__ = ["decide"]
 _JSON = re.compile(r"application/json[ \t]*(?:;.*)?", re.IGNORECASE)
 
 
-def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRules | None = None) -> Target:
+def decide(
+    method: str,
+    headers: Pairs,
+    *,
+    max_body_bytes: int,
+    access: AccessRules | None = None,
+    header_rules: HeaderRules | None = None,
+) -> Target:
     """Return the target of a request that may pass.
 
     ``max_body_bytes`` limits the declared length of the body. Raises, in this order, MethodNotAllowed (405),
@@ -49,11 +57,15 @@ def decide(method: str, headers: Pairs, *, max_body_bytes: int, access: AccessRu
     if not always_allowed:
         may_put = access is not None and access.allows_cancel(target)
         if method != "PUT" or not may_put:
-            raise MethodNotAllowed(_refused_method(method, headers, target), may_put=may_put)
+            needs_cancel = method == "PUT" and is_cancel(target)
+            detail = _refused_method(method, headers, target)
+            raise MethodNotAllowed(detail, may_put=may_put, needs_cancel=needs_cancel)
     if access is None:
         check_account(target)
     else:
         access.check(method, target)
+    if header_rules is not None:
+        header_rules.check(headers)
     _check_body(headers, max_body_bytes)
     return target
 
