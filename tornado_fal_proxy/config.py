@@ -310,7 +310,7 @@ class ProxyConfig:
             allow_credentials=self.allow_credentials,
             allow_cancel=self.allow_cancel,
             exposes_limits=any(getattr(self, name) is not None for name in _LIMITS),
-            expose_headers=header_names("expose_headers", self.expose_headers),
+            expose_headers=self.expose_headers,
         )
 
     @cached_property

@@ -11,10 +11,11 @@ Source: the Fetch standard, section 3.3 (https://fetch.spec.whatwg.org/#http-cor
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tornado_fal_proxy.errors import ConfigError
+from tornado_fal_proxy.rules.fal_headers import header_names
 
 __all__ = ["CORS_PREFIX", "CorsRules", "cors_rules", "origin_problem", "vary"]
 
@@ -122,26 +123,28 @@ def cors_rules(
     allow_credentials: bool = False,
     allow_cancel: bool = False,
     exposes_limits: bool = False,
-    expose_headers: Collection[str] = (),
+    expose_headers: Sequence[str] | None = None,
 ) -> CorsRules | None:
     """Return the rules for these fields of the configuration, or None where CORS is off.
 
     With ``exposes_limits`` pages may read what is left of spending limits. They may read ``expose_headers`` too.
     Raises ConfigError, which names every problem.
     """
+    exposed, problems = _exposed(expose_headers)
     if allowed_origins is None:
         if allow_credentials is True:
-            raise ConfigError(["allow_credentials: needs allowed_origins"])
+            problems.append("allow_credentials: needs allowed_origins")
+        if problems:
+            raise ConfigError(problems)
         return None
     if not isinstance(allowed_origins, tuple) or not allowed_origins:
-        raise ConfigError(
-            [f"allowed_origins: must be a list of origins, or left out for no CORS at all, not {allowed_origins!r}"]
-        )
-    problems = [
+        problem = f"must be a list of origins, or left out for no CORS at all, not {allowed_origins!r}"
+        raise ConfigError([f"allowed_origins: {problem}", *problems])
+    problems.extend(
         f"allowed_origins: {origin!r} {problem}"
         for origin in allowed_origins
         if (problem := origin_problem(origin, wildcard=True))
-    ]
+    )
     if not problems and allow_credentials is True and any("*" in origin for origin in allowed_origins):
         problems.append("allow_credentials: works only where all allowed_origins are exact, without *")
     if problems:
@@ -152,5 +155,13 @@ def cors_rules(
         suffixes=tuple((match[3] or "", match[2].removeprefix("*")) for match in suffixes),
         credentials=allow_credentials is True,
         methods="GET, POST, PUT" if allow_cancel is True else "GET, POST",
-        exposed=", ".join([EXPOSED, *([EXPOSED_LIMITS] if exposes_limits else []), *sorted(expose_headers)]),
+        exposed=", ".join([EXPOSED, *([EXPOSED_LIMITS] if exposes_limits else []), *exposed]),
     )
+
+
+def _exposed(names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return the names of more headers that pages may read, and the problems of this field."""
+    try:
+        return sorted(header_names("expose_headers", names)), []
+    except ConfigError as exc:
+        return [], list(exc.problems)

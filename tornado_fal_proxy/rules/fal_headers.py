@@ -139,7 +139,7 @@ def _patterns(value: object, problems: list[str]) -> tuple[str, ...] | None:
 
 def _lines(value: object, problems: list[str]) -> list[tuple[str, str]]:
     """Return names and values of the headers that are set, and add a problem for each that is wrong."""
-    texts = _texts(value or ())
+    texts = () if value is None else _texts(value)
     if texts is None:
         problems.append(f"set_fal_headers: must be a list of lines such as 'x-fal-store-io: 0', not {value!r}")
         return []
@@ -149,7 +149,7 @@ def _lines(value: object, problems: list[str]) -> list[tuple[str, str]]:
         if not colon or not is_fals_own(name.lower()) or not _VALUE.fullmatch(content):
             problems.append(f"set_fal_headers: must have lines such as 'x-fal-store-io: 0', not {text!r}")
         elif name.lower() in (known for known, _ in lines):
-            problems.append(f"set_fal_headers: has {name} twice")
+            problems.append(f"set_fal_headers: {text!r} sets {name} once more")
         else:
             lines.append((name.lower(), content))
     return lines
