@@ -138,8 +138,8 @@ def cors_rules(
             raise ConfigError(problems)
         return None
     if not isinstance(allowed_origins, tuple) or not allowed_origins:
-        problem = f"must be a list of origins, or left out for no CORS at all, not {allowed_origins!r}"
-        raise ConfigError([f"allowed_origins: {problem}", *problems])
+        wrong = f"allowed_origins: must be a list of origins, or left out for no CORS at all, not {allowed_origins!r}"
+        raise ConfigError([wrong, *problems])
     problems.extend(
         f"allowed_origins: {origin!r} {problem}"
         for origin in allowed_origins
