@@ -80,7 +80,7 @@ _LISTS = (
     *("allowed_fal_headers", "set_fal_headers", "withhold_headers", "expose_headers"),
 )
 _SWITCHES = (
-    *("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1"),
+    *("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1", "failover"),
     *("own_jobs_only", "tag_users"),
 )
 _FUNCTIONS = ("authorize", "resolve_key", "identify", "check_input", "input_units")
@@ -129,6 +129,9 @@ class ProxyConfig:
     )
     withhold_headers: Sequence[str] | None = option(
         None, "headers of fal's responses that clients do not get, such as alt-svc", "NAME,...", as_list
+    )
+    failover: bool = option(
+        False, "while fal.run or queue.fal.run cannot be reached, call falrun.com instead, which then gets the key"
     )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(

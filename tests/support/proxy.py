@@ -36,8 +36,8 @@ class Setup:
 
     def config(self, upstream: Upstream | str, **fields: Any) -> ProxyConfig:
         """Return a configuration that directs every target at ``upstream``, which may be an address."""
-        fields = {"key": KEY, "ca_certs": self._authority.ca_file} | fields
-        return ProxyConfig(connect_to=upstream if isinstance(upstream, str) else upstream.address, **fields)
+        address = upstream if isinstance(upstream, str) else upstream.address
+        return ProxyConfig(**{"key": KEY, "ca_certs": self._authority.ca_file, "connect_to": address} | fields)
 
     def serve(self, application: Application, **options: Any) -> int:
         """Serve ``application`` on a free port, and return the port."""

@@ -54,6 +54,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
         [*LIST_BAD, ("x-fal-a",), ("cookie: a",), ("x-fal-a: 1", "x-fal-a: 2"), ("x-fal-target-url: a",)],
     ),
     "withhold_headers": ([None, (), ("alt-svc", "X-Any")], [*LIST_BAD, ("a b",), ("Content-Type",), ("",)]),
+    "failover": ([True, False], SWITCH_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
         [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
@@ -467,6 +468,7 @@ def test_from_env_reads_a_variable_for_each_field(authority: Authority, tmp_path
         "event_streams_over_http1": ("yes", True),
         "set_fal_headers": ("x-fal-a: 1, x-fal-b: c,d", ("x-fal-a: 1", "x-fal-b: c,d")),
         "withhold_headers": ("alt-svc, x-a", ("alt-svc", "x-a")),
+        "failover": ("yes", True),
         "ca_certs": (authority.ca_file, authority.ca_file),
         "connect_to": ("localhost:1", "localhost:1"),
         "allowed_endpoints": ("fal-ai/flux/**, */b", ("fal-ai/flux/**", "*/b")),

@@ -22,6 +22,7 @@ from typing import Protocol
 from tornado_fal_proxy.rules.paths import canonical_segments
 
 __all__ = [
+    "BACKUP_HOSTS",
     "COMPLETE_MULTIPART",
     "HEARTBEAT_PATH",
     "ICE",
@@ -61,8 +62,10 @@ RUN_HOST, QUEUE_HOST = "fal.run", "queue.fal.run"
 REST_HOSTS = _REST_HOST, _ALPHA_REST_HOST = "rest.fal.ai", "rest.alpha.fal.ai"
 # Signals for realtime video, whose media do not pass the proxy.
 WMA_HOST = "wma.fal.run"
-# The hosts that fal's SDKs call. They need no proof that they exist, not even at the first request.
-WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, WMA_HOST, *REST_HOSTS})
+# Hosts that serve the same as others while these cannot be reached. No target of a client's names them.
+BACKUP_HOSTS = {RUN_HOST: "falrun.com", QUEUE_HOST: "queue.falrun.com"}
+# The hosts that fal's SDKs call, and their backups. They need no proof that they exist, not even at the first request.
+WELL_KNOWN_HOSTS = frozenset({RUN_HOST, QUEUE_HOST, WMA_HOST, *REST_HOSTS, *BACKUP_HOSTS.values()})
 
 # The second is for whole paths of endpoints, the first for the names of apps.
 TOKENS_PATH, PATH_TOKENS_PATH = "/tokens/", "/tokens/realtime"

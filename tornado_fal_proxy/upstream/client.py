@@ -36,13 +36,21 @@ from tornado_fal_proxy.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tornado_fal_proxy.rules.endpoints import is_repeatable
+from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS, is_repeatable
 from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES
 from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.curl_errors import HTTP2_STREAM_ERROR, upstream_error
 from tornado_fal_proxy.upstream.curl_loop import CurlLoop
-from tornado_fal_proxy.upstream.handles import HandlePool, forbid_reuse, set_connection, set_request, set_window
+from tornado_fal_proxy.upstream.failover import BACKUP_CONNECT_TIMEOUT_S, Failover
+from tornado_fal_proxy.upstream.handles import (
+    HandlePool,
+    forbid_reuse,
+    set_connection,
+    set_host,
+    set_request,
+    set_window,
+)
 from tornado_fal_proxy.upstream.hosts import HANDSHAKE_WAIT_S, HANG_S, Hosts
 from tornado_fal_proxy.upstream.transfer import Transfer
 
@@ -83,6 +91,8 @@ class UpstreamClient(CurlLoop):
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._ports: dict[int, str] = {}  # the host of the connection that leaves from this port
         self._to_open: list[Transfer] = []
+        self.failover = Failover(self._loop, self._probe) if config.failover else None
+        self._probes: dict[pycurl.Curl, str] = {}
         interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, MAX_SWEEP_INTERVAL_S)
         self._sweep = Sweep(interval_s, self._end_idle_transfers)
 
@@ -129,6 +139,12 @@ class UpstreamClient(CurlLoop):
         for transfer in list(self._running.values()):
             self.abort(transfer, ConnectionLost("the proxy is closing", may_have_run=_may_have_run(transfer)))
         self._sweep.stop()
+        if self.failover is not None:
+            self.failover.close()
+            for curl in list(self._probes):
+                self._multi.remove_handle(curl)
+                curl.close()
+            self._probes.clear()
         self._handles.close()
         super().close()
 
@@ -193,6 +209,8 @@ class UpstreamClient(CurlLoop):
         """Give the transfer to libcurl, or let it wait for the handshake of the call that leads to the same host."""
         now = self.now()
         self.refresh_idle(now)
+        if self.failover is not None and self.failover.is_down(transfer.host):
+            self._divert(transfer, now)
         if self._hosts.enter(transfer, now):
             self._add(transfer)
 
@@ -212,7 +230,11 @@ class UpstreamClient(CurlLoop):
     def _add_all(self, transfers: list[Transfer]) -> None:
         """Give libcurl the transfers that no longer have to wait for another."""
         for transfer in transfers:
-            if transfer.curl is not None:
+            if transfer.curl is None:
+                continue
+            if self.failover is not None and self.failover.is_down(transfer.host):
+                self._enqueue(transfer)
+            else:
                 self._add(transfer)
 
     def _on_connected(self, transfer: Transfer) -> None:
@@ -267,37 +289,57 @@ class UpstreamClient(CurlLoop):
                     self.resume(transfer)
 
     def _finish(self, curl: pycurl.Curl, curl_error: int | None = None, curl_message: str | None = None) -> None:
-        """Handle a handle that libcurl is done with, a transfer's or one of ``fetch()``."""
+        """Handle a handle that libcurl is done with: a transfer's, a probe's, or one of ``fetch()``."""
         transfer = self._running.get(curl)
         if transfer is None:
-            super()._finish(curl, curl_error, curl_message)
+            if curl in self._probes:
+                self._end_probe(curl, reached=curl_error is None)
+            else:
+                super()._finish(curl, curl_error, curl_message)
             return
-        failure: UpstreamError | None = None
-        if curl_error is not None:
-            # A connection may have been ready and nothing written to it yet.
-            transfer.may_have_been_sent = transfer.may_have_been_sent and curl.getinfo(pycurl.REQUEST_SIZE) > 0
-            message = transfer.without_secret(curl_message or "")
-            failure = upstream_error(curl_error, message, may_have_run=_may_have_run(transfer))
-        elif transfer.head is None:
-            failure = MalformedResponse("no head", may_have_run=_may_have_run(transfer))
-        elif transfer.head.declared not in (None, transfer.received):
-            detail = f"the body is not whole: {transfer.received} bytes of {transfer.head.declared}"
-            failure = ConnectionLost(detail, may_have_run=_may_have_run(transfer))
+        failure = _failure(transfer, curl, curl_error, curl_message or "")
         if failure is not None and curl_error != HTTP2_STREAM_ERROR:
             self._hosts.suspect(transfer.host, self.now())
         self._multi.remove_handle(curl)
-        retry = failure is not None and transfer.may_retry(failure)
-        if failure is not None and not retry:
-            for other in self._hosts.waiting_for(transfer):
-                self.abort(other, type(failure)(failure.detail))
+        retry = diverts = False
+        if failure is not None:
+            retry = transfer.may_retry(failure)
+            if self.failover is not None and not transfer.may_have_been_sent:
+                diverts = self.failover.begins(transfer.host, failure)
+                if transfer.first_host is not None:  # the backup cannot be reached either
+                    failure = self.failover.error(transfer.first_host) or failure
+            if not retry and not diverts:
+                for other in self._hosts.waiting_for(transfer):
+                    self.abort(other, type(failure)(failure.detail))
         self._leave(transfer, hangs=transfer.resolving and curl_error == pycurl.E_OPERATION_TIMEDOUT)
-        if retry:
-            transfer.fresh_connect = True
+        if retry or diverts:
+            transfer.fresh_connect = retry
             self._enqueue(transfer)
             return
         del self._running[curl]
         self._handles.give_back(transfer, curl)
         transfer.end(failure)
+
+    # Failover.
+
+    def _divert(self, transfer: Transfer, now: float) -> None:
+        """Send a call to the backup of its host, with the time that a connection there may take."""
+        assert transfer.curl is not None
+        transfer.first_host, transfer.host = transfer.host, BACKUP_HOSTS[transfer.host]
+        transfer.last_progress_at = now
+        set_host(transfer.curl, transfer.host, min(BACKUP_CONNECT_TIMEOUT_S, self._config.connect_timeout_s))
+
+    def _probe(self, host: str) -> None:
+        curl = self._handles.probe(host)
+        self._probes[curl] = host
+        self._multi.add_handle(curl)
+
+    def _end_probe(self, curl: pycurl.Curl, *, reached: bool) -> None:
+        host = self._probes.pop(curl)
+        self._multi.remove_handle(curl)
+        curl.close()
+        if self.failover is not None:
+            self.failover.probed(host, reached=reached)
 
     def _end_idle_transfers(self) -> bool:
         """End the transfers on which no byte has moved for ``idle_timeout_s``. Return whether others run."""
@@ -348,6 +390,20 @@ def _secret_of(headers: list[bytes]) -> bytes:
     if len(secret) < MIN_SECRET_BYTES:
         secret = key
     return secret if len(secret) >= MIN_SECRET_BYTES else b""
+
+
+def _failure(transfer: Transfer, curl: pycurl.Curl, curl_error: int | None, message: str) -> UpstreamError | None:
+    """Return the error of a transfer that libcurl is done with; None where its response is whole."""
+    if curl_error is not None:
+        # A connection may have been ready and nothing written to it yet.
+        transfer.may_have_been_sent = transfer.may_have_been_sent and curl.getinfo(pycurl.REQUEST_SIZE) > 0
+        return upstream_error(curl_error, transfer.without_secret(message), may_have_run=_may_have_run(transfer))
+    if transfer.head is None:
+        return MalformedResponse("no head", may_have_run=_may_have_run(transfer))
+    if transfer.head.declared not in (None, transfer.received):
+        detail = f"the body is not whole: {transfer.received} bytes of {transfer.head.declared}"
+        return ConnectionLost(detail, may_have_run=_may_have_run(transfer))
+    return None
 
 
 def _forbid_reuse(transfer: Transfer) -> None:

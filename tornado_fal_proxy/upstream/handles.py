@@ -97,6 +97,8 @@ class HandlePool:
             curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, FIRST_WINDOW_BYTES)
         if transfer.fresh_connect:
             curl.setopt(pycurl.FRESH_CONNECT, 0)
+        if transfer.first_host is not None:
+            curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(self._config.connect_timeout_s * 1000))
         if transfer.http1_only:
             curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS)
         if transfer.forbids_reuse:
@@ -110,6 +112,16 @@ class HandlePool:
         if pool is self._idle["POST"]:
             curl.setopt(pycurl.POSTFIELDS, b"")  # let go of the body
         pool.append(curl)
+
+    def probe(self, host: str) -> pycurl.Curl:
+        """Return a handle that makes a new connection to a host, and sends no request."""
+        curl = self._configured(with_body=False)
+        curl.setopt(pycurl.URL, f"https://{host}/")
+        curl.setopt(pycurl.CONNECT_ONLY, 1)
+        curl.setopt(pycurl.FRESH_CONNECT, 1)
+        curl.setopt(pycurl.FORBID_REUSE, 1)
+        curl.setopt(pycurl.DNS_CACHE_TIMEOUT, 0)  # the name may have another address now
+        return curl
 
     def close(self) -> None:
         """Close the handles that are here, and from now on each one that comes back."""
@@ -159,6 +171,12 @@ def set_request(
     curl.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
     if method != "GET" or body:
         curl.setopt(pycurl.POSTFIELDS, body)
+
+
+def set_host(curl: pycurl.Curl, host: str, connect_timeout_s: float) -> None:
+    """Direct a handle that is not in use yet, or not any more, to another host."""
+    curl.setopt(pycurl.URL, f"https://{host}/")
+    curl.setopt(pycurl.CONNECTTIMEOUT_MS, round(connect_timeout_s * 1000))
 
 
 def set_connection(curl: pycurl.Curl, transfer: Transfer, *, shares: bool) -> None:

@@ -80,7 +80,7 @@ class Transfer(Body):
     ``http1_only`` that it takes no connection over HTTP/2, and ``forbids_reuse`` that its connection serves no other
     call. ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body
     that takes several writes, of which ``uploaded`` have left; 0 when all of it has. ``secret`` is the part of the
-    key that is searched for in heads.
+    key that is searched for in heads. ``first_host`` is the usual host of a call that goes to a backup, else None.
     """
 
     __slots__ = (
@@ -96,6 +96,7 @@ class Transfer(Body):
         "_waiter",
         "client",
         "curl",
+        "first_host",
         "forbids_reuse",
         "fresh_connect",
         "head",
@@ -128,6 +129,7 @@ class Transfer(Body):
         self.curl: pycurl.Curl | None = curl  # None once libcurl is done with it
         self.pool = pool
         self.host = host
+        self.first_host: str | None = None
         self.client = client
         self.repeatable = repeatable
         self.head: ResponseHead | None = None
