@@ -22,7 +22,7 @@ from tests.support.raw_client import RawClient, Response
 from tornado_fal_proxy.sandbox import Sandbox, state
 from tornado_fal_proxy.service import server
 
-HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai")
+HOSTS = ("fal.run", "queue.fal.run", "wma.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai")
 RUN = "https://fal.run/fal-ai/flux/dev"
 SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
 INITIATE = "https://rest.fal.ai/storage/upload/initiate"
@@ -121,6 +121,44 @@ async def test_unknown_urls(sandbox: Sandbox, method: str, url: str, status: int
     code, content = await call(sandbox, method, url, {} if method == "POST" else None)
     assert (code, content["detail"]) == (status, detail)
     assert not sandbox.executions
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("url", "body", "names"),
+    [
+        ("https://rest.fal.ai/tokens/realtime", {"allowed_apps": ["a/b/c"], "duration": 9}, {"token"}),
+        (
+            "https://rest.fal.ai/storage/auth/token?storage_type=fal-cdn-v3",
+            {},
+            {"token", "token_type", "base_url", "expires_at"},
+        ),
+        ("https://wma.fal.run/ice", {"app_id": "a/b"}, {"ice_servers"}),
+        ("https://fal.run/a/b/ice", {}, {"ice_servers"}),
+        ("https://wma.fal.run/session/heartbeat", {"session_id": "unknown"}, {"alive"}),
+    ],
+)
+async def test_newer_calls(sandbox: Sandbox, url: str, body: object, names: set[str]) -> None:
+    """The calls that fal's newer SDKs make are answered in their form, and are no jobs."""
+    code, content = await call(sandbox, "POST", url, body)
+    assert (code, set(content)) == (200, names)
+    assert not sandbox.executions
+
+
+@pytest.mark.gen_test
+async def test_session(sandbox: Sandbox, setup: Setup) -> None:
+    """A session is open until the client of the proxy leaves."""
+    client = await RawClient.open(setup.proxy(sandbox.address, key=sandbox.key, ca_certs=sandbox.ca_certs))
+    await client.send("POST", b'{"app_id":"a/b"}', target="https://wma.fal.run/session")
+    assert (await client.head()).status == 200
+    session = json.loads(await client.chunk())["session_id"]
+    assert sandbox.sessions == {session}
+    heartbeat = "https://wma.fal.run/session/heartbeat"
+    assert await call(sandbox, "POST", heartbeat, {"session_id": session}) == (200, {"alive": True})
+    client.leave()
+    while sandbox.sessions:
+        await asyncio.sleep(0.01)
+    assert await call(sandbox, "POST", heartbeat, {"session_id": session}) == (200, {"alive": False})
 
 
 VALID: list[Any] = [

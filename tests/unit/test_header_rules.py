@@ -7,6 +7,7 @@ import pytest
 from tornado_fal_proxy import ConfigError, ProxyConfig
 from tornado_fal_proxy.errors import HeaderNotAllowed, ProxyError, WebhookNotAllowed
 from tornado_fal_proxy.rules.fal_headers import SDK_HEADERS, HeaderRules, as_header_lines
+from tornado_fal_proxy.sandbox import Sandbox
 
 POLICY = "x-app-fal-upload-policy"
 RESTRICTED = {"allowed_endpoints": ["fal-ai/flux"]}
@@ -27,6 +28,7 @@ def header_rules(**fields: Any) -> HeaderRules | None:
         (RESTRICTED, "x-fal-target-url", None),
         (RESTRICTED, "x-fal-client-proxy", None),
         (RESTRICTED, "x-falsify", None),
+        (RESTRICTED, Sandbox.host_header.lower(), None),
         (RESTRICTED, "cookie", None),
         (RESTRICTED | {"allowed_fal_headers": ["*"]}, "x-fal-store-io", None),
         (RESTRICTED | {"allowed_fal_headers": []}, "x-fal-queue-priority", HeaderNotAllowed),

@@ -78,7 +78,7 @@ UPLOADS = frozenset(
     (host, path + _CDN)
     for host in REST_HOSTS
     for path in (INITIATE, INITIATE_MULTIPART, COMPLETE_MULTIPART, UPLOAD_TOKEN)
-) | {(_ALPHA_REST_HOST, INITIATE)}
+) | {(_ALPHA_REST_HOST, INITIATE), (_REST_HOST, f"{INITIATE}?storage_type=gcs")}
 
 # An app's id that begins with one of these has one more segment.
 NAMESPACES = ("workflows", "comfy")

@@ -30,6 +30,8 @@ MAX_NAME_CHARS = 128
 # The header that sends a job's results to a bucket of the client's, as fal_webhook sends them to a host.
 UPLOAD_POLICY = "x-app-fal-upload-policy"
 TAGS = "x-fal-tags"
+# The header that the service adds in front of the sandbox. fal does not know it.
+SANDBOX_HOST = "x-fal-sandbox-host"
 # The headers of a response without which it cannot be read.
 _NEEDED = frozenset({"content-type", "content-length", "content-encoding", "transfer-encoding", "connection"})
 
@@ -55,7 +57,7 @@ class HeaderRules:
     def check(self, headers: Pairs) -> None:
         """Raise HeaderNotAllowed or WebhookNotAllowed unless all of these headers may go to fal."""
         for name, _ in headers:
-            if name in self.names or not is_fals_own(name):
+            if name in self.names or name == SANDBOX_HOST or not is_fals_own(name):
                 continue
             if name == UPLOAD_POLICY and not self.upload_policy:
                 raise WebhookNotAllowed(f"allowed_webhooks: {UPLOAD_POLICY}")

@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 import uuid
+from datetime import UTC, datetime
 from http.client import responses
 from typing import Any
 
@@ -206,13 +207,77 @@ class Cancel(FalHandler):
         self.respond({"status": "CANCELLATION_REQUESTED"}, 202)
 
 
+def token() -> str:
+    """Return a text that looks like a token."""
+    return ".".join(secrets.token_urlsafe(size) for size in (27, 60, 32))
+
+
 class Tokens(FalHandler):
     """rest.fal.ai/tokens/: a token for a WebSocket, which the sandbox does not serve. SDKs read a bare JSON string."""
 
     def post(self) -> None:
         if not isinstance(self.fields().get("allowed_apps"), list):
             invalid("missing", ["body", "allowed_apps"], "Field required")
-        self.respond(".".join(secrets.token_urlsafe(size) for size in (27, 60, 32)))
+        self.respond(token())
+
+
+class PathTokens(FalHandler):
+    """rest.fal.ai/tokens/realtime: the same for whole paths of endpoints, in an object."""
+
+    def post(self) -> None:
+        fields = self.fields()
+        for name, kind in (("allowed_apps", list), ("duration", int)):
+            if not isinstance(fields.get(name), kind):
+                invalid("missing", ["body", name], "Field required")
+        self.respond({"token": token()})
+
+
+class UploadToken(FalHandler):
+    """rest.fal.ai/storage/auth/token: a token for uploads, which the stand-in of the CDN does not ask for."""
+
+    def post(self) -> None:
+        expires_at = datetime.fromtimestamp(time.time() + 3600, UTC).isoformat()
+        base_url = f"{self.public_url()}/sandbox"
+        self.respond({"token": token(), "token_type": "Bearer", "base_url": base_url, "expires_at": expires_at})
+
+
+class Ice(FalHandler):
+    """wma.fal.run/ice and fal.run/{id}/ice: the servers through which media find their way."""
+
+    def post(self, *_app: str) -> None:
+        self.respond({"ice_servers": [{"urls": ["stun:stun.example.com:3478"]}]})
+
+
+class Session(FalHandler):
+    """wma.fal.run/session: the answer to an offer of media, which stays open until the client leaves."""
+
+    _has_left = False
+
+    def on_connection_close(self) -> None:
+        self._has_left = True
+
+    async def post(self) -> None:
+        app = self.fields().get("app_id")
+        if not isinstance(app, str):
+            invalid("missing", ["body", "app_id"], "Field required")
+        session = self.state.accept(text_of(app, ""), {}, 0).id
+        self.state.sessions.add(session)
+        try:
+            self.write(json.dumps({"session_id": session, "sdp": "v=0\r\n", "type": "answer"}) + "\n")
+            await self.flush()
+            while await self.state.sleep(CANCEL_NOTICE_S) and not self._has_left:
+                pass
+        except StreamClosedError:
+            pass
+        finally:
+            self.state.sessions.discard(session)
+
+
+class Heartbeat(FalHandler):
+    """wma.fal.run/session/heartbeat: whether a session is open."""
+
+    def post(self) -> None:
+        self.respond({"alive": self.fields().get("session_id") in self.state.sessions})
 
 
 class Initiate(FalHandler):

@@ -61,7 +61,8 @@ class Sandbox(SandboxState):
         """Return the routes of fal's hosts, which Tornado's host patterns keep apart."""
         job = rf"/{APP}/requests/([^/]+)"
         routes: dict[str, dict[str, type[fal.FalHandler]]] = {
-            r"fal\.run": {r"/(.+)/stream": fal.Stream, r"/([^/]+/.+)": fal.Run},
+            r"fal\.run": {r"/(.+)/stream": fal.Stream, r"/(.+/.+)/ice": fal.Ice, r"/([^/]+/.+)": fal.Run},
+            r"wma\.fal\.run": {r"/ice": fal.Ice, r"/session": fal.Session, r"/session/heartbeat": fal.Heartbeat},
             r"queue\.fal\.run": {
                 job: fal.Result,
                 rf"{job}/status": fal.Status,
@@ -71,6 +72,8 @@ class Sandbox(SandboxState):
             },
             r"rest\.(?:alpha\.)?fal\.ai": {
                 r"/tokens/?": fal.Tokens,
+                r"/tokens/realtime": fal.PathTokens,
+                r"/storage/auth/token": fal.UploadToken,
                 r"/storage/upload/initiate(?:-multipart)?": fal.Initiate,
             },
         }

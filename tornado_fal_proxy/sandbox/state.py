@@ -45,6 +45,7 @@ class SandboxState:
         jobs: the queued jobs by id.
         files: the files by name, each with its content type.
         calls: the tasks of the handlers that are running.
+        sessions: the ids of the sessions of realtime video that are open.
         closing: set when the sandbox closes, to wake up the handlers that sleep.
     """
 
@@ -58,6 +59,7 @@ class SandboxState:
         self.jobs: dict[str, Job] = {}
         self.files: dict[str, tuple[str, bytes]] = {}
         self.calls: set[asyncio.Task[Any]] = set()
+        self.sessions: set[str] = set()
         self._failures: Counter[tuple[str, str]] = Counter()
         self.closing = asyncio.Event()
 
