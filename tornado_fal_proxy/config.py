@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 from tornado_fal_proxy.credentials import KEY_CHARACTERS, authorization_line, configured_key, key_from_env
@@ -68,7 +69,7 @@ MAX_NUMBER = 2**31 - 1
 # The options of the command that are no fields here. An application may share the variables of both.
 SERVICE_OPTIONS = (
     *("address", "port", "route", "processes", "drain_timeout_s", "log_level", "log_format", "trusted_proxies"),
-    *("admin_port", "admin_address", "sandbox", "worker_timeout_s"),
+    *("admin_port", "admin_address", "sandbox", "worker_timeout_s", "config", "user_header"),
 )
 # The variables that are ours, or were meant to be. Environments ignore no case, but people do.
 _OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)
@@ -372,12 +373,15 @@ class ProxyConfig:
         return config
 
     @classmethod
-    def from_texts(cls, texts: Mapping[str, str | None], *, key: str | None) -> ProxyConfig:
+    def from_texts(
+        cls, texts: Mapping[str, str | None], *, key: str | None, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> ProxyConfig:
         """Make the configuration whose fields are given as text, as options and variables are. Raise ConfigError.
 
         None stands for a field's default, and so does an empty text: a deployment unsets X by ``FAL_PROXY_X=``.
+        ``more`` are values of fields that have no text.
         """
-        values: dict[str, Any] = {}
+        values = dict(more)
         problems: list[str] = []
         for known in relay_options():
             if text := texts.get(known.name):

@@ -58,7 +58,7 @@ def test_units_agree() -> None:
     settings = parse_settings(argv, environment_of(service) | {"FAL_KEY_FILE": "", "FAL_KEY": KEY})
     assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
     assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS, UNIX)
-    config = settings.config
+    config = settings.relay
     assert config is not None
     files = int(service["Service.LimitNOFILE"][0])
     calls = config.max_in_flight

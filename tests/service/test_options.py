@@ -27,15 +27,19 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "max_in_flight": ("5", "6", 5),
     "response_buffer_bytes": ("7", "8", 7),
     "max_buffered_bytes": ("2000000", "3000000", 2_000_000),
+    "set_fal_headers": ("x-fal-a: b", "x-fal-b: c", ("x-fal-a: b",)),
+    "withhold_headers": ("alt-svc", "x-a", ("alt-svc",)),
     "ca_certs": ("{ca}", "", "{ca}"),
     "connect_to": ("localhost:1", "localhost:2", "localhost:1"),
     "allowed_endpoints": ("fal-ai/flux/**,a/b", "**", ("fal-ai/flux/**", "a/b")),
     "max_token_expiration_s": ("60", "61", 60),
     "allowed_hosts": ("fal.run", "*.fal.run", ("fal.run",)),
     "allowed_webhooks": ("none", "https://a.example", ()),
+    "allowed_fal_headers": ("x-fal-*", "x-fal-a", ("x-fal-*",)),
     "authorize": ("os.path:exists", "os.path:isfile", os.path.exists),
     "resolve_key": ("os.path:join", "os.path:isfile", os.path.join),
     "allowed_origins": ("https://a.example", "https://b.example", ("https://a.example",)),
+    "expose_headers": ("x-a", "x-b", ("x-a",)),
     "identify": ("os.path:exists", "os.path:isfile", os.path.exists),
     "jobs_per_user": ("5/minute,20/day", "1/hour", "5/minute,20/day"),
     "unfinished_jobs_per_user": ("2", "3", 2),
@@ -58,9 +62,11 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "trusted_proxies": ("10.0.0.0/8, unix", "::1", TrustedProxies(("10.0.0.0/8", "unix"))),
     "admin_port": ("0", "9000", 0),
     "admin_address": ("::1", "0.0.0.0", "::1"),
+    "config": ("{config}", "", "{config}"),
+    "user_header": ("X-Forwarded-User", "x-user", "X-Forwarded-User"),
 }
 SWITCHES = (
-    *("event_streams_over_http1", "allow_uploads", "allow_cancel", "allow_credentials"),
+    *("event_streams_over_http1", "failover", "allow_uploads", "allow_cancel", "allow_credentials"),
     *("own_jobs_only", "tag_users"),
 )
 NO_DEFAULT = (
@@ -68,7 +74,8 @@ NO_DEFAULT = (
     *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
     *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
     *("identify", "jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget"),
-    *("prices", "input_units", "check_input", "store"),
+    *("prices", "input_units", "check_input", "store", "config", "user_header"),
+    *("set_fal_headers", "withhold_headers", "allowed_fal_headers", "expose_headers"),
 )
 
 
@@ -112,15 +119,19 @@ def test_an_option_is_also_a_variable_and_wins_over_it(authority: Authority, tmp
     """--max-in-flight 5, --max-in-flight=5 and FAL_PROXY_MAX_IN_FLIGHT=5 are the same; the option wins."""
     prices = tmp_path / "prices.toml"
     prices.write_text('"**" = 1\n')
-    files = {"{ca}": authority.ca_file, "{prices}": str(prices)}
+    file = tmp_path / "options.toml"
+    file.write_text("")
+    files = {"{ca}": authority.ca_file, "{prices}": str(prices), "{config}": str(file)}
     text, other, value = (files.get(item, item) if isinstance(item, str) else item for item in OPTIONS[name])
     needed = {"FAL_PROXY_PRICES": str(prices)} if name.startswith("budget") else {}
+    if name == "user_header":
+        needed = {"FAL_PROXY_TRUSTED_PROXIES": "unix"}
     option, variable = "--" + name.replace("_", "-"), "FAL_PROXY_" + name.upper()
 
     def parsed(argv: list[str], environ: dict[str, str]) -> Any:
         settings = parse_settings(argv, WITH_KEY | needed | environ)
-        assert settings.config is not None
-        return getattr(settings, name, None) if hasattr(settings, name) else getattr(settings.config, name)
+        assert settings.relay is not None
+        return getattr(settings, name, None) if hasattr(settings, name) else getattr(settings.relay, name)
 
     default = parsed([], {})
     assert parsed([option, text], {}) == value != default
@@ -138,7 +149,7 @@ def test_the_sandbox_is_a_switch(text: str, on: bool) -> None:
     assert parse_settings(["--sandbox"], {}).sandbox
     settings = parse_settings([], WITH_KEY | {"FAL_PROXY_SANDBOX": text})
     assert settings.sandbox is on
-    assert (settings.config is None) is on
+    assert (settings.relay is None) is on
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -156,14 +167,14 @@ def test_a_switch_is_also_a_variable(name: str) -> None:
         ([], {variable: ""}, False),
     ):
         settings = parse_settings(argv, WITH_KEY | origins | environ)
-        assert getattr(settings.config, name) is on
+        assert getattr(settings.relay, name) is on
 
 
 def test_with_resolve_key_no_key_is_needed() -> None:
     """Each call has a key of its own then, and a key that is given all the same is checked."""
     settings = parse_settings(["--resolve-key=os.path:join"], {})
-    assert settings.config is not None
-    assert settings.config.resolve_key is os.path.join
+    assert settings.relay is not None
+    assert settings.relay.resolve_key is os.path.join
     with pytest.raises(ConfigError, match="FAL_KEY: must be"):
         parse_settings(["--resolve-key=os.path:join"], {"FAL_KEY": "a b"})
 
@@ -197,7 +208,7 @@ OPEN = [
 @pytest.mark.parametrize(("argv", "line"), OPEN)
 def test_what_is_open(argv: list[str], line: str) -> None:
     """The line at the start lists what is open, and points to the README if nothing keeps unknown clients out."""
-    config = parse_settings(argv, WITH_KEY).config
+    config = parse_settings(argv, WITH_KEY).relay
     assert config is not None
     restricted, found = describe_access(config)
     assert found == line + SCOPE

@@ -73,7 +73,8 @@ FAILS = [
     start("--port=65536", match=r"--port: must be .*65536", environ=WITH_KEY),
     start("--port=-1", match=r"--port: must be .*-1", environ=WITH_KEY),
     start(
-        match=r"--port: must be .*'tcp://10.0.0.1:8080'", environ={"FAL_PROXY_PORT": "tcp://10.0.0.1:8080", **WITH_KEY}
+        match=r"FAL_PROXY_PORT: must be .*'tcp://10.0.0.1:8080'",
+        environ={"FAL_PROXY_PORT": "tcp://10.0.0.1:8080", **WITH_KEY},
     ),
     start("--route=api", match=r"--route: must be a path such as /api/fal/proxy.*'api'", environ=WITH_KEY),
     start("--route=/(a|b)", match=r"--route: must be a path", environ=WITH_KEY),
@@ -84,7 +85,7 @@ FAILS = [
         match=r"--connect-timeout-s: must be a number of seconds.*'never'",
         environ=WITH_KEY,
     ),
-    start(match=r"--idle-timeout-s: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
+    start(match=r"FAL_PROXY_IDLE_TIMEOUT_S: must be .*'0x1'", environ={"FAL_PROXY_IDLE_TIMEOUT_S": "0x1", **WITH_KEY}),
     start("--max-body-bytes=32M", match=r"--max-body-bytes: must be a whole number.*'32M'", environ=WITH_KEY),
     start("--max-in-flight=0", match=r"--max-in-flight: must be .*not 0", environ=WITH_KEY),
     start("--response-buffer-bytes=1.5", match=r"--response-buffer-bytes: must be .*'1.5'", environ=WITH_KEY),
@@ -92,7 +93,8 @@ FAILS = [
     start("--ca-certs={dir}/fifo", match=r"--ca-certs: '.*/fifo' is no regular file", environ=WITH_KEY),
     start("--ca-certs={dir}", match=r"--ca-certs: cannot read .*: Is a directory", environ=WITH_KEY),
     start(
-        match=r"--ca-certs: .*empty.pem' holds no PEM", environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY}
+        match=r"FAL_PROXY_CA_CERTS: .*empty.pem' holds no PEM",
+        environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY},
     ),
     start("--connect-to=nowhere", match=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
     # Access.
@@ -104,7 +106,7 @@ FAILS = [
     ),
     start("--allowed-endpoints=none", match=r"--allowed-endpoints: must be a list of patterns", environ=WITH_KEY),
     start("--allowed-hosts=evil.com", match=r"--allowed-hosts: 'evil.com' must be a host of fal's", environ=WITH_KEY),
-    start(match=r"--allow-cancel: must be .*'maybe'", environ={"FAL_PROXY_ALLOW_CANCEL": "maybe", **WITH_KEY}),
+    start(match=r"FAL_PROXY_ALLOW_CANCEL: must be .*'maybe'", environ={"FAL_PROXY_ALLOW_CANCEL": "maybe", **WITH_KEY}),
     start("--allow-uploads=1", match=r"argument --allow-uploads: ", environ=WITH_KEY),
     start("--max-token-expiration-s=1h", match=r"--max-token-expiration-s: must be .*'1h'", environ=WITH_KEY),
     start(
@@ -151,7 +153,7 @@ FAILS = [
         match=(
             "--port: must be",
             "no key: set FAL_KEY",
-            "--response-buffer-bytes: must be",
+            "FAL_PROXY_RESPONSE_BUFFER_BYTES: must be",
             "--connect-to: must be",
             "; .*; .*; ",
         ),
@@ -184,7 +186,7 @@ FAILS = [
     start("--sandbox", "--max-in-flight=x", match=r"--max-in-flight: must be"),
     start("--sandbox", "--processes=2", match=r"--processes: the sandbox runs in one"),
     start("--sandbox=1", match=r"argument --sandbox: "),
-    start(match=r"--sandbox: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
+    start(match=r"FAL_PROXY_SANDBOX: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
 ]
 
 WITHOUT_TRUSTME = """

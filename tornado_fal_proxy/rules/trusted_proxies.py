@@ -60,7 +60,7 @@ class TrustedProxies:
         if not (self.texts and forwarded_for):
             return peer
         client, hops = peer, ",".join(forwarded_for).rstrip(", \t").rsplit(",", MAX_HOPS)[-MAX_HOPS:]
-        while hops and self._trusts(client):
+        while hops and self.trusts(client):
             hop = hops.pop().strip(" \t")
             if not hop:
                 continue
@@ -70,7 +70,8 @@ class TrustedProxies:
             client = str(address)
         return client
 
-    def _trusts(self, peer: str) -> bool:
+    def trusts(self, peer: str) -> bool:
+        """Return whether ``peer`` is one of these."""
         if peer == UNIX:
             return UNIX in self.texts
         address = _address(peer)

@@ -8,7 +8,6 @@ each call that is over to the access log and the metrics. The relaying is all do
 from __future__ import annotations
 
 import json
-import socket
 import weakref
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,10 @@ from tornado_fal_proxy.handler import FalProxyHandler
 from tornado_fal_proxy.rules.endpoints import is_account_call
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.target import Target
-from tornado_fal_proxy.rules.trusted_proxies import UNIX, TrustedProxies
+from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
-from tornado_fal_proxy.service.connection import Request, close_after
+from tornado_fal_proxy.service.connection import Request, close_after, peer_of
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.request_head import RequestFault
 from tornado_fal_proxy.service.trimming import Trimmer
@@ -159,9 +158,7 @@ class ProxyApplication(Application):
 
     def _client(self, connection: HTTP1Connection, headers: HTTPHeaders | None) -> str:
         """Return the client's address. Without headers it is the peer's, because no proxy could name another."""
-        context: Any = connection.context  # which knows the address when the socket is closed
-        peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
-        return self._trusted.client(peer, [] if headers is None else headers.get_list("X-Forwarded-For"))
+        return self._trusted.client(peer_of(connection), [] if headers is None else headers.get_list("X-Forwarded-For"))
 
     def log_request(self, handler: RequestHandler) -> None:
         """Log and count a request that was no call of the proxy."""

@@ -78,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = _set_up_logging(settings)
         if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
             logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
-        if settings.config is not None:
-            restricted, line = describe_access(settings.config)
+        if settings.relay is not None:
+            restricted, line = describe_access(settings.relay)
             logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
         # The sandbox, which has no configuration of its own yet, never has many clients.
-        raise_open_files(None if settings.config is None else settings.config.max_in_flight)
+        raise_open_files(None if settings.relay is None else settings.relay.max_in_flight)
         os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
         memory.map_large_blocks()
         memory.collect_rarely()

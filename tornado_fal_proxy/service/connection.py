@@ -41,6 +41,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError, UnsatisfiableReadError
 from tornado.log import gen_log
 
+from tornado_fal_proxy.rules.trusted_proxies import UNIX
 from tornado_fal_proxy.service.chunks import read_chunks
 from tornado_fal_proxy.service.request_head import (
     MAX_CACHED_LINE_CHARS,
@@ -361,6 +362,12 @@ class Request(HTTP1Connection):
 @lru_cache(1)
 def _date(now: int) -> str:
     return formatdate(now, usegmt=True)
+
+
+def peer_of(connection: Any) -> str:
+    """Return the address of the connection's other end, or UNIX, also when the socket is closed."""
+    context = connection.context
+    return UNIX if context.address_family == socket.AF_UNIX else str(context.remote_ip)
 
 
 def close_after(request: HTTP1Connection) -> None:

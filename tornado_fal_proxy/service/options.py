@@ -30,6 +30,8 @@ from tornado_fal_proxy.credentials import configured_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.option_fields import FALSE, TRUE, as_list, option
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
+from tornado_fal_proxy.service.config_file import ConfigFile, read_config_file
+from tornado_fal_proxy.service.user_header import UserHeader, as_user_header
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -154,8 +156,9 @@ def _trusted_proxies(text: str) -> TrustedProxies:
 class Settings:
     """The settings of the service, checked. The fields with metadata are its own options.
 
-    ``processes`` is how many serve, at least one. ``admin_port`` is None if there is none. ``config`` is None in
-    sandbox mode, where the sandbox decides it. ``texts`` has the text of every option, None where none was given.
+    ``processes`` is how many serve, at least one. ``admin_port`` is None if there is none. ``relay`` is None in sandbox
+    mode, where the sandbox decides it. ``texts`` has the text of every option, None where none was given, and ``more``
+    what else :meth:`ProxyConfig.from_texts` gets.
     """
 
     address: str = option(DEFAULT_ADDRESS, "address or host name to listen on", "ADDRESS", group="listening")
@@ -213,8 +216,19 @@ class Settings:
         parse=_switch,
         group="other",
     )
-    config: ProxyConfig | None = None
+    config: str | None = option(
+        None, "TOML file with options, [plans.NAME] and [prices]; arguments and variables win", "FILE", group="other"
+    )
+    user_header: str | None = option(
+        None,
+        "header in which a trusted proxy names the user, such as X-Forwarded-User",
+        "NAME",
+        as_user_header,
+        group="spending",
+    )
+    relay: ProxyConfig | None = None
     texts: Mapping[str, str | None] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -267,22 +281,49 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         # Only their names: one of them may be the key.
         names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
         raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
-    texts: dict[str, str | None] = {
-        name: environ.get(ENV_PREFIX + name.upper()) if value is None else value
-        for name, value in vars(arguments).items()
-    }
+    given = vars(arguments)
+    path = environ.get(ENV_PREFIX + "CONFIG") if given["config"] is None else given["config"]
+    file = read_config_file(path, given.keys() - {"config"}) if path else ConfigFile()
+    texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
-    sandbox, config = values.get("sandbox", False), None
+    sandbox, relay, more = values.get("sandbox", False), None, dict(file.tables)
+    if texts["prices"] is not None:
+        more.pop("prices", None)
     if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
         problems.append("processes: the sandbox runs in one")
+    if "user_header" in values:
+        more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
+        problems.extend(_problems_of_user_header(texts))
     try:
-        config = _relay_config(texts, environ, sandbox)
+        relay = _relay_config(texts, more, environ, sandbox)
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems:
-        raise ConfigError([_in_options(problem) for problem in problems])
-    return Settings(**values, config=config, texts=texts)
+        raise ConfigError([_in_place(problem, places) for problem in problems])
+    return Settings(**values, relay=relay, texts=texts, more=more)
+
+
+def _texts(
+    given: Mapping[str, str | None], environ: Mapping[str, str], file: ConfigFile
+) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Return the text of each option, and the place where somebody has written it: an argument, a variable, a file."""
+    texts, places = {}, {"key": "FAL_KEY", "plans": file.place("plans")}
+    for name, argument in given.items():
+        variable = ENV_PREFIX + name.upper()
+        texts[name], places[name] = argument, "--" + name.replace("_", "-")
+        if argument is None and variable in environ:
+            texts[name], places[name] = environ[variable], variable
+        elif argument is None and name in file.lines:
+            texts[name], places[name] = file.texts.get(name), file.place(name)
+    return texts, places
+
+
+def _problems_of_user_header(texts: Mapping[str, str | None]) -> Iterator[str]:
+    if not texts["trusted_proxies"]:
+        yield "user_header: needs --trusted-proxies, because any client can send a header"
+    if texts["identify"]:
+        yield "user_header: cannot stand beside --identify, which finds the user too"
 
 
 def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -308,7 +349,9 @@ def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]
     return values, problems
 
 
-def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], sandbox: bool) -> ProxyConfig | None:
+def _relay_config(
+    texts: Mapping[str, str | None], more: Mapping[str, Any], environ: Mapping[str, str], sandbox: bool
+) -> ProxyConfig | None:
     """Return the settings of the relay; None in sandbox mode, where they are only checked. Raise ConfigError."""
     problems: list[str] = []
     key = None
@@ -324,7 +367,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
         except ConfigError as exc:
             problems.extend(exc.problems)
     try:
-        config = ProxyConfig.from_texts(texts, key=key)
+        config = ProxyConfig.from_texts(texts, key=key, more=more)
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems:
@@ -332,8 +375,7 @@ def _relay_config(texts: Mapping[str, str | None], environ: Mapping[str, str], s
     return None if sandbox else config
 
 
-def _in_options(problem: str) -> str:
-    """Return a problem that begins with a field's name with the option's name in its place."""
-    return re.sub(r"\A[a-z_]+(?=: )", lambda name: "--" + name[0].replace("_", "-"), problem).replace(
-        "--key:", "FAL_KEY:"
-    )
+def _in_place(problem: str, places: Mapping[str, str]) -> str:
+    """Return a problem that begins with a field's name with the place in its stead where that was written."""
+    name, colon, rest = problem.partition(": ")
+    return f"{places[name]}{colon}{rest}" if name in places else problem

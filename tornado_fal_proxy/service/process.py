@@ -156,14 +156,15 @@ def _resume_log_when_read(log: LogHandler, process: SingleProcess | Worker) -> N
 def _application(context: ServiceContext) -> ProxyApplication:
     """Make the application, in sandbox mode with the sandbox started behind it."""
     settings, sandbox = context.settings, context.sandbox
-    config, more = settings.config, []
+    config, more = settings.relay, []
     if sandbox is not None:
         sandbox.start()
         sandbox.public_url = url_of(context.sockets[0])
         # The page cancels jobs, and a job here costs nothing.
         texts = {"allow_cancel": "yes"} | {name: text for name, text in settings.texts.items() if text}
         texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
-        config, more = ProxyConfig.from_texts(texts, key=sandbox.key), sandbox.page_rules(settings.route)
+        config = ProxyConfig.from_texts(texts, key=sandbox.key, more=settings.more)
+        more = sandbox.page_rules(settings.route)
     assert config is not None
     if config.max_buffered_bytes is None:
         config = replace(config, max_buffered_bytes=buffer_share(settings.processes))

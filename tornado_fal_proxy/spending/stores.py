@@ -35,8 +35,9 @@ def parse_store(text: str | None = None) -> Store:
     raise ValueError(f"must be {ALLOWED}")
 
 
-def default_path(environment: Mapping[str, str] = os.environ) -> Path:
+def default_path(environment: Mapping[str, str] | None = None) -> Path:
     """Return a file in the folder for state: systemd's for the service, else that of the user."""
+    environment = os.environ if environment is None else environment  # no default, which a signature would show
     if folder := environment.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(folder, _FILE)
     folder = environment.get("XDG_STATE_HOME", "")
