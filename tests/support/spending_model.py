@@ -14,11 +14,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from tornado_fal_proxy.spending.limits import Window
 from tornado_fal_proxy.spending.store import (
+    DIMENSIONS,
     Counter,
     Reservation,
     Standing,
     Store,
     Usage,
+    added_up,
     day_of,
     first_without_room,
 )
@@ -294,6 +296,9 @@ class StoreMachine(RuleBasedStateMachine):
     def account(self) -> None:
         """The account is that of the model."""
         assert self.run(self.store.usage("2026-01-01", "2027-12-31")) == self.model.usage()
+        for by, most in (((), None), (("user",), None), (("endpoint", "day"), 2), (DIMENSIONS, 1)):
+            expected = added_up(self.model.usage(), by, most)
+            assert self.run(self.store.usage("2026-01-01", "2027-12-31", by, most)) == expected
 
     def teardown(self) -> None:
         for store in self.stores:

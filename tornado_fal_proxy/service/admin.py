@@ -7,7 +7,7 @@ ends, which lets the tools see a drain as a drain.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import responses
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,13 @@ from tornado.web import Application, RequestHandler
 if TYPE_CHECKING:
     from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
-__all__ = ["HealthHandler", "admin_application"]
+__all__ = ["AdminHandler", "HealthHandler", "admin_application"]
 
 
-class HealthHandler(RequestHandler):
-    """``GET /healthz``: 200 while the process lives and its loop runs."""
+class AdminHandler(RequestHandler):
+    """The base of what the operator's tools read."""
 
     SUPPORTED_METHODS = ("GET", "HEAD")
-
-    def get(self) -> None:
-        """Respond 200."""
-        self.respond(200, b'{"status": "ok"}')
-
-    head = get
 
     def respond(self, status: int, body: bytes, content_type: str = "application/json") -> None:
         """Send a response that nobody may cache."""
@@ -47,7 +41,17 @@ class HealthHandler(RequestHandler):
         self.finish(json.dumps({"message": message}))
 
 
-class ReadyHandler(HealthHandler):
+class HealthHandler(AdminHandler):
+    """``GET /healthz``: 200 while the process lives and its loop runs."""
+
+    def get(self) -> None:
+        """Respond 200."""
+        self.respond(200, b'{"status": "ok"}')
+
+    head = get
+
+
+class ReadyHandler(AdminHandler):
     """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins."""
 
     def initialize(self, is_ready: Callable[[], bool]) -> None:
@@ -64,7 +68,7 @@ class ReadyHandler(HealthHandler):
     head = get
 
 
-class MetricsHandler(HealthHandler):
+class MetricsHandler(AdminHandler):
     """``GET /metrics``, for Prometheus."""
 
     def initialize(self, metrics: Metrics, refresh: Callable[[], object]) -> None:
@@ -80,15 +84,21 @@ class MetricsHandler(HealthHandler):
 
 
 def admin_application(
-    metrics: Metrics, is_ready: Callable[[], bool], refresh: Callable[[], object], **settings: Any
+    metrics: Metrics,
+    is_ready: Callable[[], bool],
+    refresh: Callable[[], object],
+    more: Sequence[tuple[str, type[RequestHandler], dict[str, Any]]] = (),
 ) -> Application:
-    """Make the application of the admin port. ``refresh`` is called before each reading of the metrics."""
+    """Make the application of the admin port. ``refresh`` is called before each reading of the metrics.
+
+    ``more`` are rules beside its own.
+    """
     return Application(
         [
             ("/healthz", HealthHandler),
             ("/readyz", ReadyHandler, {"is_ready": is_ready}),
             ("/metrics", MetricsHandler, {"metrics": metrics, "refresh": refresh}),
+            *more,
         ],
         log_function=lambda handler: None,
-        **settings,
     )

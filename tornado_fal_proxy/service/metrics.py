@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
@@ -25,7 +25,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.rules.endpoints import kind_of
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp
+from tornado_fal_proxy.rules.endpoints import OTHER, kind_of
+from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.telemetry import Call
 
@@ -39,10 +42,14 @@ BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 CODES = frozenset({*HTTPStatus, 499})
 
 
+# The errors of calls that a limit has refused.
+LIMITED = (LimitReached.__name__, QuotaUsedUp.__name__)
+
+
 class Metrics:
     """The metrics of the worker in ``slot``. ``directory`` is shared by the workers, and None if there is only one."""
 
-    def __init__(self, scoreboard: Scoreboard, slot: int, directory: str | None, max_in_flight: int) -> None:
+    def __init__(self, scoreboard: Scoreboard, slot: int, directory: str | None, config: ProxyConfig) -> None:
         # Metrics of several workers do not have these either.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
@@ -64,6 +71,11 @@ class Metrics:
         self._cancellations = counter("cancellations", "Calls to fal that were cancelled because the client left.")
         self._first_byte = seconds("first_byte_seconds", "From a call's head to the first byte of fal's response.")
         self._total = seconds("call_seconds", "From a call's head to its end, if fal was called.")
+        self._jobs = counter("jobs", "Paid calls that went to fal.", "endpoint")
+        self._units = counter("billed_units", "Units that fal has billed.", "endpoint")
+        self._dollars = counter("billed_dollars", "Dollars of fal's bills, by the configured prices.", "endpoint")
+        self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
+        self._pattern_of = lru_cache(1024)(partial(_pattern, _patterns(config)))
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
@@ -75,7 +87,7 @@ class Metrics:
         if directory is not None:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-        registry.register(_ScoreboardCollector(scoreboard, max_in_flight))
+        registry.register(_ScoreboardCollector(scoreboard, config.max_in_flight))
         self._registry = registry
 
     def count(self, call: Call) -> None:
@@ -93,6 +105,20 @@ class Metrics:
             self._received.inc(call.received_bytes)
         if call.sent_bytes:
             self._sent.inc(call.sent_bytes)
+        if call.accounted:
+            self._count_spending(call)
+
+    def _count_spending(self, call: Call) -> None:
+        if call.error in LIMITED:
+            self._refusals.labels(call.detail.partition(":")[0]).inc()
+        if call.endpoint is None:
+            return
+        endpoint = self._pattern_of(call.endpoint)
+        if call.relayed and call.target is not None and call.target.paid:
+            self._jobs.labels(endpoint).inc()
+        if call.billed:
+            self._units.labels(endpoint).inc(float(call.units or 0))
+            self._dollars.labels(endpoint).inc(float(call.cost or 0))
 
     def _labels_of_response(self, protocol: str, status: int) -> Any:
         """Return the counter of the responses with that protocol and status."""
@@ -103,6 +129,19 @@ class Metrics:
         """Return all workers' metrics, in the format that ``accept`` asks for, and their content type."""
         encode, content_type = prometheus_client.exposition.choose_encoder(accept)
         return encode(self._registry), content_type
+
+
+def _patterns(config: ProxyConfig) -> tuple[Pattern, ...]:
+    """Return the operator's patterns of endpoints, those of the prices first."""
+    spending, access = config.spending, config.access
+    prices = spending.prices.prices if spending is not None and spending.prices is not None else ()
+    return (*(price.pattern for price in prices), *((access and access.endpoints) or ()))
+
+
+def _pattern(patterns: tuple[Pattern, ...], endpoint: str) -> str:
+    """Return the first pattern that matches an endpoint, as the operator wrote it: a client may name any endpoint."""
+    segments = endpoint.split("/")
+    return next((pattern.text for pattern in patterns if pattern.matches(segments)), OTHER)
 
 
 class _ScoreboardCollector(Collector):

@@ -40,6 +40,7 @@ __all__ = [
     "PROGRAM",
     "Settings",
     "log_format_of",
+    "option_names",
     "parse_settings",
 ]
 
@@ -283,7 +284,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
     given = vars(arguments)
     path = environ.get(ENV_PREFIX + "CONFIG") if given["config"] is None else given["config"]
-    file = read_config_file(path, given.keys() - {"config"}) if path else ConfigFile()
+    file = read_config_file(path, option_names()) if path else ConfigFile()
     texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
@@ -324,6 +325,11 @@ def _problems_of_user_header(texts: Mapping[str, str | None]) -> Iterator[str]:
         yield "user_header: needs --trusted-proxies, because any client can send a header"
     if texts["identify"]:
         yield "user_header: cannot stand beside --identify, which finds the user too"
+
+
+def option_names() -> set[str]:
+    """Return the names of all options that a file may set."""
+    return {entry.name for entry in (*_service_options(), *relay_options())} - {"config"}
 
 
 def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
