@@ -61,6 +61,7 @@ def reservation(
         id=id,
         user=user,
         endpoint=endpoint,
+        refused_as=f"{endpoint}/**",
         at=at,
         jobs=jobs,
         units=1_000_000 * jobs,
@@ -145,7 +146,7 @@ class Model:
         rows: dict[tuple[str, str, str], Usage] = {}
 
         def add(job: Reservation, jobs: int = 0, refused: int = 0, units: int = 0, cost: int = 0) -> None:
-            place = day_of(job.at), job.user, job.endpoint
+            place = day_of(job.at), job.user, job.refused_as if refused else job.endpoint
             row = rows.get(place) or Usage(*place, 0, 0, 0, 0)
             rows[place] = replace(
                 row,

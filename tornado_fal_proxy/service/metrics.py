@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -27,9 +27,9 @@ from prometheus_client.registry import Collector
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp
-from tornado_fal_proxy.rules.endpoints import OTHER, kind_of
-from tornado_fal_proxy.rules.patterns import Pattern
+from tornado_fal_proxy.rules.endpoints import kind_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
+from tornado_fal_proxy.spending.plans import NO_RULES
 from tornado_fal_proxy.telemetry import Call
 
 __all__ = ["Metrics"]
@@ -75,7 +75,7 @@ class Metrics:
         self._units = counter("billed_units", "Units that fal has billed.", "endpoint")
         self._dollars = counter("billed_dollars", "Dollars of fal's bills, by the configured prices.", "endpoint")
         self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
-        self._pattern_of = lru_cache(1024)(partial(_pattern, _patterns(config)))
+        self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
@@ -113,7 +113,7 @@ class Metrics:
             self._refusals.labels(call.detail.partition(":")[0]).inc()
         if call.endpoint is None:
             return
-        endpoint = self._pattern_of(call.endpoint)
+        endpoint = self._label_of(call.endpoint)
         if call.relayed and call.target is not None and call.target.paid:
             self._jobs.labels(endpoint).inc()
         if call.billed:
@@ -129,19 +129,6 @@ class Metrics:
         """Return all workers' metrics, in the format that ``accept`` asks for, and their content type."""
         encode, content_type = prometheus_client.exposition.choose_encoder(accept)
         return encode(self._registry), content_type
-
-
-def _patterns(config: ProxyConfig) -> tuple[Pattern, ...]:
-    """Return the operator's patterns of endpoints, those of the prices first."""
-    spending, access = config.spending, config.access
-    prices = spending.prices.prices if spending is not None and spending.prices is not None else ()
-    return (*(price.pattern for price in prices), *((access and access.endpoints) or ()))
-
-
-def _pattern(patterns: tuple[Pattern, ...], endpoint: str) -> str:
-    """Return the first pattern that matches an endpoint, as the operator wrote it: a client may name any endpoint."""
-    segments = endpoint.split("/")
-    return next((pattern.text for pattern in patterns if pattern.matches(segments)), OTHER)
 
 
 class _ScoreboardCollector(Collector):

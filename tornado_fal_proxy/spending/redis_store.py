@@ -151,6 +151,7 @@ class RedisStore:
                 "user": job.user,
                 "endpoint": job.endpoint,
                 "row": _json([job.user, job.endpoint]),
+                "refused_row": _json([job.user, job.refused_as]),
                 "at": job.at,
                 "day": day,
                 "jobs": job.jobs,

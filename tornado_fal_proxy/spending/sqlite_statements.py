@@ -78,7 +78,7 @@ def reserve(db: Connection, job: Reservation) -> Standing:
     day = day_of(job.at)
     refused_by = first_without_room(job, used, unfinished)
     if refused_by is not None:
-        _account(db, (day, job.user, job.endpoint), refused=1)
+        _account(db, (day, job.user, job.refused_as), refused=1)
         return Standing(used, unfinished, refused_by)
     if counters:
         db.execute(

@@ -65,7 +65,8 @@ class Counter:
 class Reservation:
     """A job before it runs.
 
-    ``id`` is random. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
+    ``id`` is random. A refusal is accounted under ``refused_as`` in place of ``endpoint``, which a client may have
+    invented. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
     ``cost``, the estimate in millionths of a dollar, to each of ``cost_counters``. ``units`` is the estimate in
     millionths of a unit. The job counts as unfinished until it has ended, or up to ``unfinished_until``; where
     ``max_unfinished`` is not None, the user may have so many of them.
@@ -74,6 +75,7 @@ class Reservation:
     id: str
     user: str
     endpoint: str
+    refused_as: str
     at: int
     jobs: int
     units: int
