@@ -71,6 +71,11 @@ DEFAULT_WORKER_TIMEOUT_S = 15.0
 # Limits that limit: below, a busy machine would have sound workers killed.
 MIN_WORKER_TIMEOUT_S = 1.0
 
+# The options that limit what is spent.
+LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget")
+# The price in dollars of a picture of the sandbox, where nobody names one: about that of a picture of fal's.
+SANDBOX_PRICE = "0.025"
+
 # The groups of ``--help`` in their order, each with its description.
 GROUPS = {
     "listening": None,
@@ -296,6 +301,11 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if "user_header" in values:
         more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
         problems.extend(_problems_of_user_header(texts))
+    if sandbox and ("plans" in more or any(texts[name] for name in LIMITS)):
+        # A trial leaves no file behind, and any model has a price.
+        texts["store"] = texts["store"] or "memory"
+        if texts["prices"] is None:
+            more.setdefault("prices", {"**": SANDBOX_PRICE})
     try:
         relay = _relay_config(texts, more, environ, sandbox)
     except ConfigError as exc:
