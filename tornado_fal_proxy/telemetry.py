@@ -65,6 +65,7 @@ class Call:
         "detail",
         "endpoint",
         "error",
+        "failed_over",
         "first_byte_s",
         "head",
         "job_id",
@@ -89,6 +90,7 @@ class Call:
         self.target: Target | None = None
         self.head: ResponseHead | None = None
         self.relayed = False  # whether the request went to fal
+        self.failed_over = False  # whether it went to fal's backup domain
         self.status = 0
         self.first_byte_s: float | None = None
         self.seconds = 0.0

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["AdminHandler", "HealthHandler", "admin_application"]
 
 
+# Returns whether calls are accepted, and the hosts whose calls go to a backup.
+IsReady = Callable[[], tuple[bool, list[str]]]
+
+
 class AdminHandler(RequestHandler):
     """The base of what the operator's tools read."""
 
@@ -52,18 +56,22 @@ class HealthHandler(AdminHandler):
 
 
 class ReadyHandler(AdminHandler):
-    """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins."""
+    """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins.
 
-    def initialize(self, is_ready: Callable[[], bool]) -> None:
+    ``failed_over`` lists the hosts whose calls go to a backup, where there are any.
+    """
+
+    def initialize(self, is_ready: IsReady) -> None:
         """Take the function that decides between the two."""
         self._is_ready = is_ready
 
     def get(self) -> None:
         """Respond 200 or 503."""
-        if self._is_ready():
-            self.respond(200, b'{"status": "ready"}')
-        else:
-            self.respond(503, b'{"status": "draining"}')
+        ready, down = self._is_ready()
+        details = {"failed_over": down} if down else {}
+        self.respond(
+            200 if ready else 503, json.dumps({"status": "ready" if ready else "draining", **details}).encode()
+        )
 
     head = get
 
@@ -85,7 +93,7 @@ class MetricsHandler(AdminHandler):
 
 def admin_application(
     metrics: Metrics,
-    is_ready: Callable[[], bool],
+    is_ready: IsReady,
     refresh: Callable[[], object],
     more: Sequence[tuple[str, type[RequestHandler], dict[str, Any]]] = (),
 ) -> Application:

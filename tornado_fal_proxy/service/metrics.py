@@ -27,10 +27,11 @@ from prometheus_client.registry import Collector
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp
-from tornado_fal_proxy.rules.endpoints import kind_of
+from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS, kind_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.spending.plans import NO_RULES
 from tornado_fal_proxy.telemetry import Call
+from tornado_fal_proxy.upstream.failover import hosts_of
 
 __all__ = ["Metrics"]
 
@@ -74,6 +75,7 @@ class Metrics:
         self._jobs = counter("jobs", "Paid calls that went to fal.", "endpoint")
         self._units = counter("billed_units", "Units that fal has billed.", "endpoint")
         self._dollars = counter("billed_dollars", "Dollars of fal's bills, by the configured prices.", "endpoint")
+        self._failovers = counter("failovers", "Calls that went to fal's backup domain.")
         self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
         self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
         # The results of labels() are cached, because one takes as long as counting does.
@@ -99,6 +101,8 @@ class Metrics:
                 self._responses_of(call.head.protocol, call.head.status).inc()
                 self._first_byte_of(kind).observe(call.first_byte_s)
             self._total_of(kind).observe(call.seconds)
+            if call.failed_over:
+                self._failovers.inc()
             if call.outcome == "client_disconnected":
                 self._cancellations.inc()
         if call.received_bytes:
@@ -156,6 +160,12 @@ class _ScoreboardCollector(Collector):
         yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(accepting))
         yield gauge("client_connections", "Connections of clients.", connections)
         yield gauge("upstream_connections", "Connections to fal.", upstream_connections)
+        failed_over = GaugeMetricFamily(
+            "fal_proxy_failed_over", "Worker processes whose calls to a host go to its backup.", labels=["host"]
+        )
+        for host in BACKUP_HOSTS:
+            failed_over.add_metric([host], sum(host in hosts_of(worker.down) for worker in workers))
+        yield failed_over
         yield counter("worker_restarts", "Workers that replaced one that ended.", self._scoreboard.restarts())
         yield counter("worker_hangs", "Workers that were killed because they hung.", self._scoreboard.hangs())
         yield counter("log_lines_lost", "Lines of the log that nobody read in time.", self._scoreboard.lost_lines())

@@ -37,6 +37,7 @@ from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
 from tornado_fal_proxy.spending.account import Ask
 from tornado_fal_proxy.upstream.client import DEFAULT_BUFFERED_PART
+from tornado_fal_proxy.upstream.failover import bits_of, hosts_of
 
 if TYPE_CHECKING:
     from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
@@ -192,6 +193,7 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             process.slot,
             in_flight=sum(backend.slots.in_use for backend in backends),
             upstream_connections=sum(backend.client.connections() for backend in backends),
+            down=bits_of([host for backend in backends for host in backend.client.down]),
         )
         return True
 
@@ -199,8 +201,11 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
     Sweep(REFRESH_INTERVAL_S, refresh).start()
     application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)
 
-    def is_ready() -> bool:
-        return any(worker.connections is not None for worker in scoreboard.workers())
+    def is_ready() -> tuple[bool, list[str]]:
+        refresh()
+        workers = scoreboard.workers()
+        down = {host for worker in workers for host in hosts_of(worker.down)}
+        return any(worker.connections is not None for worker in workers), sorted(down)
 
     ask = _usage_of(application)
     pages = [("/usage", UsageHandler, {"ask": ask}), ("/usage.json", UsageJsonHandler, {"ask": ask})]
