@@ -139,9 +139,10 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
     assert service["environment"]["FAL_KEY_FILE"] == "/run/secrets/" + service["secrets"][0]
     inside = [part.replace(INSTALLED, f"{image}{INSTALLED}") for part in argv(the("ENTRYPOINT"))]
     monkeypatch.setattr("tests.support.service_process.COMMAND", [*as_user(the("USER")), *inside])
-    name, address = the("ENV").split("=")
+    defaults = dict(pair.split("=") for pair in the("ENV").split())
+    assert not set(defaults) - {"FAL_PROXY_ADDRESS", "FAL_PROXY_WITHHOLD_HEADERS", "STATE_DIRECTORY"}
     upstream = await setup.upstream(respond)
-    environ = service["environment"] | {name: address, "FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ = defaults | service["environment"] | {"FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
     environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary), "PYTHONPATH": ""}
     running = await start(setup, upstream, *service["command"], cwd=image, **environ)
     if os.geteuid() == 0:
