@@ -11,7 +11,7 @@ A map of the package, for its readers:
 * At the top stands what an embedder meets. ``handler`` decides about a request and relays it, ``config`` holds every
   option (``option_fields`` makes one), ``credentials`` finds the key, ``errors`` lists every way in which a call can
   fail, ``telemetry`` has the ``Call`` that ``on_call_end`` receives, ``logs`` has formatters, ``memory`` settings for a
-  process of one's own.
+  process of one's own. ``webhooks`` receives fal's webhooks.
 * ``rules/`` decides, without I/O, clock or logging: what a target is (``target``, ``endpoints``), whether a call may
   pass (``policy``, ``access``, ``patterns``), which headers go which way (``headers``), which pages may read a
   response (``cors``), who the client is behind a proxy (``trusted_proxies``).
