@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from tornado_fal_proxy import ConfigError, ProxyConfig
-from tornado_fal_proxy.errors import HeaderNotAllowed, ProxyError, WebhookNotAllowed
+from tornado_fal_proxy.errors import EndpointNotAllowed, HeaderNotAllowed, ProxyError, WebhookNotAllowed
 from tornado_fal_proxy.rules.fal_headers import SDK_HEADERS, HeaderRules, as_header_lines
+from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.sandbox import Sandbox
 
 POLICY = "x-app-fal-upload-policy"
@@ -60,6 +61,21 @@ def test_check(fields: dict[str, Any], name: str, refused: type[ProxyError] | No
         rules.check(headers)
     assert caught.value.status == 403
     assert "allowed_webhooks" in caught.value.message or "allowed_fal_headers" in caught.value.message
+
+
+def test_order() -> None:
+    """Headers are looked at after the endpoint, and before the body."""
+    config = ProxyConfig(key="key", **RESTRICTED)  # type: ignore[arg-type]
+
+    def decided(path: str) -> None:
+        url = ("x-fal-target-url", f"https://fal.run{path}")
+        headers = [url, ("x-fal-store-io", "0"), ("content-type", "text/plain"), ("content-length", "1")]
+        decide("POST", headers, max_body_bytes=10, access=config.access, header_rules=config.headers)
+
+    with pytest.raises(EndpointNotAllowed):
+        decided("/fal-ai/other")
+    with pytest.raises(HeaderNotAllowed):
+        decided("/fal-ai/flux")
 
 
 @pytest.mark.parametrize("fields", [{}, {"allowed_hosts": ["fal.run"]}, {"allow_cancel": True}])
