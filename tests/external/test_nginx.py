@@ -204,11 +204,15 @@ async def test_client_leaves(setup: Setup, version: str) -> None:
                 await call
 
 
-@pytest.mark.gen_test
-async def test_post_is_sent_once(version: str) -> None:
-    """If the proxy dies during a POST nginx does not repeat it, and its response is none that fal's SDKs repeat.
+STATUS = "https://queue.fal.run/fal-ai/flux/requests/764cabcf-b745-4b3e-ae38-1200304cf45b/status"
 
-    This holds on a fresh connection and on a used one. A GET is sent once more if the connection was a used one.
+
+@pytest.mark.gen_test
+async def test_what_may_run_is_sent_once(version: str) -> None:
+    """If the proxy dies during a POST, or a GET that may run a model, nginx does not repeat it, and neither will SDKs.
+
+    This holds on a fresh connection and on a used one. A GET that reads a queued job is sent once more if the connection
+    was a used one.
     """
     received: list[tuple[int, str]] = []  # the number of the connection, and the method
     connections = itertools.count(1)
@@ -235,5 +239,12 @@ async def test_post_is_sent_once(version: str) -> None:
                 assert response.code == (500 if body == DIE else 200)
                 assert body == LIVE or "may have run" in message(response)
             response = await client.call("GET")
+            assert (response.code, "may have run" in message(response)) == (500, True)
+            assert (await client.call(body=LIVE)).code == 200
+            response = await client.call("GET", target=STATUS)
             assert (response.code, message(response)) == (502, "The proxy did not answer.")
-    assert received == [(1, "post"), (2, "post"), (2, "post"), (3, "post"), (3, "get"), (4, "get")]
+    assert received == [
+        *((1, "post"), (2, "post"), (2, "post"), (3, "post")),
+        (3, "get"),
+        *((4, "post"), (4, "get"), (5, "get")),
+    ]
