@@ -87,7 +87,8 @@ def test_metadata(wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("tornado-fal-proxy", __version__)
     assert metadata.get("License-Expression", metadata["License"]) == "MIT"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"sandbox", "metrics", "br", "redis", "webhooks", "fuzz", "test"}
+    extras = {"sandbox", "metrics", "br", "redis", "webhooks", "fuzz", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     required = {
         requirement.partition(">")[0].partition("<")[0]
         for requirement in metadata.get_all("Requires-Dist", [])
