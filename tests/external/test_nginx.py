@@ -211,8 +211,8 @@ STATUS = "https://queue.fal.run/fal-ai/flux/requests/764cabcf-b745-4b3e-ae38-120
 async def test_what_may_run_is_sent_once(version: str) -> None:
     """If the proxy dies during a POST, or a GET that may run a model, nginx does not repeat it, and neither will SDKs.
 
-    This holds on a fresh connection and on a used one. A GET that reads a queued job is sent once more if the connection
-    was a used one.
+    This holds on a fresh connection and on a used one. A GET that reads a queued job is sent once more if the
+    connection was a used one.
     """
     received: list[tuple[int, str]] = []  # the number of the connection, and the method
     connections = itertools.count(1)
