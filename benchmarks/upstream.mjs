@@ -135,7 +135,7 @@ server.on("request", (req, res) => {
   res.on("error", () => {});
   const mark = req.url.indexOf("?");
   const path = mark < 0 ? req.url : req.url.slice(0, mark);
-  const route = routes[path];
+  const route = routes[path] ?? (path.endsWith("/status") ? routes["/bench/short"] : undefined);
   if (req.headers.authorization !== authorization || route === undefined) {
     counts.refused++;
     req.resume();

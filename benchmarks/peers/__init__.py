@@ -156,8 +156,12 @@ def ours_in(processes: int) -> Peer:
 
 
 def ours_with(*options: str) -> Peer:
-    """Return this proxy with more options, which override those that it has here."""
-    return replace(OURS, command=lambda setting: [*_ours(setting), *options])
+    """Return this proxy with more options, in which ``{directory}`` stands for an empty one of its own."""
+
+    def command(setting: Setting) -> Sequence[str]:
+        return [*_ours(setting), *(option.replace("{directory}", str(setting.directory)) for option in options)]
+
+    return replace(OURS, command=command)
 
 
 FLOOR = Peer("floor", "Tornado, relays nothing", _floor, relays=False, isolated=False, files_per_call=1)

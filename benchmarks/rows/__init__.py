@@ -9,6 +9,7 @@ from benchmarks.rows import (
     latency,
     processes,
     short,
+    spending,
     streams,
     stuck,
     telemetry,
@@ -17,7 +18,5 @@ from benchmarks.rows import (
 
 __all__ = ["ROWS"]
 
-ROWS = tuple(
-    module.ROW
-    for module in (cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes, telemetry)
-)
+_MODULES = (cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes, telemetry, spending)
+ROWS = tuple(module.ROW for module in _MODULES)
