@@ -28,7 +28,7 @@ STORES = {"no limit": (), "memory": ("memory",), "SQLite": ("sqlite:{directory}/
 PAID, POLL, LATENCY = "CPU per paid call, ", "CPU per poll, ", "latency of a paid call, "
 RATE = "paid calls a second, four workers and one SQLite file"
 LIMIT = "--jobs-per-user=1000000000/day"
-STATUS = "/bench/requests/764cabcf-b745-4b3e-ae38-1200304cf45b/status"
+STATUS = "/bench/short/requests/764cabcf-b745-4b3e-ae38-1200304cf45b/status"
 
 
 @contextmanager
