@@ -6,6 +6,7 @@ import json
 import re
 import time
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -18,7 +19,9 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import Response, call
 from tests.support.stub_handlers import JSON, responds
 from tests.support.tools import ROOT
+from tests.support.waiting import eventually
 from tornado_fal_proxy import FalProxyHandler, webhooks
+from tornado_fal_proxy.sandbox import Sandbox
 from tornado_fal_proxy.webhooks import FalWebhookHandler, WebhookKeys, WebhookRefused, parse_keys, verify
 
 KEY, OTHER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -249,6 +252,27 @@ async def test_a_job_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch, bill: s
     headers = signed(at=int(time.time())) | ({} if bill is None else {"x-fal-billable-units": bill})
     assert (await deliver(port, headers)).status == 200
     assert store.sums() == (1, cost, 0)
+
+
+@pytest.mark.gen_test
+async def test_sandbox(setup: Setup) -> None:
+    """The sandbox delivers what it has signed, to this machine alone."""
+    sandbox = Sandbox(pace=0.01)
+    sandbox.start()
+    try:
+        config = setup.config(sandbox.address, key=sandbox.key, ca_certs=sandbox.ca_certs)
+        rules: list[Any] = [(ROUTE, FalProxyHandler, {"config": config}), *sandbox.page_rules(ROUTE)]
+        port = setup.serve(Application(rules, log_function=lambda handler: None))
+        keys = WebhookKeys(f"http://127.0.0.1:{port}/sandbox/jwks.json")
+        hooks = setup.serve(Application([("/hook", Receiver, {"keys": keys})], log_function=lambda handler: None))
+        for hook in ("https://a.example/hook", f"http://127.0.0.1:{hooks}/hook"):
+            target = f"https://queue.fal.run/fal-ai/flux/dev?fal_webhook={quote(hook, safe='')}"
+            job = json.loads((await call(port, target=target)).body)
+        await eventually(lambda: Receiver.events)
+        assert [event["request_id"] for event in Receiver.events] == [job["request_id"]]
+        assert Receiver.events[0]["payload"]["images"]
+    finally:
+        await sandbox.close()
 
 
 def test_docs() -> None:

@@ -154,6 +154,8 @@ class Submit(FalHandler):
     def post(self, app: str) -> None:
         job = self.state.accept(app, self.fields(), QUEUE_S)
         self.state.enqueue(job)
+        if webhook := self.get_query_argument("fal_webhook", ""):
+            self.state.later(self.state.deliver(job, webhook, self.public_url()))
         self.set_header("X-Fal-Request-Id", job.id)
         self.respond(job.status(0, None))
 

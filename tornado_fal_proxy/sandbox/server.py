@@ -16,6 +16,7 @@ from tornado.routing import URLSpec
 from tornado.web import Application
 
 from tornado_fal_proxy.sandbox import fal, pages
+from tornado_fal_proxy.sandbox.deliveries import KeySet
 from tornado_fal_proxy.sandbox.state import SandboxState
 
 __all__ = ["Sandbox"]
@@ -90,11 +91,13 @@ class Sandbox(SandboxState):
         return [
             URLSpec(r"/", pages.Page, {"html": html}),
             URLSpec(r"/sandbox/files/(.+)", pages.Files, {"state": self}),
+            URLSpec(r"/sandbox/jwks\.json", KeySet, {"deliveries": self.deliveries}),
         ]
 
     async def close(self) -> None:
         """Stop listening, close every connection, wait for the handlers, and remove the temporary directory."""
         self.closing.set()
+        self.deliveries.close()
         self._server.stop()
         await self._server.close_all_connections()
         if self.calls:

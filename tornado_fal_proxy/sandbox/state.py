@@ -13,9 +13,11 @@ import secrets
 import time
 import uuid
 from collections import Counter
+from collections.abc import Coroutine
 from http.client import responses
 from typing import Any
 
+from tornado_fal_proxy.sandbox.deliveries import Deliveries
 from tornado_fal_proxy.sandbox.jobs import (
     MAX_PICTURES,
     PICTURE_SIZE,
@@ -56,6 +58,7 @@ class SandboxState:
         files: the files by name, each with its content type.
         calls: the tasks of the handlers that are running.
         sessions: the ids of the sessions of realtime video that are open.
+        deliveries: what goes to webhooks.
         closing: set when the sandbox closes, to wake up the handlers that sleep.
     """
 
@@ -72,6 +75,7 @@ class SandboxState:
         self.sessions: set[str] = set()
         self._failures: Counter[tuple[str, str]] = Counter()
         self.closing = asyncio.Event()
+        self.deliveries = Deliveries()
 
     async def sleep(self, seconds: float) -> bool:
         """Sleep, but not past the close of the sandbox, which waits for all handlers. Return False when it closes."""
@@ -96,6 +100,18 @@ class SandboxState:
         """Keep a job for later calls that name its id."""
         self.jobs[job.id] = job
         trim(self.jobs, MAX_JOBS)
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work beside the calls. The close of the sandbox waits for it too."""
+        task = asyncio.create_task(work)
+        self.calls.add(task)
+        task.add_done_callback(self.calls.discard)
+
+    async def deliver(self, job: Job, url: str, public_url: str) -> None:
+        """Deliver the result of a queued job to a webhook, once the job has ended."""
+        if await self.sleep(max(0.0, job.accepted_at + job.duration_s - time.time())) and not job.cancelled:
+            event = {"request_id": job.id, "gateway_request_id": job.id, "status": "OK", "error": None}
+            self.deliveries.deliver(url, job.id, event | {"payload": self.result(job, public_url)})
 
     def fail(self, scenario: Scenario, step: str) -> None:
         """Raise the error that the scenario asks for at this step, until it was raised ``times`` times."""
