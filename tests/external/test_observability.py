@@ -49,6 +49,9 @@ TARGETS = [
     "https://queue.fal.run/a/b/requests/1/status",
     "https://queue.fal.run/a/b/requests/1/status/stream",
     "https://queue.fal.run/a/b/requests/1",
+    "https://wma.fal.run/ice",
+    "https://wma.fal.run/session",
+    "https://wma.fal.run/session/heartbeat",
     "https://rest.fal.ai/tokens/",
     "https://rest.fal.ai/storage/upload/initiate",
 ]
@@ -82,7 +85,7 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
     config = setup.config(upstream := await setup.upstream(respond))
     running = await ServiceProcess.start(
         *("--admin-port=0", "--authorize=my_rules:authorize", "--log-level=error"),
-        *("--jobs=7/day", "--store=memory", "--prices=prices.toml"),
+        *("--jobs=8/day", "--store=memory", "--prices=prices.toml"),
         cwd=directory,
         FAL_KEY=KEY,
         FAL_PROXY_CA_CERTS=str(config.ca_certs),
