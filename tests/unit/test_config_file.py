@@ -160,6 +160,7 @@ def test_places() -> None:
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
+        (["--store=memory", "--processes=2"], "--store: memory counts in one process alone"),
         (["--user-header=X-User"], "--user-header: needs --trusted-proxies"),
         (["--user-header=X-User", "--trusted-proxies=unix", "--identify=os.path:join"], "--user-header: cannot stand"),
         *(
@@ -168,8 +169,8 @@ def test_places() -> None:
         ),
     ],
 )
-def test_user_header(argv: list[str], problem: str) -> None:
-    """The header needs a proxy to trust, and a name of its own."""
+def test_together(argv: list[str], problem: str) -> None:
+    """Options that cannot work together are refused."""
     with pytest.raises(ConfigError) as caught:
         parse_settings(argv, WITH_KEY)
     [found] = caught.value.problems

@@ -298,6 +298,8 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         more.pop("prices", None)
     if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
         problems.append("processes: the sandbox runs in one")
+    if texts["store"] == "memory" and values.get("processes", DEFAULT_PROCESSES) > 1:
+        problems.append("store: memory counts in one process alone: name a file (sqlite:PATH), or redis://HOST")
     if "user_header" in values:
         more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
         problems.extend(_problems_of_user_header(texts))
