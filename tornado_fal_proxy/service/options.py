@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from tornado_fal_proxy._version import __version__
@@ -282,39 +283,63 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
     """
-    arguments, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        # Only their names: one of them may be the key.
-        names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
-        raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
-    given = vars(arguments)
+    given = _arguments(argv)
     path = environ.get(ENV_PREFIX + "CONFIG") if given["config"] is None else given["config"]
     file = read_config_file(path, option_names()) if path else ConfigFile()
     texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
-    sandbox, relay, more = values.get("sandbox", False), None, dict(file.tables)
-    if texts["prices"] is not None:
-        more.pop("prices", None)
-    if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
-        problems.append("processes: the sandbox runs in one")
-    if texts["store"] == "memory" and values.get("processes", DEFAULT_PROCESSES) > 1:
-        problems.append("store: memory counts in one process alone: name a file (sqlite:PATH), or redis://HOST")
-    if "user_header" in values:
-        more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
-        problems.extend(_problems_of_user_header(texts))
-    if sandbox and ("plans" in more or any(texts[name] for name in LIMITS)):
-        # A trial leaves no file behind, and any model has a price.
-        texts["store"] = texts["store"] or "memory"
-        if texts["prices"] is None:
-            more.setdefault("prices", {"**": SANDBOX_PRICE})
+    problems.extend(_problems_together(values, texts))
+    more, relay = _more(file, values, texts), None
     try:
-        relay = _relay_config(texts, more, environ, sandbox)
+        relay = _relay_config(texts, more, environ, values.get("sandbox", False))
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems:
         raise ConfigError([_in_place(problem, places) for problem in problems])
     return Settings(**values, relay=relay, texts=texts, more=more)
+
+
+def _arguments(argv: Sequence[str]) -> dict[str, str | None]:
+    """Return the text of each argument, None where none was given. Raise ConfigError for those that are unknown."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # Only their names: one of them may be the key.
+        names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
+        near = [close for name in names for close in get_close_matches(name, parser._option_string_actions, n=1)]
+        hint = f"did you mean {', '.join(near)}?" if near else "--help shows what there is"
+        raise ConfigError([f"unknown: {', '.join(names)}; {hint} (the key is read from FAL_KEY)"])
+    return vars(arguments)
+
+
+def _more(file: ConfigFile, values: Mapping[str, Any], texts: dict[str, str | None]) -> dict[str, Any]:
+    """Return values of the relay's fields that have no text, and set the defaults of a sandbox with limits."""
+    more = dict(file.tables)
+    if texts["prices"] is not None:
+        more.pop("prices", None)
+    if "user_header" in values:
+        more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
+    if values.get("sandbox") and ("plans" in more or any(texts[name] for name in LIMITS)):
+        # A trial leaves no file behind, and any model has a price.
+        texts["store"] = texts["store"] or "memory"
+        if texts["prices"] is None:
+            more.setdefault("prices", {"**": SANDBOX_PRICE})
+    return more
+
+
+def _problems_together(values: Mapping[str, Any], texts: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield the problems of options that cannot stand together."""
+    if values.get("processes", DEFAULT_PROCESSES) > 1:
+        if values.get("sandbox"):
+            yield "processes: the sandbox runs in one"
+        if texts["store"] == "memory":
+            yield "store: memory counts in one process alone: name a file (sqlite:PATH), or redis://HOST"
+    if "user_header" in values:
+        if not texts["trusted_proxies"]:
+            yield "user_header: needs --trusted-proxies, because any client can send a header"
+        if texts["identify"]:
+            yield "user_header: cannot stand beside --identify, which finds the user too"
 
 
 def _texts(
@@ -330,13 +355,6 @@ def _texts(
         elif argument is None and name in file.lines:
             texts[name], places[name] = file.texts.get(name), file.place(name)
     return texts, places
-
-
-def _problems_of_user_header(texts: Mapping[str, str | None]) -> Iterator[str]:
-    if not texts["trusted_proxies"]:
-        yield "user_header: needs --trusted-proxies, because any client can send a header"
-    if texts["identify"]:
-        yield "user_header: cannot stand beside --identify, which finds the user too"
 
 
 def option_names() -> set[str]:
