@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from tornado_fal_proxy._version import __version__
@@ -26,11 +27,11 @@ from tornado_fal_proxy.config import (
     relay_options,
     unknown_variables,
 )
-from tornado_fal_proxy.credentials import configured_key
+from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.option_fields import FALSE, TRUE, as_list, option
+from tornado_fal_proxy.option_fields import FALSE, NUMBER, TRUE, as_list, option
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service.config_file import ConfigFile, read_config_file
+from tornado_fal_proxy.service.config_file import KEY_FILE, ConfigFile, read_config_file
 from tornado_fal_proxy.service.user_header import UserHeader, as_user_header
 
 __all__ = [
@@ -81,7 +82,7 @@ GROUPS = {
     "other": None,
 }
 
-_UNKNOWN_OPTION = re.compile(r"--[a-z0-9-]+(?==|\Z)")
+_UNKNOWN_OPTION = re.compile(r"--[a-z0-9_-]+(?==|\Z)")
 _ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?")
 
@@ -208,6 +209,7 @@ class Settings:
         "PORT",
         _admin_port,
         group="watching",
+        form=NUMBER,
     )
     admin_address: str = option(DEFAULT_ADDRESS, "address for these", "ADDRESS", group="watching")
     sandbox: bool = option(
@@ -276,51 +278,92 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
     """
-    arguments, unknown = _parser().parse_known_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        # Only their names: one of them may be the key.
-        names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
-        raise ConfigError([f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"])
+        raise ConfigError([_unknown_options(unknown, parser)])
     given = vars(arguments)
-    path = environ.get(ENV_PREFIX + "CONFIG") if given["config"] is None else given["config"]
-    file = read_config_file(path, given.keys() - {"config"}) if path else ConfigFile()
+    file = _config_file(given["config"], environ)
     texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
-    sandbox, relay, more = values.get("sandbox", False), None, dict(file.tables)
+    sandbox, relay = values.get("sandbox", False), None
+    more: dict[str, Any] = dict(file.tables)
     if texts["prices"] is not None:
         more.pop("prices", None)
     if sandbox and values.get("processes", DEFAULT_PROCESSES) > 1:
         problems.append("processes: the sandbox runs in one")
     if "user_header" in values:
         more["identify"] = UserHeader(values["user_header"], values.get("trusted_proxies", TrustedProxies()))
-        problems.extend(_problems_of_user_header(texts))
+        problems.extend(_problems_of_user_header(texts, values))
+    if file.key_file is not None and not any(environ.get(name, "").strip() for name in KEY_VARIABLES):
+        environ = {**environ, "FAL_KEY_FILE": file.key_file}
+        places["FAL_KEY_FILE"] = file.place(KEY_FILE)
     try:
         relay = _relay_config(texts, more, environ, sandbox)
     except ConfigError as exc:
         problems.extend(exc.problems)
-    if problems:
-        raise ConfigError([_in_place(problem, places) for problem in problems])
+    if problems or file.problems:
+        raise ConfigError([*file.problems, *(_in_place(problem, places, file) for problem in problems)])
     return Settings(**values, relay=relay, texts=texts, more=more)
+
+
+def _unknown_options(texts: Sequence[str], parser: _Parser) -> str:
+    """Return the problem of arguments that are no options. It has only their names, because one may be the key."""
+    known = {name.strip("-"): name for action in parser._actions for name in action.option_strings}
+    names = []
+    for text in texts:
+        match = _UNKNOWN_OPTION.match(text)
+        near = get_close_matches(match[0].strip("-").replace("_", "-"), known, n=1) if match else []
+        hint = f" (did you mean {known[near[0]]}?)" if near else ""
+        names.append(f"{match[0]}{hint}" if match else "an argument")
+    return f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"
+
+
+def _config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
+    """Return the options in the file that is named, if one is. Raise ConfigError, which says who has named it."""
+    variable = ENV_PREFIX + "CONFIG"
+    path = environ.get(variable) if argument is None else argument
+    if not path:
+        return ConfigFile()
+    options = [*_service_options(), *relay_options()]
+    forms = {entry.name: entry.metadata["form"] for entry in options if entry.name != "config"}
+    try:
+        return read_config_file(path, forms)
+    except ConfigError as exc:
+        place = variable if argument is None else "--config"
+        raise ConfigError([problem.replace("config", place, 1) for problem in exc.problems]) from None
 
 
 def _texts(
     given: Mapping[str, str | None], environ: Mapping[str, str], file: ConfigFile
 ) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Return the text of each option, and the place where somebody has written it: an argument, a variable, a file."""
-    texts, places = {}, {"key": "FAL_KEY", "plans": file.place("plans")}
+    """Return the text of each option, and the places of those that are not in the file.
+
+    An empty variable counts as none, and lifts no limit that the file has. An empty argument does.
+    """
+    texts: dict[str, str | None] = {}
+    places = {"key": "FAL_KEY"}
     for name, argument in given.items():
         variable = ENV_PREFIX + name.upper()
-        texts[name], places[name] = argument, "--" + name.replace("_", "-")
-        if argument is None and variable in environ:
+        if argument is not None:
+            texts[name], places[name] = argument, _option_of(name)
+        elif environ.get(variable):
             texts[name], places[name] = environ[variable], variable
-        elif argument is None and name in file.lines:
-            texts[name], places[name] = file.texts.get(name), file.place(name)
+        else:
+            texts[name] = file.texts.get(name)
+            if name not in file.texts and name not in file.tables:
+                places[name] = _option_of(name)
     return texts, places
 
 
-def _problems_of_user_header(texts: Mapping[str, str | None]) -> Iterator[str]:
-    if not texts["trusted_proxies"]:
+def _option_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _problems_of_user_header(texts: Mapping[str, str | None], values: Mapping[str, Any]) -> Iterator[str]:
+    trusted = values.get("trusted_proxies")  # None also where it has a problem of its own
+    if not texts["trusted_proxies"] or (trusted is not None and not trusted.texts):
         yield "user_header: needs --trusted-proxies, because any client can send a header"
     if texts["identify"]:
         yield "user_header: cannot stand beside --identify, which finds the user too"
@@ -330,11 +373,16 @@ def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the format of the log, also where other options are wrong: an error is a line of the log too."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log-format")
+    parser.add_argument("--config")
     try:
-        given = parser.parse_known_args(argv)[0].log_format
-    except ConfigError:  # --log-format without a value
-        given = None
-    return (environ.get(ENV_PREFIX + "LOG_FORMAT", "") if given is None else str(given)).lower()
+        given = parser.parse_known_args(argv)[0]
+    except ConfigError:  # an option without a value
+        given = argparse.Namespace(log_format=None, config=None)
+    try:
+        file = _config_file(given.config, environ)
+    except ConfigError:
+        file = ConfigFile()
+    return str(_texts({"log_format": given.log_format}, environ, file)[0]["log_format"] or "").lower()
 
 
 def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]:
@@ -375,7 +423,9 @@ def _relay_config(
     return None if sandbox else config
 
 
-def _in_place(problem: str, places: Mapping[str, str]) -> str:
+def _in_place(problem: str, places: Mapping[str, str], file: ConfigFile) -> str:
     """Return a problem that begins with a field's name with the place in its stead where that was written."""
     name, colon, rest = problem.partition(": ")
-    return f"{places[name]}{colon}{rest}" if name in places else problem
+    if name in places:
+        return f"{places[name]}{colon}{rest}"
+    return file.in_place(problem) if name in file.texts or name in file.tables else problem

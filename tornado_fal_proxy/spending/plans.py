@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError, PriceUnknown
@@ -232,13 +233,18 @@ def _plans(fields: Mapping[str, Any], default: Plan, problems: list[str]) -> dic
     for name, pairs in given:
         options, prefix = dict(pairs), f"plans: {name}: "
         unknown = [option for option in options if option not in _PLAN_OPTIONS]
-        problems.extend(f"{prefix}has no option {option!r}, only {', '.join(_PLAN_OPTIONS)}" for option in unknown)
+        problems.extend(f"{prefix}{option}: {_unknown(option)}" for option in unknown)
         plan = replace(_plan(options, default, problems, prefix), name=name)
         endpoints = options.get("allowed_endpoints", NO_LIMIT)
         if endpoints != NO_LIMIT:
             plan = replace(plan, access=_access(fields, endpoints, problems, prefix))
         plans[name] = plan
     return plans
+
+
+def _unknown(option: object) -> str:
+    near = get_close_matches(str(option), _PLAN_OPTIONS, n=1)
+    return f"unknown, did you mean {near[0]}?" if near else f"unknown, a plan has only {', '.join(_PLAN_OPTIONS)}"
 
 
 def _is_table(value: object) -> bool:
@@ -288,8 +294,11 @@ def _unfinished(value: object) -> int:
 
 def _store(value: object) -> str:
     """Return where the store is. The problem does not repeat the text, which may have a password."""
-    if not isinstance(value, str) or (not value.startswith(("sqlite:", "redis://", "rediss://")) and value != "memory"):
-        raise ValueError("must be memory, sqlite:PATH, redis://HOST or rediss://HOST")
+    from tornado_fal_proxy.spending.stores import ALLOWED, parse_store  # costs memory, which is for those who spend
+
+    if not isinstance(value, str):
+        raise ValueError(f"must be {ALLOWED}")
+    parse_store(value)
     return value
 
 
