@@ -1,4 +1,7 @@
-"""README.md is true: its commands, code, tables and links, and its parts about nginx and the log."""
+"""README.md is true: its commands, code, tables and links, and its parts about nginx and the log.
+
+So is the table of docs/configuration.md; the rest of that page is in test_configuration.py.
+"""
 
 import asyncio
 import contextlib
@@ -30,6 +33,7 @@ from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.telemetry import Call
 
 README = (ROOT / "README.md").read_text("utf-8")
+CONFIGURATION = (ROOT / "docs/configuration.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -43,9 +47,9 @@ def command(name: str) -> str:
     return str(found)
 
 
-def table(*header: str) -> list[list[str]]:
+def table(*header: str, text: str = README) -> list[list[str]]:
     """Return the rows of the table with that header, as lists of cells."""
-    rows = README.partition("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n")[2].partition("\n\n")[0]
+    rows = text.partition("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n")[2].partition("\n\n")[0]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
     assert cells
     assert {len(row) for row in cells} == {len(header)}
@@ -195,7 +199,7 @@ def test_options() -> None:
             defaults[name] = default[1]
     defaults["--sandbox"] = "no"
 
-    key, *rows = table("Option", "Variable", "Field", "Default", "Meaning")
+    key, *rows = table("Option", "Variable", "Field", "Default", "Meaning", text=CONFIGURATION)
     assert key[:4] == ["", "`FAL_KEY`", "`key`", ""]
     fields = {option.name: option for option in relay_options()}
     assert [row[0].strip("`") for row in rows] == list(defaults)
@@ -219,11 +223,14 @@ def test_statuses() -> None:
         for kind in kinds
         if issubclass(kind, errors.ProxyError)
         and kind not in (errors.ProxyError, errors.AccessRefused, errors.UpstreamError, errors.ClientDisconnected)
+        and not issubclass(kind, errors.SpendingRefused)  # each message has the limit in it
     }
+    assert f"{errors.LimitReached.status} (too many" in README
+    assert f"{errors.QuotaUsedUp.status} (a budget" in README
     rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
     assert set(rows) == own
     assert len(rows) == len(own)
-    assert [status for status, _ in rows[:13]] == [405, 400, 412, *[403] * 7, 415, 413, 401]
+    assert [status for status, _ in rows[:16]] == [405, 400, 412, *[403] * 9, 415, 413, 401, 404]
     assert (
         f'**500 instead of 502 or 504**, with "{errors.ConnectionLost("", may_have_run=True).message}'.replace(
             errors.ConnectionLost.message + " ", ""
@@ -281,7 +288,7 @@ def test_kubernetes() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_settings([], {"FAL_KEY": KEY, "FAL_PROXY_PORT": "tcp://10.0.0.1:8080"})
     (problem,) = caught.value.problems
-    (quoted,) = re.findall(r"start fails with `(.*?)`", README)
+    (quoted,) = re.findall(r"start fails with `(.*?)`", CONFIGURATION)
     assert problem.startswith(quoted)
 
 
