@@ -358,6 +358,8 @@ class ProxyConfig:
         """
         environ = os.environ if environ is None else environ
         problems = unknown_variables(environ)
+        if environ.get(ENV_PREFIX + "CONFIG"):  # limits that nobody reads would limit nobody
+            problems.append(f"{ENV_PREFIX}CONFIG: only the command reads it; give plans and prices to ProxyConfig")
         texts = {known.name: environ.get(ENV_PREFIX + known.name.upper()) for known in relay_options()}
         key = None
         try:

@@ -251,7 +251,7 @@ def _parser() -> _Parser:
         description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET, or the file "
         "FAL_KEY_FILE) to calls of fal's SDKs and relays them.",
         epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
-        "An option wins over its variable.",
+        "An option wins over its variable. In the file that --config names it is the key max_in_flight.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     options = [*_service_options(), *relay_options()]
