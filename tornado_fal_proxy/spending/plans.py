@@ -187,6 +187,8 @@ def spending_rules(fields: Mapping[str, Any]) -> SpendingRules | None:
         raise ConfigError(problems)
     counted = (default.jobs, default.budget, default.max_unfinished, plans, *own.values(), fields["own_jobs_only"])
     needs_store = any(value not in (None, (), {}, False) for value in counted)
+    if needs_store and own["store"] is None:
+        _check_default_store()
     others = (fields["identify"], fields["check_input"], fields["input_units"])
     if not needs_store and others == (None, None, None) and not fields["tag_users"]:
         return None
@@ -311,6 +313,16 @@ _PARSERS = {
     "prices": prices_of,
     "store": _store,
 }
+
+
+def _check_default_store() -> None:
+    """Raise ConfigError where nobody has named a store, and the file for that has no place."""
+    from tornado_fal_proxy.spending.stores import default_path  # costs memory, likewise
+
+    try:
+        default_path()
+    except ValueError as exc:
+        raise ConfigError([f"store: {exc}"]) from None
 
 
 def _check_numbers(fields: Mapping[str, Any], problems: list[str]) -> None:
