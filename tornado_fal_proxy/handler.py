@@ -308,6 +308,7 @@ class FalProxyHandler(PayingResponse):
             call.relayed = True
             self._backend.watch(stream)
             head = await transfer.read_head()
+            call.failed_over = transfer.first_host is not None
             buffered = (not transfer.repeatable and not head.streams) or not head.has_body
             whole = (buffered or transfer.complete) and await transfer.buffer_whole()
             self._copy_head(head)

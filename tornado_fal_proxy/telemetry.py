@@ -44,9 +44,9 @@ class Call:
     operator. If the call was refused, ``detail`` has the rule and an excerpt of the text that was refused.
 
     Where an option of spending is set, a paid call has ``user``, ``plan`` (None for the default one) and ``endpoint``.
-    ``units`` and its ``cost`` in dollars are fal's bill where that is known, else an estimate: a queued job has its
-    estimate with the submit, and its bill with the result. ``job_id`` is fal's id of a queued job. Each is None where
-    it is not known.
+    ``units`` and its ``cost`` in dollars are fal's bill where ``billed`` is true, else an estimate: a queued job has
+    its estimate with the submit, and its bill with the result. ``job_id`` is fal's id of a queued job. Each is None
+    where it is not known.
 
     ``outcome`` is one of these:
 
@@ -60,10 +60,12 @@ class Call:
     __slots__ = (
         "accounted",
         "began",
+        "billed",
         "cost",
         "detail",
         "endpoint",
         "error",
+        "failed_over",
         "first_byte_s",
         "head",
         "job_id",
@@ -88,6 +90,7 @@ class Call:
         self.target: Target | None = None
         self.head: ResponseHead | None = None
         self.relayed = False  # whether the request went to fal
+        self.failed_over = False  # whether it went to fal's backup domain
         self.status = 0
         self.first_byte_s: float | None = None
         self.seconds = 0.0
@@ -102,6 +105,7 @@ class Call:
         self.endpoint: str | None = None
         self.units: Decimal | None = None
         self.cost: Decimal | None = None
+        self.billed = False
         self.job_id: str | None = None
 
     def mark_first_byte(self) -> None:
@@ -150,6 +154,7 @@ class Call:
                 "endpoint": self.endpoint,
                 "units": None if self.units is None else float(self.units),
                 "cost": None if self.cost is None else float(self.cost),
+                "billed": self.billed,
                 "job_id": self.job_id,
             }
         return fields

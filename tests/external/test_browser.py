@@ -4,6 +4,7 @@ A page of another origin may call the proxy only if allowed_origins has that ori
 """
 
 import asyncio
+from collections.abc import Collection
 from http.client import responses
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,8 @@ from tests.support.certificates import Authority
 from tests.support.node import run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
 from tests.support.tools import tool
+from tornado_fal_proxy.service.usage_page import UsageHandler
+from tornado_fal_proxy.spending.store import DIMENSIONS, Usage, added_up
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +76,74 @@ def test_stream_form(page: Any) -> None:
     assert all(longer.startswith(text) for text, longer in pairwise(shown))
     assert shown[-1] == TEXT
     assert (seen["error"], seen["idle"]) == ("", True)
+
+
+@pytest.fixture(scope="module")
+def limited(authority: Authority) -> Any:
+    """Run ``limits.mjs`` once, against a proxy that limits each user."""
+    chromium = tool("chromium")
+
+    async def make() -> Any:
+        fields = {"jobs_per_user": "2/day", "budget_per_user": "1.00/day", "prices": {"**": "0.025"}, "store": "memory"}
+        async with serve_sandbox(Setup(authority), 0.01, **fields) as sandbox:
+            return await run_script("limits.mjs", sandbox.public_url, chromium)
+
+    return asyncio.run(make())
+
+
+def test_what_is_left(limited: Any) -> None:
+    """The page shows what is left after each call, and the words of a refusal."""
+    assert limited["left"] == [
+        "Left: 1 of 2 jobs today, $0.97 of $1.00 today.",
+        "Left: 0 of 2 jobs today, $0.95 of $1.00 today.",
+        "Left: 0 of 2 jobs today, $0.95 of $1.00 today.",
+    ]
+    assert limited["errors"][:2] == ["", ""]
+    assert limited["errors"][2].startswith("402: Your limit of 2 jobs a day is used up; the next job can start at ")
+
+
+def test_nothing_is_shown_without_limits(page: Any) -> None:
+    """A proxy without limits has nothing to show."""
+    assert page["left"] is True
+
+
+ACCOUNT = [
+    Usage("2026-11-27", "<script>alert(1)</script>", "fal-ai/flux/dev", 10, 2, 10_000_000, 250_000),
+    Usage("2026-11-27", "x" * 128, "fal-ai/a-model-with-a-rather-long-name/and-a-path", 2, 0, 2_500_000, 125_000),
+    Usage("2026-11-27", "ünï & \u202eco", "fal-ai/flux/dev", 1, 0, 1_000_000, 0),
+]
+
+
+@pytest.mark.gen_test
+async def test_account() -> None:
+    """The account is readable at 390 pixels, in the light and in the dark; ids are text; nothing runs or loads."""
+
+    async def ask(since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> list[Usage]:
+        return added_up(ACCOUNT, by, most)
+
+    application = Application([("/usage", UsageHandler, {"ask": ask})], log_function=lambda handler: None)
+    listener, port = bind_unused_port()
+    server = HTTPServer(application)
+    server.add_sockets([listener])
+    url = f"http://127.0.0.1:{port}/usage"
+    seen = await run_script("usage.mjs", url, tool("chromium"))
+    server.stop()
+    await server.close_all_connections()
+    assert seen["problems"] == []
+    assert {address.partition("?")[0] for address in seen["requests"]} == {url}
+    for scheme in ("light", "dark"):
+        look = seen[scheme]
+        assert look["fits"]
+        assert look["contrast"] >= 4.5  # WCAG 2.2, 1.4.3
+        assert look["dark"] is (scheme == "dark")
+        assert look["rows"] == [
+            ["<script>alert(1)</script>", "10", "2", "10", "0.25"],
+            ["x" * 128, "2", "0", "2.5", "0.125"],
+            ["ünï & \u202eco", "1", "0", "1", "0.00"],
+        ]
+        assert look["bars"][0] > look["bars"][1] > look["bars"][2]
+        assert look["total"] == ["total", "13", "2", "13.5", "0.375"]
+        assert look["endpoints"] == 2
 
 
 @pytest.mark.parametrize("form", ["run", "stream"])

@@ -70,7 +70,7 @@ def test_dockerfile_agrees() -> None:
     (image,) = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert f"NEWEST_PYTHON={image.removeprefix('python:').removesuffix('-slim')}\n" in (ROOT / ".ci/run").read_text()
     assert the("EXPOSE") == str(DEFAULT_PORT)
-    assert list(image_environment()) == ["FAL_PROXY_ADDRESS", "STATE_DIRECTORY"]
+    assert list(image_environment()) == ["FAL_PROXY_ADDRESS", "FAL_PROXY_WITHHOLD_HEADERS", "STATE_DIRECTORY"]
     # The user may write to the volume, because it starts as a copy of a directory of theirs.
     assert the("VOLUME") == image_environment()["STATE_DIRECTORY"]
     assert f"COPY --from=build --chown={the('USER')} /src/state {the('VOLUME')}\n" in DOCKERFILE.read_text()

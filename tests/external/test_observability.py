@@ -61,7 +61,8 @@ async def respond(exchange: Exchange) -> None:
     if action == b"resets":
         exchange.reset()
     elif action != b"silent":
-        await exchange.respond(int(action) if action.isdigit() and len(action) == 3 else 200, b"{}")
+        status = int(action) if action.isdigit() and len(action) == 3 else 200
+        await exchange.respond(status, b"{}", [("x-fal-billable-units", "1")] if status == 200 else [])
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ class Series:
 async def scraped(setup: Setup, directory: Path) -> list[Series]:
     """Return all series of the service after calls of every kind, with every outcome."""
     (directory / "my_rules.py").write_text(RULES)
+    (directory / "prices.toml").write_text('"**" = 1\n')
     config = setup.config(upstream := await setup.upstream(respond))
     running = await ServiceProcess.start(
         *("--admin-port=0", "--authorize=my_rules:authorize", "--log-level=error"),
+        *("--jobs=7/day", "--store=memory", "--prices=prices.toml"),
         cwd=directory,
         FAL_KEY=KEY,
         FAL_PROXY_CA_CERTS=str(config.ca_certs),
@@ -98,6 +101,7 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
     await client.send(target="https://fal.run/a/b/silent")
     await eventually(lambda: upstream.exchanges[-1].target.endswith(b"silent"))
     client.leave()
+    assert (await call(running.port, target=TARGETS[0])).status == 402
     async with asyncio.timeout(10):
         while (
             b'outcome="client_disconnected"'

@@ -1,11 +1,7 @@
-"""README.md is true: its commands, code, tables and links, and its parts about nginx and the log.
-
-So is the table of docs/configuration.md; the rest of that page is in test_configuration.py.
-"""
+"""README.md is true: its commands, code and links, and its parts about nginx and the log."""
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import re
@@ -13,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,16 +21,12 @@ from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.raw_client import call
 from tests.support.scripted_upstream import Exchange
 from tests.support.tools import ROOT, tool, unused_port
-from tornado_fal_proxy import ConfigError, FalProxyHandler, ProxyConfig, close_upstreams, errors, handler
-from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, handler
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service import main
 from tornado_fal_proxy.service.access_log import access_logger
-from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.telemetry import Call
 
 README = (ROOT / "README.md").read_text("utf-8")
-CONFIGURATION = (ROOT / "docs/configuration.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -45,15 +38,6 @@ def command(name: str) -> str:
     """Return the command that .ci/run finds by the same mark."""
     (found,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*)\n```$", README, re.MULTILINE)
     return str(found)
-
-
-def table(*header: str, text: str = README) -> list[list[str]]:
-    """Return the rows of the table with that header, as lists of cells."""
-    rows = text.partition("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n")[2].partition("\n\n")[0]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
-    assert cells
-    assert {len(row) for row in cells} == {len(header)}
-    return cells
 
 
 async def respond(exchange: Exchange) -> None:
@@ -129,6 +113,24 @@ async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatc
     assert (await call(port, headers=[f"cookie: user={cookie}"])).status == 200
 
 
+@pytest.mark.gen_test
+async def test_embedding_with_limits(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third example gives each signed-in user ten pictures a day."""
+    upstream = await setup.upstream(respond)
+    store = f"sqlite:{tmp_path / 'spent.sqlite'}"
+    monkeypatch.setattr(
+        tornado_fal_proxy, "ProxyConfig", lambda **fields: setup.config(upstream, store=store, **fields), raising=True
+    )
+    names = run_block(blocks("python")[2])
+    names["application"].settings["log_function"] = lambda handler: None
+    port = setup.serve(names["application"])
+    assert (await call(port)).status == 401
+    for user in ("ann", "bob"):
+        cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", user).decode()
+        seen = [(await call(port, headers=[f"cookie: user={cookie}"])).status for _ in range(11)]
+        assert seen == [200] * 10 + [402]
+
+
 def run_block(code: str) -> dict[str, Any]:
     """Run a block as a program of its own would be run, and return its names."""
     names: dict[str, Any] = {"__name__": "readme"}
@@ -185,60 +187,6 @@ async def test_example(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
         await sandbox.close()
 
 
-def test_options() -> None:
-    """The table names every option with its variable, its field and its default, and no other."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        main(["--help"])
-    defaults = dict.fromkeys(re.findall(r"^  (--[a-z0-9-]+)", text.getvalue(), re.MULTILINE), "")
-    del defaults["--version"]
-    for entry in re.split(r"\n  (?=--)", re.sub(r"\n {3,}", " ", text.getvalue())):
-        name = entry.split()[0]
-        default = re.search(r"\(default: (.*?)\)", entry)
-        if name in defaults and default:
-            defaults[name] = default[1]
-    defaults["--sandbox"] = "no"
-
-    key, *rows = table("Option", "Variable", "Field", "Default", "Meaning", text=CONFIGURATION)
-    assert key[:4] == ["", "`FAL_KEY`", "`key`", ""]
-    fields = {option.name: option for option in relay_options()}
-    assert [row[0].strip("`") for row in rows] == list(defaults)
-    for option, variable, field, stated, meaning in rows:
-        name = option.strip("`-").replace("-", "_")
-        assert variable == f"`{ENV_PREFIX}{name.upper()}`"
-        assert field == (f"`{name}`" if name in fields else "")
-        actual = defaults[option.strip("`")]
-        assert stated == actual or float(stated) == float(actual), option
-        assert meaning
-        if name.endswith("_s"):
-            assert meaning.startswith("seconds ")
-    assert {row[2].strip("`") for row in rows if row[2]} == set(fields)
-
-
-def test_statuses() -> None:
-    """The table of statuses is that of errors.py, in the order in which the rules apply."""
-    kinds = [getattr(errors, name) for name in errors.__all__]
-    own = {
-        (kind.status, kind.message)
-        for kind in kinds
-        if issubclass(kind, errors.ProxyError)
-        and kind not in (errors.ProxyError, errors.AccessRefused, errors.UpstreamError, errors.ClientDisconnected)
-        and not issubclass(kind, errors.SpendingRefused)  # each message has the limit in it
-    }
-    assert f"{errors.LimitReached.status} (too many" in README
-    assert f"{errors.QuotaUsedUp.status} (a budget" in README
-    rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
-    assert set(rows) == own
-    assert len(rows) == len(own)
-    assert [status for status, _ in rows[:16]] == [405, 400, 412, *[403] * 9, 415, 413, 401, 404]
-    assert (
-        f'**500 instead of 502 or 504**, with "{errors.ConnectionLost("", may_have_run=True).message}'.replace(
-            errors.ConnectionLost.message + " ", ""
-        )
-        in README
-    )
-
-
 def test_nginx() -> None:
     """README.md agrees with nginx's file: names to change, and limits."""
     text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
@@ -281,15 +229,6 @@ def test_threat_model() -> None:
         for module, function in named:
             code = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
             assert re.search(rf"^(?:async )?def {function}\(", code, re.MULTILINE), f"{module}::{function}"
-
-
-def test_kubernetes() -> None:
-    """A variable that Kubernetes makes for a Service named fal-proxy ends the start with the line that is quoted."""
-    with pytest.raises(ConfigError) as caught:
-        parse_settings([], {"FAL_KEY": KEY, "FAL_PROXY_PORT": "tcp://10.0.0.1:8080"})
-    (problem,) = caught.value.problems
-    (quoted,) = re.findall(r"start fails with `(.*?)`", CONFIGURATION)
-    assert problem.startswith(quoted)
 
 
 @pytest.mark.gen_test

@@ -91,7 +91,7 @@ async def test_last_one_is_given_once(server: RedisServer) -> None:
         calls = ((one, two)[i % 2].reserve(reservation(str(i), cost=0, limit=7)) for i in range(300))
         standings = await asyncio.gather(*calls)
         assert sum(standing.refused_by is None for standing in standings) == 7
-        (row,) = await one.usage("2026-12-31", "2026-12-31")
+        (row,) = await one.usage("2026-12-31", "2026-12-31", ())
         assert (row.jobs, row.refused) == (7, 293)
 
 
@@ -229,7 +229,7 @@ async def test_reservation_whose_response_is_lost(own: RedisServer) -> None:
         await store._redis.connection_pool.disconnect()
         own.signal(signal.SIGCONT)
         assert (await waiting).used[:2] == [2, 2]
-        (row,) = await store.usage("2026-12-31", "2026-12-31")
+        (row,) = await store.usage("2026-12-31", "2026-12-31", ())
         assert row.jobs == 2
 
 

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tornado_fal_proxy.spending.store import Reservation, Standing, StoreFailed, Usage, first_without_room
+from tornado_fal_proxy.spending.store import DIMENSIONS, Reservation, Standing, StoreFailed, Usage, first_without_room
 
 __all__ = ["FakeStore", "Kept"]
 
@@ -97,7 +97,9 @@ class FakeStore:
         await self._do("endpoint")
         return self.jobs[job_id].job.endpoint if job_id in self.jobs else None
 
-    async def usage(self, since: str, until: str) -> Sequence[Usage]:
+    async def usage(
+        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
+    ) -> Sequence[Usage]:
         return []
 
     async def prune(self, now: int, account_days: int) -> None:

@@ -14,11 +14,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from tornado_fal_proxy.spending.limits import Window
 from tornado_fal_proxy.spending.store import (
+    DIMENSIONS,
     Counter,
     Reservation,
     Standing,
     Store,
     Usage,
+    added_up,
     day_of,
     first_without_room,
 )
@@ -59,6 +61,7 @@ def reservation(
         id=id,
         user=user,
         endpoint=endpoint,
+        refused_as=f"{endpoint}/**",
         at=at,
         jobs=jobs,
         units=1_000_000 * jobs,
@@ -143,7 +146,7 @@ class Model:
         rows: dict[tuple[str, str, str], Usage] = {}
 
         def add(job: Reservation, jobs: int = 0, refused: int = 0, units: int = 0, cost: int = 0) -> None:
-            place = day_of(job.at), job.user, job.endpoint
+            place = day_of(job.at), job.user, job.refused_as if refused else job.endpoint
             row = rows.get(place) or Usage(*place, 0, 0, 0, 0)
             rows[place] = replace(
                 row,
@@ -294,6 +297,9 @@ class StoreMachine(RuleBasedStateMachine):
     def account(self) -> None:
         """The account is that of the model."""
         assert self.run(self.store.usage("2026-01-01", "2027-12-31")) == self.model.usage()
+        for by, most in (((), None), (("user",), None), (("endpoint", "day"), 2), (DIMENSIONS, 1)):
+            expected = added_up(self.model.usage(), by, most)
+            assert self.run(self.store.usage("2026-01-01", "2027-12-31", by, most)) == expected
 
     def teardown(self) -> None:
         for store in self.stores:

@@ -28,8 +28,8 @@ UNKNOWN = {
     "FAL_PROXY_ALLOWED_ENDPOINTS\n": "FAL_PROXY_ALLOWED_ENDPOINTS\\n, did you mean FAL_PROXY_ALLOWED_ENDPOINTS?",
     "FAL_PROXY_KEY": "FAL_PROXY_KEY, did you mean FAL_KEY?",
     "FAL_PROXY_KEYFILE": "FAL_PROXY_KEYFILE, did you mean FAL_KEY_FILE?",
-    "FAL_PROXY_URL": "FAL_PROXY_URL; docs/configuration.md lists the variables",
-    "FAL_PROXY_": "FAL_PROXY_; docs/configuration.md lists the variables",
+    "FAL_PROXY_URL": "FAL_PROXY_URL; docs/reference.md lists the variables",
+    "FAL_PROXY_": "FAL_PROXY_; docs/reference.md lists the variables",
 }
 
 

@@ -180,4 +180,5 @@ class PayingResponse(HookedResponse):
             )
             call.units = None if spent.units is None else Decimal(spent.units) / MILLION
             call.cost = None if spent.cost is None else Decimal(spent.cost) / MILLION
+            call.billed = spent.billed
         super()._end_call(error)

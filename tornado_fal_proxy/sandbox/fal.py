@@ -67,6 +67,10 @@ class FalHandler(RequestHandler):
         self.set_status(status, responses.get(status, "Unknown"))
         self.finish(json.dumps(body))
 
+    def bill(self, job: Job) -> None:
+        """Add the bill to a response, as fal does to a result."""
+        self.set_header("X-Fal-Billable-Units", str(job.units))
+
     def public_url(self) -> str:
         """Return where the client of this call reaches the application of the proxy; an empty text if nobody knows."""
         host = self.request.headers.get(self.state.host_header, "")
@@ -120,6 +124,7 @@ class Run(FalHandler):
         job = self.state.accept(app, self.fields(), RUN_S)
         self.set_header("X-Fal-Request-Id", job.id)
         await self.state.sleep(job.duration_s)
+        self.bill(job)
         self.respond(self.state.result(job, self.public_url()))
 
     get = post
@@ -133,6 +138,7 @@ class Stream(FalHandler):
         self.set_header("X-Fal-Request-Id", job.id)
         text = text_of(job.scenario.text, f"{SAMPLE}({job.prompt})")
         await self.state.sleep(job.duration_s)
+        self.bill(job)
         try:
             for index in range(1, EVENTS + 1):
                 await self.event({"output": text[: len(text) * index // EVENTS], "partial": index < EVENTS})
@@ -193,6 +199,7 @@ class Result(FalHandler):
         if job.step(time.time()) < len(LIFE) - 1:
             refuse(400, "Request is still in progress")
         self.state.fail(job.scenario, "result")
+        self.bill(job)
         self.respond(self.state.result(job, self.public_url()))
 
 

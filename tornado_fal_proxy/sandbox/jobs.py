@@ -25,6 +25,8 @@ EVENT_GAP_S = 0.12
 EVENTS = 12
 # The longest prompt or text that a job keeps of its input; nobody reads more of it in a picture or on a page.
 MAX_TEXT_CHARS = 10_000
+# The most pictures of a job, as many models of fal's have it.
+MAX_PICTURES = 4
 # The longest ``think_s``: a day, which is longer than every timeout of the proxy.
 MAX_THINK_S = 86_400
 PICTURE_SIZE = (512, 384)
@@ -98,7 +100,10 @@ class Scenario:
 
 @dataclass
 class Job:
-    """A call that was accepted. Times are seconds since the epoch; only ``cancelled`` ever changes."""
+    """A call that was accepted. Times are seconds since the epoch; only ``cancelled`` ever changes.
+
+    ``units`` are what it is billed as: pictures.
+    """
 
     id: str
     app: str
@@ -107,6 +112,7 @@ class Job:
     scenario: Scenario
     accepted_at: float
     duration_s: float
+    units: int = 1
     cancelled: bool = False
 
     def step(self, now: float) -> int:

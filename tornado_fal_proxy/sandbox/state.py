@@ -16,7 +16,17 @@ from collections import Counter
 from http.client import responses
 from typing import Any
 
-from tornado_fal_proxy.sandbox.jobs import PICTURE_SIZE, Job, Scenario, invalid, picture, refuse, text_of, trim
+from tornado_fal_proxy.sandbox.jobs import (
+    MAX_PICTURES,
+    PICTURE_SIZE,
+    Job,
+    Scenario,
+    invalid,
+    picture,
+    refuse,
+    text_of,
+    trim,
+)
 
 __all__ = ["SandboxState", "file_url"]
 
@@ -78,7 +88,9 @@ class SandboxState:
         seed = fields["seed"] if isinstance(fields.get("seed"), int) else secrets.randbelow(1 << 32)
         duration_s = simulated_s * self.pace if scenario.think_s is None else scenario.think_s
         prompt = text_of(fields.get("prompt"), "(no prompt)")
-        return Job(str(uuid.uuid4()), app, prompt, seed, scenario, time.time(), duration_s)
+        asked = fields.get("num_images")
+        units = asked if isinstance(asked, int) and 1 <= asked <= MAX_PICTURES else 1
+        return Job(str(uuid.uuid4()), app, prompt, seed, scenario, time.time(), duration_s, units)
 
     def enqueue(self, job: Job) -> None:
         """Keep a job for later calls that name its id."""
@@ -102,8 +114,9 @@ class SandboxState:
         name = f"{job.id}.png"
         _, png = self.files.get(name) or self.keep(name, "image/png", picture(job.prompt, job.seed))
         url = file_url(public_url, name) if public_url else "data:image/png;base64," + base64.b64encode(png).decode()
+        image = {"url": url, "width": PICTURE_SIZE[0], "height": PICTURE_SIZE[1], "content_type": "image/png"}
         return {
-            "images": [{"url": url, "width": PICTURE_SIZE[0], "height": PICTURE_SIZE[1], "content_type": "image/png"}],
+            "images": [image] * job.units,
             "timings": {"inference": round(job.duration_s, 3)},
             "seed": job.seed,
             "has_nsfw_concepts": [False],

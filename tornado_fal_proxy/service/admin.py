@@ -7,7 +7,7 @@ ends, which lets the tools see a drain as a drain.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import responses
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,17 @@ from tornado.web import Application, RequestHandler
 if TYPE_CHECKING:
     from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
-__all__ = ["HealthHandler", "admin_application"]
+__all__ = ["AdminHandler", "HealthHandler", "admin_application"]
 
 
-class HealthHandler(RequestHandler):
-    """``GET /healthz``: 200 while the process lives and its loop runs."""
+# Returns whether calls are accepted, and the hosts whose calls go to a backup.
+IsReady = Callable[[], tuple[bool, list[str]]]
+
+
+class AdminHandler(RequestHandler):
+    """The base of what the operator's tools read."""
 
     SUPPORTED_METHODS = ("GET", "HEAD")
-
-    def get(self) -> None:
-        """Respond 200."""
-        self.respond(200, b'{"status": "ok"}')
-
-    head = get
 
     def respond(self, status: int, body: bytes, content_type: str = "application/json") -> None:
         """Send a response that nobody may cache."""
@@ -47,24 +45,38 @@ class HealthHandler(RequestHandler):
         self.finish(json.dumps({"message": message}))
 
 
-class ReadyHandler(HealthHandler):
-    """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins."""
+class HealthHandler(AdminHandler):
+    """``GET /healthz``: 200 while the process lives and its loop runs."""
 
-    def initialize(self, is_ready: Callable[[], bool]) -> None:
+    def get(self) -> None:
+        """Respond 200."""
+        self.respond(200, b'{"status": "ok"}')
+
+    head = get
+
+
+class ReadyHandler(AdminHandler):
+    """``GET /readyz``: 200 while calls are accepted, 503 as soon as the drain begins.
+
+    ``failed_over`` lists the hosts whose calls go to a backup, where there are any.
+    """
+
+    def initialize(self, is_ready: IsReady) -> None:
         """Take the function that decides between the two."""
         self._is_ready = is_ready
 
     def get(self) -> None:
         """Respond 200 or 503."""
-        if self._is_ready():
-            self.respond(200, b'{"status": "ready"}')
-        else:
-            self.respond(503, b'{"status": "draining"}')
+        ready, down = self._is_ready()
+        details = {"failed_over": down} if down else {}
+        self.respond(
+            200 if ready else 503, json.dumps({"status": "ready" if ready else "draining", **details}).encode()
+        )
 
     head = get
 
 
-class MetricsHandler(HealthHandler):
+class MetricsHandler(AdminHandler):
     """``GET /metrics``, for Prometheus."""
 
     def initialize(self, metrics: Metrics, refresh: Callable[[], object]) -> None:
@@ -80,15 +92,21 @@ class MetricsHandler(HealthHandler):
 
 
 def admin_application(
-    metrics: Metrics, is_ready: Callable[[], bool], refresh: Callable[[], object], **settings: Any
+    metrics: Metrics,
+    is_ready: IsReady,
+    refresh: Callable[[], object],
+    more: Sequence[tuple[str, type[RequestHandler], dict[str, Any]]] = (),
 ) -> Application:
-    """Make the application of the admin port. ``refresh`` is called before each reading of the metrics."""
+    """Make the application of the admin port. ``refresh`` is called before each reading of the metrics.
+
+    ``more`` are rules beside its own.
+    """
     return Application(
         [
             ("/healthz", HealthHandler),
             ("/readyz", ReadyHandler, {"is_ready": is_ready}),
             ("/metrics", MetricsHandler, {"metrics": metrics, "refresh": refresh}),
+            *more,
         ],
         log_function=lambda handler: None,
-        **settings,
     )

@@ -35,6 +35,7 @@ from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S, LISTEN_BACKLOG
 from tornado_fal_proxy.service.supervisor import CannotStartWorkers, Supervisor
 from tornado_fal_proxy.service.systemd import Notifier, NotListening, activated_sockets
+from tornado_fal_proxy.service.usage import print_usage
 from tornado_fal_proxy.service.worker import SingleProcess
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # --authorize and --resolve-key find the operator's modules there, after everything that is installed.
         sys.path.append(os.getcwd())
     try:
+        if argv[:1] == ["usage"]:
+            return print_usage(argv[1:], os.environ)
         settings = parse_settings(argv, os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None
         if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:

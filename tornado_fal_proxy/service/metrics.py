@@ -25,9 +25,13 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.rules.endpoints import kind_of
+from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp
+from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS, kind_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
+from tornado_fal_proxy.spending.plans import NO_RULES
 from tornado_fal_proxy.telemetry import Call
+from tornado_fal_proxy.upstream.failover import hosts_of
 
 __all__ = ["Metrics"]
 
@@ -39,10 +43,14 @@ BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 CODES = frozenset({*HTTPStatus, 499})
 
 
+# The errors of calls that a limit has refused.
+LIMITED = (LimitReached.__name__, QuotaUsedUp.__name__)
+
+
 class Metrics:
     """The metrics of the worker in ``slot``. ``directory`` is shared by the workers, and None if there is only one."""
 
-    def __init__(self, scoreboard: Scoreboard, slot: int, directory: str | None, max_in_flight: int) -> None:
+    def __init__(self, scoreboard: Scoreboard, slot: int, directory: str | None, config: ProxyConfig) -> None:
         # Metrics of several workers do not have these either.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
@@ -64,6 +72,12 @@ class Metrics:
         self._cancellations = counter("cancellations", "Calls to fal that were cancelled because the client left.")
         self._first_byte = seconds("first_byte_seconds", "From a call's head to the first byte of fal's response.")
         self._total = seconds("call_seconds", "From a call's head to its end, if fal was called.")
+        self._jobs = counter("jobs", "Paid calls that went to fal.", "endpoint")
+        self._units = counter("billed_units", "Units that fal has billed.", "endpoint")
+        self._dollars = counter("billed_dollars", "Dollars of fal's bills, by the configured prices.", "endpoint")
+        self._failovers = counter("failovers", "Calls that went to fal's backup domain.")
+        self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
+        self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
@@ -75,7 +89,7 @@ class Metrics:
         if directory is not None:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-        registry.register(_ScoreboardCollector(scoreboard, max_in_flight))
+        registry.register(_ScoreboardCollector(scoreboard, config.max_in_flight))
         self._registry = registry
 
     def count(self, call: Call) -> None:
@@ -87,12 +101,28 @@ class Metrics:
                 self._responses_of(call.head.protocol, call.head.status).inc()
                 self._first_byte_of(kind).observe(call.first_byte_s)
             self._total_of(kind).observe(call.seconds)
+            if call.failed_over:
+                self._failovers.inc()
             if call.outcome == "client_disconnected":
                 self._cancellations.inc()
         if call.received_bytes:
             self._received.inc(call.received_bytes)
         if call.sent_bytes:
             self._sent.inc(call.sent_bytes)
+        if call.accounted:
+            self._count_spending(call)
+
+    def _count_spending(self, call: Call) -> None:
+        if call.error in LIMITED:
+            self._refusals.labels(call.detail.partition(":")[0]).inc()
+        if call.endpoint is None:
+            return
+        endpoint = self._label_of(call.endpoint)
+        if call.relayed and call.target is not None and call.target.paid:
+            self._jobs.labels(endpoint).inc()
+        if call.billed:
+            self._units.labels(endpoint).inc(float(call.units or 0))
+            self._dollars.labels(endpoint).inc(float(call.cost or 0))
 
     def _labels_of_response(self, protocol: str, status: int) -> Any:
         """Return the counter of the responses with that protocol and status."""
@@ -130,6 +160,12 @@ class _ScoreboardCollector(Collector):
         yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(accepting))
         yield gauge("client_connections", "Connections of clients.", connections)
         yield gauge("upstream_connections", "Connections to fal.", upstream_connections)
+        failed_over = GaugeMetricFamily(
+            "fal_proxy_failed_over", "Worker processes whose calls to a host go to its backup.", labels=["host"]
+        )
+        for host in BACKUP_HOSTS:
+            failed_over.add_metric([host], sum(host in hosts_of(worker.down) for worker in workers))
+        yield failed_over
         yield counter("worker_restarts", "Workers that replaced one that ended.", self._scoreboard.restarts())
         yield counter("worker_hangs", "Workers that were killed because they hung.", self._scoreboard.hangs())
         yield counter("log_lines_lost", "Lines of the log that nobody read in time.", self._scoreboard.lost_lines())

@@ -40,6 +40,7 @@ __all__ = [
     "DEFAULT_PORT",
     "PROGRAM",
     "Settings",
+    "config_file",
     "log_format_of",
     "parse_settings",
 ]
@@ -70,6 +71,11 @@ DEFAULT_DRAIN_TIMEOUT_S = 30.0
 DEFAULT_WORKER_TIMEOUT_S = 15.0
 # Limits that limit: below, a busy machine would have sound workers killed.
 MIN_WORKER_TIMEOUT_S = 1.0
+
+# The options that limit what is spent.
+LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget")
+# The price in dollars of a picture of the sandbox, where nobody names one: about that of a picture of fal's.
+SANDBOX_PRICE = "0.025"
 
 # The groups of ``--help`` in their order, each with its description.
 GROUPS = {
@@ -283,7 +289,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if unknown:
         raise ConfigError([_unknown_options(unknown, parser)])
     given = vars(arguments)
-    file = _config_file(given["config"], environ)
+    file = config_file(given["config"], environ)
     texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
@@ -299,6 +305,11 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if file.key_file is not None and not any(environ.get(name, "").strip() for name in KEY_VARIABLES):
         environ = {**environ, "FAL_KEY_FILE": file.key_file}
         places["FAL_KEY_FILE"] = file.place(KEY_FILE)
+    if sandbox and ("plans" in more or any(texts[name] for name in LIMITS)):
+        # A trial leaves no file behind, and any model has a price.
+        texts["store"] = texts["store"] or "memory"
+        if texts["prices"] is None:
+            more.setdefault("prices", {"**": SANDBOX_PRICE})
     try:
         relay = _relay_config(texts, more, environ, sandbox)
     except ConfigError as exc:
@@ -320,7 +331,7 @@ def _unknown_options(texts: Sequence[str], parser: _Parser) -> str:
     return f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"
 
 
-def _config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
+def config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
     """Return the options in the file that is named, if one is. Raise ConfigError, which says who has named it."""
     variable = ENV_PREFIX + "CONFIG"
     path = environ.get(variable) if argument is None else argument
@@ -379,7 +390,7 @@ def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     except ConfigError:  # an option without a value
         given = argparse.Namespace(log_format=None, config=None)
     try:
-        file = _config_file(given.config, environ)
+        file = config_file(given.config, environ)
     except ConfigError:
         file = ConfigFile()
     return str(_texts({"log_format": given.log_format}, environ, file)[0]["log_format"] or "").lower()

@@ -23,7 +23,7 @@ from tornado.httpserver import HTTPServer
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
-from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending
+from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending, shared_backend
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
@@ -33,8 +33,11 @@ from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.trimming import Trimmer
+from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
+from tornado_fal_proxy.spending.account import Ask
 from tornado_fal_proxy.upstream.client import DEFAULT_BUFFERED_PART
+from tornado_fal_proxy.upstream.failover import bits_of, hosts_of
 
 if TYPE_CHECKING:
     from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
@@ -190,25 +193,38 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             process.slot,
             in_flight=sum(backend.slots.in_use for backend in backends),
             upstream_connections=sum(backend.client.connections() for backend in backends),
+            down=bits_of([host for backend in backends for host in backend.client.down]),
         )
         return True
 
     refresh()
     Sweep(REFRESH_INTERVAL_S, refresh).start()
-    max_in_flight = application.config.max_in_flight
-    application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, max_in_flight)
+    application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)
 
-    def is_ready() -> bool:
-        return any(worker.connections is not None for worker in scoreboard.workers())
+    def is_ready() -> tuple[bool, list[str]]:
+        refresh()
+        workers = scoreboard.workers()
+        down = {host for worker in workers for host in hosts_of(worker.down)}
+        return any(worker.connections is not None for worker in workers), sorted(down)
 
+    ask = _usage_of(application)
+    pages = [("/usage", UsageHandler, {"ask": ask}), ("/usage.json", UsageJsonHandler, {"ask": ask})]
     admin = HTTPServer(
-        admin_application(metrics, is_ready, refresh),
+        admin_application(metrics, is_ready, refresh, pages),
         idle_connection_timeout=ADMIN_KEEP_ALIVE_S,
         max_body_size=MAX_OTHER_BODY_BYTES,
         body_timeout=ADMIN_KEEP_ALIVE_S,
     )
     admin.add_sockets(context.admin_sockets)
     return admin
+
+
+def _usage_of(application: ProxyApplication) -> Ask | None:
+    """Return what asks the store of the calls for its account; None where nothing is counted."""
+    spending = application.config.spending
+    if spending is None or not spending.needs_store:
+        return None
+    return lambda *period: shared_backend(application, application.config).ledger.usage(*period)
 
 
 async def _send_heartbeats(process: SingleProcess | Worker, interval_s: float | None) -> None:

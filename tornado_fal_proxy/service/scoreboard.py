@@ -17,11 +17,15 @@ __all__ = ["Scoreboard", "WorkerStats"]
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """The numbers of one worker. ``connections`` is None while the worker accepts none."""
+    """The numbers of one worker. ``connections`` is None while the worker accepts none.
+
+    ``down`` are the hosts whose calls go to a backup, as bits that :mod:`~tornado_fal_proxy.upstream.failover` makes.
+    """
 
     connections: int | None
     in_flight: int
     upstream_connections: int
+    down: int = 0
 
 
 class Scoreboard:
@@ -30,7 +34,7 @@ class Scoreboard:
     A worker whose last heartbeat is older than ``silent_after_s`` is silent; with None there are no heartbeats.
     """
 
-    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _STARTS, _HANGS, _LOST_LINES, _COLUMNS = range(8)
+    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _DOWN, _STARTS, _HANGS, _LOST_LINES, _COLUMNS = range(9)
 
     def __init__(self, size: int, silent_after_s: float | None = None) -> None:
         self._silent_after_s = silent_after_s
@@ -43,7 +47,7 @@ class Scoreboard:
     def clear(self, slot: int) -> None:
         """Forget the numbers of a worker that has ended."""
         self._cells[self._offsets[slot] + self._CONNECTIONS] = -1
-        for column in (self._HEARTBEAT, self._IN_FLIGHT, self._UPSTREAM):
+        for column in (self._HEARTBEAT, self._IN_FLIGHT, self._UPSTREAM, self._DOWN):
             self._cells[self._offsets[slot] + column] = 0
 
     def count_start(self, slot: int) -> None:
@@ -74,10 +78,11 @@ class Scoreboard:
         """Set how many connections of clients a worker has; None means that it accepts no more."""
         self._cells[self._offsets[slot] + self._CONNECTIONS] = -1 if connections is None else connections
 
-    def update(self, slot: int, *, in_flight: int, upstream_connections: int) -> None:
-        """Set how many calls and connections to fal a worker has."""
+    def update(self, slot: int, *, in_flight: int, upstream_connections: int, down: int = 0) -> None:
+        """Set how many calls and connections to fal a worker has, and which hosts are down for it."""
         self._cells[self._offsets[slot] + self._IN_FLIGHT] = in_flight
         self._cells[self._offsets[slot] + self._UPSTREAM] = upstream_connections
+        self._cells[self._offsets[slot] + self._DOWN] = down
 
     def fewest_connections(self, slot: int) -> int | None:
         """Return the least number of connections that a worker in another slot has; None if no other accepts any."""
@@ -104,6 +109,7 @@ class Scoreboard:
                 None if (connections := self._cells[offset + self._CONNECTIONS]) < 0 else connections,
                 self._cells[offset + self._IN_FLIGHT],
                 self._cells[offset + self._UPSTREAM],
+                self._cells[offset + self._DOWN],
             )
             for offset in self._offsets
         ]

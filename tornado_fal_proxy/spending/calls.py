@@ -61,7 +61,7 @@ class SpendingCall(Protocol):
     """Describe what a response needs of the call that it belongs to.
 
     ``headers`` are for the client. ``user`` and ``endpoint`` are those of the paid call.
-    ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known.
+    ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known, and then ``billed`` is true.
     """
 
     headers: tuple[tuple[str, str], ...]
@@ -70,6 +70,7 @@ class SpendingCall(Protocol):
     endpoint: str | None
     units: int | None
     cost: int | None
+    billed: bool
 
     def tap(self, data: bytes) -> None:
         """Take a piece of the response's body."""
@@ -91,6 +92,7 @@ class PaidCall:
         self.endpoint: str | None = terms.reservation.endpoint
         self.units: int | None = terms.reservation.units
         self.cost: int | None = None if terms.price is None else terms.reservation.cost
+        self.billed = False
         self._ledger, self._terms, self._queued = ledger, terms, queued
         self._id = terms.reservation.id
         self._over = False
@@ -144,7 +146,7 @@ class PaidCall:
             return self._submitted(head)
         if (units := billed_units(head.headers)) is not None:
             price = self._terms.price
-            self.units, self.cost = units, None if price is None else price.cost(units)
+            self.units, self.cost, self.billed = units, None if price is None else price.cost(units), True
             return self._ledger.settle(self._id, units, self.cost or 0)
         if did_not_run(head.status):
             return self._give_back()
@@ -173,6 +175,7 @@ class JobCall:
         self.endpoint: str | None = None
         self.units: int | None = None
         self.cost: int | None = None
+        self.billed = False
         self._ledger, self._id, self._kind = ledger, job_id, kind
         self._tail = b""
         self._completed = False
@@ -189,6 +192,7 @@ class JobCall:
         """Settle or end the job, where the response says so."""
         await self._ledger.wait(self._note(head))
         if self.units is not None:
+            self.billed = True
             known = self._ledger.known(self._id)
             self.user, self.endpoint, self.cost = known.user, known.endpoint, known.cost
 

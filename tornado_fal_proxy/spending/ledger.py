@@ -13,11 +13,12 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.plans import SpendingRules, Terms
-from tornado_fal_proxy.spending.store import Standing, Store, StoreFailed
+from tornado_fal_proxy.spending.store import Standing, Store, StoreFailed, Usage
 
 __all__ = ["KnownJob", "Ledger"]
 
@@ -94,6 +95,11 @@ class Ledger:
                 self._log(exc, "anyone may read a job, because on_store_failure is allow")
                 return True
         return known.user == user
+
+    async def usage(self, *period: Any) -> Sequence[Usage]:
+        """Return what the store's usage() does. Raise StoreFailed."""
+        await self._open()
+        return await self._store.usage(*period)
 
     # Beside the calls. Each returns a task, which ends even if the store fails.
 

@@ -9,13 +9,16 @@ This module keeps nothing and reads no clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError, PriceUnknown
 from tornado_fal_proxy.rules.access import AccessRules, access_rules
+from tornado_fal_proxy.rules.endpoints import OTHER
+from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.spending.limits import MILLION, Limit, Window, parse_budget, parse_jobs
 from tornado_fal_proxy.spending.prices import Price, Prices, prices_of
 from tornado_fal_proxy.spending.store import JOB_KEPT_S, Counter, Reservation
@@ -86,7 +89,8 @@ class Terms:
 class SpendingRules:
     """The rules of one configuration. Only :func:`spending_rules` makes one.
 
-    ``jobs`` and ``budget`` are limits of all users together. Without ``needs_store`` nothing is counted.
+    ``jobs`` and ``budget`` are limits of all users together. ``patterns`` are those of the prices, and then those of
+    ``allowed_endpoints``. Without ``needs_store`` nothing is counted.
     """
 
     default: Plan = Plan()
@@ -94,6 +98,7 @@ class SpendingRules:
     jobs: tuple[Limit, ...] = ()
     budget: tuple[Limit, ...] = ()
     prices: Prices | None = None
+    patterns: tuple[Pattern, ...] = ()
     counts_units: bool = False
     refuses_on_failure: bool = True
     own_jobs_only: bool = False
@@ -105,6 +110,11 @@ class SpendingRules:
     def plan(self, name: str | None) -> Plan | None:
         """Return a plan by its name; None where there is none of that name."""
         return self.default if name is None else self.plans.get(name)
+
+    def label(self, endpoint: str) -> str:
+        """Return the first of the operator's patterns that matches: a client may invent any number of endpoints."""
+        segments = endpoint.split("/")
+        return next((pattern.text for pattern in self.patterns if pattern.matches(segments)), OTHER)
 
     def price(self, endpoint: str) -> Price | None:
         """Return the price of an endpoint; None where none is known."""
@@ -133,6 +143,7 @@ class SpendingRules:
             id=id,
             user=user,
             endpoint=endpoint,
+            refused_as=self.label(endpoint),
             at=int(now),
             jobs=jobs,
             units=units,
@@ -198,6 +209,7 @@ def spending_rules(fields: Mapping[str, Any]) -> SpendingRules | None:
         jobs=own["jobs"] or (),
         budget=own["budget"] or (),
         prices=own["prices"],
+        patterns=tuple(_patterns(own["prices"], fields["allowed_endpoints"])),
         counts_units=fields["count"] == UNITS,
         refuses_on_failure=fields["on_store_failure"] == REFUSE,
         own_jobs_only=fields["own_jobs_only"],
@@ -206,6 +218,14 @@ def spending_rules(fields: Mapping[str, Any]) -> SpendingRules | None:
         job_lifetime_s=fields["job_lifetime_s"],
         account_days=fields["account_days"],
     )
+
+
+def _patterns(prices: Prices | None, allowed_endpoints: object) -> Iterator[Pattern]:
+    """Yield the operator's patterns. One that is wrong is a problem of its own field."""
+    yield from () if prices is None else (price.pattern for price in prices.prices)
+    for text in allowed_endpoints if isinstance(allowed_endpoints, tuple) else ():
+        with suppress(ValueError, TypeError):
+            yield Pattern.parse(text)
 
 
 def _plan(values: Mapping[str, Any], base: Plan, problems: list[str], prefix: str) -> Plan:

@@ -85,7 +85,7 @@ if answer[1] == -2 then
   account(day, job.row, job.jobs, 0, job.units, job.cost)
   answer[2] = running + 1
 else
-  account(day, job.row, 0, 1, 0, 0)
+  account(day, job.refused_row, 0, 1, 0, 0)
 end
 redis.call('EXPIRE', day, job.day_ttl)
 redis.call('ZADD', days, 0, job.day)

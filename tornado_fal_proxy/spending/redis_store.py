@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from hashlib import sha1
 from typing import Any, cast
@@ -31,12 +31,14 @@ from redis.exceptions import TimeoutError as RedisTimeout
 from tornado_fal_proxy.spending import redis_scripts
 from tornado_fal_proxy.spending.store import (
     COUNTER_KEPT_S,
+    DIMENSIONS,
     JOB_KEPT_S,
     Counter,
     Reservation,
     Standing,
     StoreFailed,
     Usage,
+    added_up,
     day_of,
 )
 
@@ -149,6 +151,7 @@ class RedisStore:
                 "user": job.user,
                 "endpoint": job.endpoint,
                 "row": _json([job.user, job.endpoint]),
+                "refused_row": _json([job.user, job.refused_as]),
                 "at": job.at,
                 "day": day,
                 "jobs": job.jobs,
@@ -193,7 +196,9 @@ class RedisStore:
         """Do Store.endpoint."""
         return cast("str | None", await self._do("HGET", _job(job_id), "endpoint"))
 
-    async def usage(self, since: str, until: str) -> Sequence[Usage]:
+    async def usage(
+        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
+    ) -> Sequence[Usage]:
         """Do Store.usage."""
         rows: list[Usage] = []
         for day in await self._do("ZRANGEBYLEX", f"{_PREFIX}days", f"[{since}", f"[{until}"):
@@ -204,8 +209,9 @@ class RedisStore:
                     "HSCAN", f"{_PREFIX}account:{day}", max(cursor, 0), "COUNT", _ROWS_AT_ONCE
                 )
                 found |= some
-            rows += (Usage(day, *json.loads(key), *map(int, row.split())) for key, row in found.items())
-        return sorted(rows, key=lambda row: (row.day, row.user, row.endpoint))
+            of_day = (Usage(day, *json.loads(key), *map(int, row.split())) for key, row in found.items())
+            rows += added_up(of_day, by, None)
+        return added_up(rows, by, most)
 
     async def prune(self, now: int, account_days: int) -> None:
         """Forget days of the account. All else has a time to live."""

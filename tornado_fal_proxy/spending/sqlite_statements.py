@@ -7,11 +7,12 @@ and must get it back. The caller has begun a transaction and commits it: nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from sqlite3 import Connection
 
 from tornado_fal_proxy.spending.store import (
     COUNTER_KEPT_S,
+    DIMENSIONS,
     JOB_KEPT_S,
     Reservation,
     Standing,
@@ -77,7 +78,7 @@ def reserve(db: Connection, job: Reservation) -> Standing:
     day = day_of(job.at)
     refused_by = first_without_room(job, used, unfinished)
     if refused_by is not None:
-        _account(db, (day, job.user, job.endpoint), refused=1)
+        _account(db, (day, job.user, job.refused_as), refused=1)
         return Standing(used, unfinished, refused_by)
     if counters:
         db.execute(
@@ -152,14 +153,16 @@ def endpoint(db: Connection, job_id: str) -> str | None:
     return None if row is None else str(row[0])
 
 
-def usage(db: Connection, since: str, until: str) -> list[Usage]:
+def usage(db: Connection, since: str, until: str, by: Collection[str], most: int | None) -> list[Usage]:
     """Do Store.usage."""
+    columns = ", ".join(name if name in by else "'' AS " + name for name in DIMENSIONS)
+    order = "day, user, endpoint" if most is None else "sum(cost) DESC, sum(jobs) DESC, day, user, endpoint"
     return [
         Usage(*row)
         for row in db.execute(
-            "SELECT day, user, endpoint, jobs, refused, units, cost FROM account WHERE day BETWEEN ? AND ?"
-            " ORDER BY day, user, endpoint",
-            (since, until),
+            f"SELECT {columns}, sum(jobs), sum(refused), sum(units), sum(cost) FROM account WHERE day BETWEEN ? AND ?"
+            f" GROUP BY 1, 2, 3 ORDER BY {order} LIMIT ?",
+            (since, until, -1 if most is None else most),
         )
     ]
 

@@ -18,14 +18,14 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
 from tornado_fal_proxy.spending import sqlite_statements as statements
-from tornado_fal_proxy.spending.store import Reservation, Standing, StoreFailed, Usage, day_of
+from tornado_fal_proxy.spending.store import DIMENSIONS, Reservation, Standing, StoreFailed, Usage, day_of
 
 __all__ = ["MEMORY", "SqliteStore"]
 
@@ -144,9 +144,11 @@ class SqliteStore:
         """Do Store.endpoint."""
         return await self._do(statements.endpoint, job_id, writes=False)
 
-    async def usage(self, since: str, until: str) -> Sequence[Usage]:
+    async def usage(
+        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
+    ) -> Sequence[Usage]:
         """Do Store.usage."""
-        return await self._do(statements.usage, since, until, writes=False)
+        return await self._do(statements.usage, since, until, by, most, writes=False)
 
     async def prune(self, now: int, account_days: int) -> None:
         """Do Store.prune, in many short transactions."""

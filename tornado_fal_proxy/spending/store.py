@@ -11,13 +11,15 @@ Whoever calls knows limits, prices and the time. A store knows none of them: it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from time import gmtime
 from typing import Protocol
 
 __all__ = [
     "COUNTER_KEPT_S",
+    "DIMENSIONS",
     "JOB_KEPT_S",
     "UNFINISHED",
     "Counter",
@@ -26,10 +28,13 @@ __all__ = [
     "Store",
     "StoreFailed",
     "Usage",
+    "added_up",
     "day_of",
     "first_without_room",
 ]
 
+# The dimensions of the account, by which rows may be added up.
+DIMENSIONS = ("day", "user", "endpoint")
 # Limits, in seconds, for how long a job is kept after its reservation: a late result settles it, its user may read it.
 JOB_KEPT_S = 7 * 86_400
 # Limits, in seconds, for how long a counter is kept after its window has ended. No reservation asks for it then, except
@@ -60,7 +65,8 @@ class Counter:
 class Reservation:
     """A job before it runs.
 
-    ``id`` is random. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
+    ``id`` is random. A refusal is accounted under ``refused_as`` in place of ``endpoint``, which a client may have
+    invented. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
     ``cost``, the estimate in millionths of a dollar, to each of ``cost_counters``. ``units`` is the estimate in
     millionths of a unit. The job counts as unfinished until it has ended, or up to ``unfinished_until``; where
     ``max_unfinished`` is not None, the user may have so many of them.
@@ -69,6 +75,7 @@ class Reservation:
     id: str
     user: str
     endpoint: str
+    refused_as: str
     at: int
     jobs: int
     units: int
@@ -147,11 +154,30 @@ class Store(Protocol):
     async def endpoint(self, job_id: str) -> str | None:
         """Return the endpoint of a job, whose price a bill needs; None where the job is not known, or not any more."""
 
-    async def usage(self, since: str, until: str) -> Sequence[Usage]:
-        """Return the rows of the account from day ``since`` to day ``until``, both included, by day, user, endpoint."""
+    async def usage(
+        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
+    ) -> Sequence[Usage]:
+        """Return the account from day ``since`` to day ``until``, both included.
+
+        Rows that agree in the dimensions ``by`` are added up, and their other dimensions are empty. They come by day,
+        user and endpoint, or, with ``most``, that many at most, those of the highest cost first.
+        """
 
     async def prune(self, now: int, account_days: int) -> None:
         """Forget jobs after JOB_KEPT_S, counters after COUNTER_KEPT_S, days of the account after ``account_days``."""
+
+
+def added_up(rows: Iterable[Usage], by: Collection[str], most: int | None) -> list[Usage]:
+    """Return rows of the account as :meth:`Store.usage` does. No more is kept than the sums."""
+    sums: dict[tuple[str, str, str], tuple[int, int, int, int]] = {}
+    for row in rows:
+        day, user, endpoint = (getattr(row, name) if name in by else "" for name in DIMENSIONS)
+        jobs, refused, units, cost = sums.get((day, user, endpoint), (0, 0, 0, 0))
+        sums[day, user, endpoint] = jobs + row.jobs, refused + row.refused, units + row.units, cost + row.cost
+    found = (Usage(*key, *total) for key, total in sums.items())
+    if most is None:
+        return sorted(found, key=lambda row: (row.day, row.user, row.endpoint))
+    return nsmallest(most, found, key=lambda row: (-row.cost, -row.jobs, row.day, row.user, row.endpoint))
 
 
 def day_of(at: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 from tornado_fal_proxy.spending.store import Store
 
-__all__ = ["ALLOWED", "default_path", "parse_store"]
+__all__ = ["ALLOWED", "default_path", "parse_store", "path_of"]
 
 ALLOWED = "sqlite:PATH, redis://HOST:PORT/NUMBER, rediss://HOST:PORT/NUMBER or memory"
 _FILE = "spending.sqlite"
@@ -34,6 +34,14 @@ def parse_store(text: str | None = None) -> Store:
     if scheme in ("redis", "rediss"):
         return _redis(text)
     raise ValueError(f"must be {ALLOWED}")
+
+
+def path_of(text: str | None) -> Path | None:
+    """Return the file of a store of that name; None for a store without a file."""
+    if text is None:
+        return default_path()
+    scheme, _, rest = text.partition(":")
+    return Path(rest) if scheme == "sqlite" else None
 
 
 def default_path(environment: Mapping[str, str] | None = None) -> Path:

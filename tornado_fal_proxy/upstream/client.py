@@ -148,6 +148,11 @@ class UpstreamClient(CurlLoop):
         self._handles.close()
         super().close()
 
+    @property
+    def down(self) -> tuple[str, ...]:
+        """Return the hosts whose calls go to a backup now."""
+        return () if self.failover is None else self.failover.down
+
     # For transfers.
 
     def now(self) -> float:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from tornado_fal_proxy.errors import ConnectFailed, NameNotFound, UpstreamError, UpstreamTimeout
 from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS
 
-__all__ = ["BACKUP_CONNECT_TIMEOUT_S", "PROBE_INTERVAL_S", "Failover"]
+__all__ = ["BACKUP_CONNECT_TIMEOUT_S", "PROBE_INTERVAL_S", "Failover", "bits_of", "hosts_of"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -111,6 +111,6 @@ def hosts_of(outages: int) -> Iterator[str]:
     return (host for bit, host in enumerate(BACKUP_HOSTS) if outages >> bit & 1)
 
 
-def bits_of(hosts: tuple[str, ...]) -> int:
+def bits_of(hosts: Collection[str]) -> int:
     """Return hosts as bits of one number, for the memory that workers share."""
     return sum(1 << bit for bit, host in enumerate(BACKUP_HOSTS) if host in hosts)

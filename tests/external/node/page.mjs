@@ -86,5 +86,6 @@ await page.fill("#prompt", "Ein Kätzchen 🐱");
 seen.run_again = await use("run");
 await page.selectOption("#scenario", "500");
 seen.stream_after_picture = await use("stream");
+const left = await page.locator("#left").isHidden();
 await browser.close();
-report({ seen, origins: [...origins], problems });
+report({ seen, origins: [...origins], problems, left });

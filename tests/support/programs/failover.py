@@ -69,9 +69,7 @@ class Stand:
 
 def down(backend: Callable[[], Backend]) -> list[str]:
     """Return the hosts whose calls go to a backup."""
-    kept = backend().client.failover
-    assert kept is not None
-    return list(kept.down)
+    return list(backend().client.down)
 
 
 @asynccontextmanager
