@@ -53,6 +53,7 @@ async def test_the_file(setup: Setup, directory: Path) -> None:
     config = setup.config(upstream)
     running = await ServiceProcess.start(
         "--config=options.toml",
+        "--processes=2",
         cwd=directory,
         FAL_PROXY_CA_CERTS=str(config.ca_certs),
         FAL_PROXY_CONNECT_TO=str(config.connect_to),
@@ -81,7 +82,7 @@ def test_the_values(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     price = rules.price(VIDEO.partition("run/")[2])
     assert price is not None
     assert (price.units, price.cost(price.units)) == (5_000_000, 350_000)
-    assert parse_settings(["--config=options.toml", "--processes=1", "--sandbox"], {}).sandbox
+    assert parse_settings(["--config=options.toml", "--sandbox"], {}).sandbox
 
 
 def test_the_problems(tmp_path: Path) -> None:
