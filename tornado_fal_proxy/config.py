@@ -3,7 +3,7 @@
 Strategy: :class:`ProxyConfig` is plain data. Making one checks every field and raises a single
 :class:`~tornado_fal_proxy.errors.ConfigError` that names all problems, so a bad value fails at the start and not at the
 first call. Each field carries its help text and unit. The command line, the ``FAL_PROXY_*`` environment variables and
-the table in README.md are all derived from these fields, or tested against them.
+the table in docs/reference.md are all derived from these fields, or tested against them.
 
 The key appears in no repr and no error message.
 """
@@ -100,7 +100,7 @@ class ProxyConfig:
 
     ``key`` is sent to fal as ``authorization: Key <key>``. None (the default) reads ``FAL_KEY``, or ``FAL_KEY_ID`` and
     ``FAL_KEY_SECRET``, from the environment for each call; without either a call is answered 500.
-    The metadata of the other fields, and the table of options in README.md, describe them.
+    The metadata of the other fields, and the table in docs/reference.md, describe them.
     """
 
     key: str | None = field(default=None, repr=False)
@@ -359,6 +359,8 @@ class ProxyConfig:
         """
         environ = os.environ if environ is None else environ
         problems = unknown_variables(environ)
+        if environ.get(ENV_PREFIX + "CONFIG"):  # limits that nobody reads would limit nobody
+            problems.append(f"{ENV_PREFIX}CONFIG: only the command reads it; give plans and prices to ProxyConfig")
         texts = {known.name: environ.get(ENV_PREFIX + known.name.upper()) for known in relay_options()}
         key = None
         try:
@@ -415,7 +417,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
         if match is None or name in known.values() or _SERVICE_LINK.fullmatch(name):
             continue
         near = get_close_matches(match[1].upper(), meant, n=1)
-        hint = f", did you mean {meant[near[0]]}?" if near else "; README.md has a table of the variables"
+        hint = f", did you mean {meant[near[0]]}?" if near else "; docs/reference.md lists the variables"
         problems.append(f"unknown variable {excerpt(name)}{hint}")
     return problems
 

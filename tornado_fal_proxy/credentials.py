@@ -15,8 +15,17 @@ from collections.abc import Mapping
 
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
 
-__all__ = ["KEY_CHARACTERS", "authorization_line", "configured_key", "key_from_env", "key_from_file"]
+__all__ = [
+    "KEY_CHARACTERS",
+    "KEY_VARIABLES",
+    "authorization_line",
+    "configured_key",
+    "key_from_env",
+    "key_from_file",
+]
 
+# The variables that have the key, or half of it, or the name of its file.
+KEY_VARIABLES = ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET", "FAL_KEY_FILE")
 # A key of fal's, and all that may stand in a header line without a second meaning: printable ASCII without spaces.
 KEY_CHARACTERS = re.compile(r"[!-~]+")
 # Limits how much of a key file is read: far more than any key has, and little when the path names the wrong file.

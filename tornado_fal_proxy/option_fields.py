@@ -14,11 +14,25 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-__all__ = ["EMPTY_LIST", "FALSE", "TRUE", "as_function", "as_list", "as_number", "option"]
+__all__ = [
+    "EMPTY_LIST",
+    "FALSE",
+    "LIST",
+    "NUMBER",
+    "SWITCH",
+    "TEXT",
+    "TRUE",
+    "as_function",
+    "as_list",
+    "as_number",
+    "option",
+]
 
 # The texts of a switch, and of a list that is set but empty.
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 EMPTY_LIST = "none"
+# The forms of an option's value in a file that has types.
+FORMS = SWITCH, NUMBER, LIST, TEXT = ("switch", "number", "list", "text")
 
 
 def as_list(text: str) -> tuple[str, ...]:
@@ -64,11 +78,23 @@ def option(
     *,
     group: str = "relaying",
     secret: bool = False,
+    form: str = "",
 ) -> Any:
     """Return a dataclass field that is also an option of the command.
 
     ``parse`` makes its value of a text, and is by default the parser of the default's type. ``group`` is the heading in
-    ``--help``. A ``secret`` value is in no repr.
+    ``--help``. A ``secret`` value is in no repr. ``form`` is that of the value in a file, one of FORMS, and by default
+    the form of what the parser returns.
     """
+    form = form or _form(default, metavar, parse)
     metadata = {"help": help, "metavar": metavar, "parse": parse or _PARSERS.get(type(default), str), "group": group}
-    return field(default=default, repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata | {"form": form})
+
+
+def _form(default: Any, metavar: str, parse: Callable[[str], Any] | None) -> str:
+    if isinstance(default, bool):
+        return SWITCH
+    if isinstance(default, int | float) or (isinstance(parse, partial) and parse.func is as_number):
+        return NUMBER
+    # A text with commas that no parser divides is one for the rules, such as 5/minute,20/day.
+    return LIST if parse is not None and metavar.endswith(",...") else TEXT

@@ -49,6 +49,11 @@ def argv(text: str) -> list[str]:
     return found
 
 
+def image_environment() -> dict[str, str]:
+    """Return the variables that the image sets."""
+    return dict(pair.split("=") for pair in the("ENV").split())
+
+
 def compose() -> dict[str, Any]:
     found = yaml.safe_load(COMPOSE.read_text())
     assert isinstance(found, dict)
@@ -65,7 +70,10 @@ def test_dockerfile_agrees() -> None:
     (image,) = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert f"NEWEST_PYTHON={image.removeprefix('python:').removesuffix('-slim')}\n" in (ROOT / ".ci/run").read_text()
     assert the("EXPOSE") == str(DEFAULT_PORT)
-    assert the("ENV").split("=")[0] == "FAL_PROXY_ADDRESS"
+    assert list(image_environment()) == ["FAL_PROXY_ADDRESS", "FAL_PROXY_WITHHOLD_HEADERS", "STATE_DIRECTORY"]
+    # The user may write to the volume, because it starts as a copy of a directory of theirs.
+    assert the("VOLUME") == image_environment()["STATE_DIRECTORY"]
+    assert f"COPY --from=build --chown={the('USER')} /src/state {the('VOLUME')}\n" in DOCKERFILE.read_text()
     assert int(the("USER").split(":")[0]) > 0
     assert the("STOPSIGNAL") == "SIGTERM"
     assert [name for name, _ in instructions()][-1] == "ENTRYPOINT"
@@ -139,17 +147,21 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
     assert service["environment"]["FAL_KEY_FILE"] == "/run/secrets/" + service["secrets"][0]
     inside = [part.replace(INSTALLED, f"{image}{INSTALLED}") for part in argv(the("ENTRYPOINT"))]
     monkeypatch.setattr("tests.support.service_process.COMMAND", [*as_user(the("USER")), *inside])
-    defaults = dict(pair.split("=") for pair in the("ENV").split())
-    assert not set(defaults) - {"FAL_PROXY_ADDRESS", "FAL_PROXY_WITHHOLD_HEADERS", "STATE_DIRECTORY"}
+    state = image / the("WORKDIR").strip("/") / "state"
+    if os.geteuid() == 0:
+        os.chown(state, *map(int, the("USER").split(":")))
     upstream = await setup.upstream(respond)
-    environ = defaults | service["environment"] | {"FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ = image_environment() | service["environment"] | {"FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    environ |= {"STATE_DIRECTORY": str(state), "FAL_PROXY_JOBS_PER_USER": "1/day"}
     environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary), "PYTHONPATH": ""}
     running = await start(setup, upstream, *service["command"], cwd=image, **environ)
     if os.geteuid() == 0:
         assert Path(f"/proc/{running.pid}").stat().st_uid == int(the("USER").split(":")[0])
     (where,) = {os.readlink(f"/proc/{pid}/exe") for pid in (running.pid, *running.workers())}
     assert fnmatch(Path(where).name, "python3*")
-    assert (await call(running.port, target="https://fal.run/short")).status == 200
+    statuses = [(await call(running.port, target="https://fal.run/short")).status for _ in range(2)]
+    assert statuses == [200, 402]
+    assert (state / "spending.sqlite").stat().st_uid == (state.stat().st_uid)
     await has_counted(running)
     assert await healthy(image, running.port)
     await running.end()
@@ -208,4 +220,6 @@ def test_compose_agrees() -> None:
     assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
     assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS,)
     assert proxy["tmpfs"] == ["/tmp"]
+    (volume,) = proxy["volumes"]
+    assert volume.split(":") == [*content["volumes"], image_environment()["STATE_DIRECTORY"]]
     assert content["secrets"].keys() == set(proxy["secrets"])

@@ -8,6 +8,7 @@ import re
 import stat
 from ipaddress import ip_address, ip_network
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -77,11 +78,19 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
     end = LONGEST_END_S - DEFAULT_DRAIN_TIMEOUT_S + settings.drain_timeout_s
     assert pod["spec"]["terminationGracePeriodSeconds"] > float(waits) + end
 
-    (variable,) = container["env"]
+    variable, store = container["env"]
     (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
     assert (variable["name"], variable["value"]) == ("FAL_KEY_FILE", f"{mount['mountPath']}/key")
     assert (mount["name"], volume["secret"]["secretName"]) == (volume["name"], "tornado-fal-proxy")
     assert not volume["secret"]["defaultMode"] & stat.S_IRWXO
+    # Pods share no disk, so without a Redis there are no limits, and a secret without it is no fault.
+    assert store["name"] == "FAL_PROXY_STORE"
+    assert store["valueFrom"]["secretKeyRef"] == {"name": "tornado-fal-proxy", "key": "store", "optional": True}
+    (url,) = re.findall(r"--from-literal=store=(\S+)", KUBERNETES.read_text())
+    settings = parse_settings([], {"FAL_KEY": KEY, "FAL_PROXY_STORE": url, "FAL_PROXY_JOBS_PER_USER": "1/day"})
+    assert settings.relay is not None
+    (opened,) = [rule for rule in kubernetes["NetworkPolicy"]["spec"]["egress"] if "podSelector" in rule["to"][0]]
+    assert opened["ports"] == [{"port": urlsplit(url).port, "protocol": "TCP"}]
     assert "--from-file=key=" in KUBERNETES.read_text()
 
 
@@ -109,7 +118,8 @@ async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
     await running.ended()
 
 
-# Destinations, as the namespace of a pod or an address, with port and protocol, and whether a pod may send there.
+# Destinations, as the namespace or the name of a pod, or an address, with port and protocol, and whether a pod may send
+# there.
 EGRESS = [
     ("kube-system", 53, "UDP", True),
     ("kube-system", 53, "TCP", True),
@@ -118,6 +128,10 @@ EGRESS = [
     ("169.254.20.10", 53, "TCP", True),
     ("203.0.113.7", 443, "TCP", True),
     ("2001:db8::7", 443, "TCP", True),
+    ("redis", 6379, "TCP", True),
+    ("redis", 443, "TCP", False),
+    ("default", 6379, "TCP", False),
+    ("10.96.0.1", 6379, "TCP", False),
     ("kube-system", 443, "TCP", False),
     ("default", 8080, "TCP", False),
     ("169.254.169.254", 53, "UDP", False),
@@ -132,10 +146,13 @@ EGRESS = [
 
 @pytest.mark.parametrize(("to", "port", "protocol", "passes"), EGRESS)
 def test_egress(kubernetes: dict[str, Any], to: str, port: int, protocol: str, passes: bool) -> None:
-    """Pods reach DNS, wherever the cluster has it, and fal, and neither other pods nor a cloud's metadata."""
+    """Pods reach DNS, wherever the cluster has it, fal and a Redis, and neither other pods nor a cloud's metadata."""
 
     def is_peer(peer: dict[str, Any]) -> bool:
         """Tell whether the peer of a rule has that destination."""
+        if "podSelector" in peer:
+            assert peer.keys() == {"podSelector"}  # in the namespace of the proxy
+            return bool(peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": to})
         if "ipBlock" not in peer:
             assert peer.keys() == {"namespaceSelector"}
             labels = peer["namespaceSelector"].get("matchLabels", {})

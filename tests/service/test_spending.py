@@ -171,7 +171,7 @@ def make_other(path: Path) -> None:
         (["--store=redsi://:very-secret@x"], 2, "--store: must be sqlite:PATH, "),
         (["--store=redis://:very-secret@127.0.0.1:1"], 1, "--store: redis://127.0.0.1:1: "),
         (["--store=sqlite:{dir}/other"], 1, "--store: {dir}/other: the file belongs to another program"),
-        (["--config={dir}/none.toml"], 2, "--config: cannot read {dir}/none.toml: No such file or directory"),
+        (["--config={dir}/none.toml"], 2, "--config: cannot read '{dir}/none.toml': No such file or directory"),
     ],
 )
 def test_usage_that_cannot_work(tmp_path: Path, argv: list[str], code: int, text: str) -> None:
@@ -183,3 +183,12 @@ def test_usage_that_cannot_work(tmp_path: Path, argv: list[str], code: int, text
     assert line.startswith(f"tornado-fal-proxy: {text.format(dir=tmp_path)}")
     assert "very-secret" not in line
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_usage_of_a_wrong_file(tmp_path: Path) -> None:
+    """A store that the file names in a wrong way is not another store."""
+    options = tmp_path / "options.toml"
+    options.write_text("store = 5\n")
+    asked = usage(f"--config={options}")
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert asked.stderr == f"tornado-fal-proxy: {options} line 1: store: must be a text in quotes, not a number\n"

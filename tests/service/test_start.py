@@ -16,7 +16,8 @@ from tests.support.service_process import COMMAND, WITH_KEY, Ended, environment,
 from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy import __version__
 
-# Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the package trustme.
+# Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the packages trustme
+# and redis, {secret} a part of the key.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ FAILS = [
     start(KEY, match=r"unknown: an argument; "),
     # Options.
     start("--nope", match=r"unknown: --nope; --help shows"),
-    start("--por=1", match=r"unknown: --por; "),
+    start("--por=1", match=r"unknown: --por \(did you mean --port\?\); "),
     start("--port", match=r"argument --port: expected one argument"),
     start("--port=http", match=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
     start("--port=65536", match=r"--port: must be .*65536", environ=WITH_KEY),
@@ -97,6 +98,27 @@ FAILS = [
         environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY},
     ),
     start("--connect-to=nowhere", match=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
+    # The file of options; tests/unit/test_config_file.py has the rest.
+    start("--config={dir}/none", match=r": --config: cannot read '.*/none': No such file or directory\Z"),
+    start(match=r": FAL_PROXY_CONFIG: cannot read '.*': Is a directory\Z", environ={"FAL_PROXY_CONFIG": "{dir}"}),
+    start("--config={dir}/fifo", match=r"--config: cannot read '.*/fifo': it is no regular file"),
+    start("--config={dir}/key", match=r"--config: '.*/key' is no TOML: Expected '=' after a key"),
+    start(
+        "--config={dir}/wrong.toml",
+        match=(
+            r": /.*/wrong.toml line 2: max_in_fligth: unknown, did you mean max_in_flight\?; ",
+            r"; /.*/wrong.toml line 5: plans.free.jobs_per_user: must be a number of jobs and a period, .*'5/week'\Z",
+        ),
+        environ=WITH_KEY,
+    ),
+    start("--config={dir}/with_key.toml", match=r"with_key.toml line 1: fal_key: the key for fal must not stand in"),
+    # Spending.
+    start("--store=redis://:{secret}@h:x", match=r"--store: must be sqlite:PATH, redis://", environ=WITH_KEY),
+    start(
+        match=r"FAL_PROXY_STORE: needs more packages for Redis: pip install 'tornado-fal-proxy\[redis\]'\Z",
+        environ={"FAL_PROXY_STORE": "redis://:{secret}@h", "PYTHONPATH": "{shim}", **WITH_KEY},
+    ),
+    start("--user-header=X-User", match=r": --user-header: needs --trusted-proxies", environ=WITH_KEY),
     # Access.
     start("--allowed-endpoints=fal-ai", match=r"--allowed-endpoints: 'fal-ai' has too few segments", environ=WITH_KEY),
     start(
@@ -189,12 +211,12 @@ FAILS = [
     start(match=r"FAL_PROXY_SANDBOX: must be one of .*'maybe'", environ={"FAL_PROXY_SANDBOX": "maybe", **WITH_KEY}),
 ]
 
-WITHOUT_TRUSTME = """
+WITHOUT_EXTRAS = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name == "trustme":
+        if name in ("trustme", "redis"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -207,10 +229,14 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended
     directory = tmp_path_factory.mktemp("service")
     (directory / "empty.pem").touch()
     os.mkfifo(directory / "fifo")
+    (directory / "key").write_text(KEY)
+    (directory / "wrong.toml").write_text('\nmax_in_fligth = 1\n\n[plans.free]\njobs_per_user = "5/week"\n')
+    (directory / "with_key.toml").write_text(f'fal_key = "{KEY}"\n')
     (directory / "shim").mkdir()
-    (directory / "shim" / "sitecustomize.py").write_text(WITHOUT_TRUSTME)
+    (directory / "shim" / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         texts = {"{taken}": str(taken.getsockname()[1]), "{dir}": str(directory), "{shim}": str(directory / "shim")}
+        texts["{secret}"] = SECRET
 
         def filled(text: str) -> str:
             for name, value in texts.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.proxy import KEY
-from tests.support.service_process import environment
+from tests.support.service_process import WITH_KEY, environment
 from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy import ConfigError, ProxyConfig
 from tornado_fal_proxy.config import ENV_PREFIX, SERVICE_OPTIONS
@@ -28,8 +28,8 @@ UNKNOWN = {
     "FAL_PROXY_ALLOWED_ENDPOINTS\n": "FAL_PROXY_ALLOWED_ENDPOINTS\\n, did you mean FAL_PROXY_ALLOWED_ENDPOINTS?",
     "FAL_PROXY_KEY": "FAL_PROXY_KEY, did you mean FAL_KEY?",
     "FAL_PROXY_KEYFILE": "FAL_PROXY_KEYFILE, did you mean FAL_KEY_FILE?",
-    "FAL_PROXY_URL": "FAL_PROXY_URL; README.md has a table of the variables",
-    "FAL_PROXY_": "FAL_PROXY_; README.md has a table of the variables",
+    "FAL_PROXY_URL": "FAL_PROXY_URL; docs/reference.md lists the variables",
+    "FAL_PROXY_": "FAL_PROXY_; docs/reference.md lists the variables",
 }
 
 
@@ -46,11 +46,18 @@ def test_an_unknown_variable_is_a_problem(name: str, problem: str) -> None:
 
 def test_variables_of_others_are_no_problem() -> None:
     """The command's variables, those of Kubernetes for a Service named fal-proxy, and those of other programs pass."""
-    names = [ENV_PREFIX + name.upper() for name in SERVICE_OPTIONS]
+    names = [ENV_PREFIX + name.upper() for name in SERVICE_OPTIONS if name != "config"]
     names += ["FAL_PROXY_SERVICE_HOST", "FAL_PROXY_SERVICE_PORT", "FAL_PROXY_SERVICE_PORT_HTTP"]
     names += ["FAL_PROXY_PORT_80_TCP", "FAL_PROXY_PORT_80_TCP_ADDR", "FAL_PROXY_PORT_80_TCP_PROTO"]
     names += ["FAL_RUN_HOST", "FAL_LOG_LEVEL", "MY_FAL_PROXY_URL", "TORNADO_FAL_PROXY_ROUNDS"]
     assert ProxyConfig.from_env(dict.fromkeys(names, "tcp://10.0.0.1:80")) == ProxyConfig()
+
+
+def test_the_commands_file_is_a_problem() -> None:
+    """An application that shares the command's variables would have none of the limits in its file."""
+    with pytest.raises(ConfigError, match=r"\AFAL_PROXY_CONFIG: only the command reads it; give plans and prices to"):
+        ProxyConfig.from_env(WITH_KEY | {"FAL_PROXY_CONFIG": "options.toml"})
+    assert ProxyConfig.from_env(WITH_KEY | {"FAL_PROXY_CONFIG": ""}).key == KEY
 
 
 def test_the_commands_options_are_known() -> None:

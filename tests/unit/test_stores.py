@@ -17,6 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.spending_model import BUDGET, NOON, StoreMachine, reservation
 from tests.support.strategies import examples
+from tornado_fal_proxy import ConfigError, ProxyConfig
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 from tornado_fal_proxy.spending.store import COUNTER_KEPT_S, JOB_KEPT_S, UNFINISHED, StoreFailed
 from tornado_fal_proxy.spending.stores import default_path, parse_store
@@ -252,6 +253,23 @@ class TestDefaultPath:
         """It is in the folder that systemd gives the service, else in the user's for state."""
         monkeypatch.setenv("HOME", "/home/me")
         assert default_path(environment) == Path(path)
+
+    def test_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A user without a home, as in some containers, is met when the configuration is made, and not in each call."""
+
+        def home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", home)
+        monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+        monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+        with pytest.raises(ConfigError) as caught:
+            ProxyConfig(jobs_per_user="1/day")
+        assert caught.value.problems == (
+            "store: must be set, because this user has no home directory; or set STATE_DIRECTORY",
+        )
+        assert ProxyConfig(jobs_per_user="1/day", store="memory").spending
+        assert ProxyConfig(own_jobs_only=False).spending is None
 
     @pytest.mark.gen_test
     async def test_folder_is_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """Read the options of the command from a TOML file.
 
-Strategy. A key is the name of an option as in the environment, without the prefix and in small letters. Its value
-becomes the text that an argument would be, so one parser and one check serve arguments, variables and files. The tables
-``[plans.NAME]`` and ``[prices]`` have no text and stay what they are. Every problem names the file, and the line where
-its key stands.
+Strategy. A key is the name of an option as in the environment, without the prefix and in small letters. Its value has
+the type that TOML has for it, and becomes the text that an argument would be, so one parser and one check serve
+arguments, variables and files. The tables ``[plans.NAME]`` and ``[prices]`` have no text and stay as they are. The key
+for fal never stands here, because such a file is for many eyes.
+
+Every problem names the file, and the line where its key stands if the key begins a line. No problem of this module
+shows a value.
 """
 
 from __future__ import annotations
@@ -13,64 +16,100 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, BinaryIO
 
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.option_fields import EMPTY_LIST
+from tornado_fal_proxy.option_fields import EMPTY_LIST, LIST, NUMBER, SWITCH, TEXT
+from tornado_fal_proxy.rules.excerpt import excerpt
 
-__all__ = ["ConfigFile", "read_config_file"]
+__all__ = ["KEY_FILE", "MAX_BYTES", "ConfigFile", "read_config_file"]
 
 # Limits the file: thousands of prices fit.
 MAX_BYTES = 1024 * 1024
-TABLES = ("plans", "prices")
-# Names under which people may try to write the key, which stands in no file that is read by all.
-_KEYS = re.compile(r"(?:fal_?)?key(?:_?id|_?secret)?|credentials|secret|token", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"""\s*(?:\[\s*)?["']?([A-Za-z0-9_-]+)["']?\s*(?:=|\.|\])""")
+TABLES = PLANS, PRICES = ("plans", "prices")
+# The key that names the file with the key for fal, as FAL_KEY_FILE does.
+KEY_FILE = "fal_key_file"
+
+# Names under which people may try to write the key for fal.
+_KEYS = re.compile(r"(?:fal_?)?(?:api_?)?key(?:_?id|_?secret)?|credentials|secret|token", re.IGNORECASE)
+
+_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*'""")
+_PATH = rf"(?:{_PART.pattern})(?:[ \t]*\.[ \t]*(?:{_PART.pattern}))*"
+_HEADER = re.compile(rf"[ \t]*\[[ \t]*({_PATH})[ \t]*\]")
+_ASSIGNMENT = re.compile(rf"[ \t]*({_PATH})[ \t]*=")
+
+# The types of TOML's values, and those that an option of each form takes, in the words of a problem.
+_TYPES = {bool: "true or false", str: "a text", int: "a number", Decimal: "a number", list: "a list", dict: "a table"}
+_FORMS = {
+    SWITCH: "true or false",
+    NUMBER: "a number",
+    LIST: 'a list of texts, such as ["a", "b"]',
+    TEXT: "a text in quotes",
+}
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The options of a file: ``texts`` by name, and the ``tables``. ``lines`` has the line of each name."""
+    """Hold the options of a file: ``texts`` by name, the ``tables``, and the name of the ``key_file``.
+
+    ``problems`` are those of keys that are no options and of values of another type. They begin with the place.
+    """
 
     path: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)
-    tables: Mapping[str, Any] = field(default_factory=dict)
-    lines: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    key_file: str | None = None
+    problems: tuple[str, ...] = ()
+    _lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
-    def place(self, name: str) -> str:
-        """Return how a problem names this key."""
-        line = f" line {self.lines[name]}" if name in self.lines else ""
-        return f"{self.path}{line}: {name}"
+    def place(self, *keys: str) -> str:
+        """Return how a problem names a key, or the key of a table."""
+        line = f" line {self._lines[keys]}" if keys in self._lines else ""
+        return f"{self.path}{line}: {'.'.join(map(_shown, keys))}"
+
+    def in_place(self, problem: str) -> str:
+        """Return a problem that begins with an option, and the keys of a table, with their place instead."""
+        name, _, rest = problem.partition(": ")
+        keys, entries = [name], self.tables.get(name)
+        while isinstance(entries, Mapping):
+            # A pattern of prices is quoted in the problem, and stays there.
+            found = [key for key in entries if rest.startswith((f"{key}: ", f"{key!r} "))]
+            if not found:
+                break
+            key = max(found, key=len)
+            keys.append(key)
+            rest, entries = rest.removeprefix(f"{key}: "), entries[key]
+        return f"{self.place(*keys)}: {rest}"
 
 
-def read_config_file(path: str, options: Collection[str]) -> ConfigFile:
-    """Return what the file sets. Raise ConfigError, which names every problem, with those of unknown keys."""
+def read_config_file(path: str, forms: Mapping[str, str]) -> ConfigFile:
+    """Return what the file sets. ``forms`` has the form of each option. Raise ConfigError, unless it is a TOML file."""
     source = _read(path)
     try:
         entries = tomllib.loads(source, parse_float=Decimal)
     except (ValueError, RecursionError) as exc:
-        raise ConfigError([f"--config: {path} is no TOML: {exc}"]) from None
-    found = ConfigFile(path, lines=_lines(source))
+        raise ConfigError([f"config: {path!r} is no TOML: {exc}"]) from None
+    found = ConfigFile(path, _lines=_lines(source))
     texts: dict[str, str] = {}
     tables: dict[str, Any] = {}
     problems = []
     for name, value in entries.items():
         try:
             if name in TABLES and isinstance(value, dict):
-                tables[name] = value
-            elif name not in options:
-                raise ValueError(_unknown(name, options))
+                tables[name] = _table(value, of_tables=name == PLANS)
+            elif name == PLANS:
+                raise ValueError(f"must be tables such as [plans.free], not {_TYPES.get(type(value), 'a date')}")
+            elif name == KEY_FILE or name in forms:
+                texts[name] = _text(value, forms.get(name, TEXT))
             else:
-                texts[name] = _text(value)
+                raise ValueError(_unknown(name, [*forms, *TABLES, KEY_FILE]))
         except ValueError as exc:
             problems.append(f"{found.place(name)}: {exc}")
-    if problems:
-        raise ConfigError(problems)
-    return ConfigFile(path, texts, tables, found.lines)
+    return ConfigFile(path, texts, tables, texts.pop(KEY_FILE, None), tuple(problems), found._lines)
 
 
 def _read(path: str) -> str:
@@ -78,51 +117,84 @@ def _read(path: str) -> str:
     try:
         with _open(path) as file:
             source = file.read(MAX_BYTES + 1)
-        text = source.decode("utf-8")
+        text = source.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise ConfigError([f"--config: {path} is not UTF-8, at byte {exc.start}"]) from None
+        line = exc.object.count(b"\n", 0, exc.start) + 1
+        raise ConfigError([f"config: {path!r} is not UTF-8 in line {line}"]) from None
     except (OSError, ValueError) as exc:  # ValueError: a NUL
-        raise ConfigError([f"--config: cannot read {path}: {getattr(exc, 'strerror', None) or exc}"]) from None
+        raise ConfigError([f"config: cannot read {path!r}: {getattr(exc, 'strerror', None) or exc}"]) from None
     if len(source) > MAX_BYTES:
-        raise ConfigError([f"--config: {path} is longer than {MAX_BYTES} bytes"])
+        raise ConfigError([f"config: {path!r} is longer than {MAX_BYTES} bytes"])
     return text
 
 
 def _open(path: str) -> BinaryIO:
     """Open a regular file. Raise OSError for any other, and never wait for a pipe's other end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if stat.S_ISDIR(mode) else "it is no regular file")
     return open(descriptor, "rb")
 
 
-def _lines(source: str) -> dict[str, int]:
-    """Return the line of each key and table, as far as it stands at the beginning of a line."""
-    lines: dict[str, int] = {}
-    for number, line in enumerate(source.splitlines(), 1):
-        if match := _ASSIGNMENT.match(line):
-            lines.setdefault(match[1], number)
+def _lines(source: str) -> dict[tuple[str, ...], int]:
+    """Return the line of each table and key, with the tables around it, as far as it begins a line."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(source.split("\n"), 1):
+        if match := _HEADER.match(line):
+            keys = table = _parts(match[1])
+        elif match := _ASSIGNMENT.match(line):
+            keys = (*table, *_parts(match[1]))
+        else:
+            continue
+        for depth in range(1, len(keys) + 1):
+            lines.setdefault(keys[:depth], number)
     return lines
 
 
-def _unknown(name: str, options: Collection[str]) -> str:
-    """Return the problem of a key that is no option. It never shows a value, because that may be the key."""
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in _PART.findall(path))
+
+
+def _shown(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", key) else f'"{excerpt(key)}"'
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """Return the problem of a key that is no option. It never shows a value, because that may be the key for fal."""
     if _KEYS.fullmatch(name):
-        return "the key belongs into FAL_KEY, or into the file that FAL_KEY_FILE names, and not into this file"
-    near = get_close_matches(name.lower().replace("-", "_").removeprefix("fal_proxy_"), [*options, *TABLES], n=1)
-    return "is no option" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
+        return (
+            "the key for fal must not stand in this file: set FAL_KEY, or FAL_KEY_FILE, or here fal_key_file to the "
+            "path of a file that only the proxy can read"
+        )
+    near = get_close_matches(name.lower().replace("-", "_").removeprefix("fal_proxy_"), known, n=1)
+    return f"unknown, did you mean {near[0]}?" if near else "unknown; --help lists the options"
 
 
-def _text(value: object) -> str:
-    """Return a value as the text that an argument would be. Raise ValueError."""
-    if isinstance(value, list):
-        texts = [_text(item) for item in value if not isinstance(item, list)]
-        if len(texts) < len(value):
-            raise ValueError("must be a list of texts")
-        return ",".join(texts) or EMPTY_LIST
-    if isinstance(value, bool):
+def _table(table: dict[str, Any], *, of_tables: bool) -> dict[str, Any]:
+    """Return a table of the file. Raise ValueError where it must have tables and has something else."""
+    for name, value in table.items():
+        if of_tables and not isinstance(value, dict):
+            raise ValueError(f"{_shown(name)} must be a table such as [plans.free]")
+    return table
+
+
+def _text(value: object, form: str) -> str:
+    """Return a value as the text that an argument would be. Raise ValueError where it is not of the option's form."""
+    if form == LIST and isinstance(value, list) and all(item and isinstance(item, str) for item in value):
+        return ",".join(value) or EMPTY_LIST
+    if form == SWITCH and isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str | int | Decimal):
+    if form == NUMBER and isinstance(value, int | Decimal) and not isinstance(value, bool):
         return str(value)
-    raise ValueError("must be a text, a number, true, false, or a list of texts")
+    if form == TEXT and isinstance(value, str):
+        if not value.strip():
+            raise ValueError("must not be empty; leave it out to have none")
+        return value
+    given = _TYPES.get(type(value), "a date")
+    if form == LIST and isinstance(value, list):
+        given = "a list of others, or with an empty text"
+    raise ValueError(f"must be {_FORMS[form]}, not {given}")

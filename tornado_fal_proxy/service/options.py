@@ -11,9 +11,8 @@ The key is no option, because everyone on the machine can read an argument list.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -22,16 +21,16 @@ from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.config import (
     DEFAULT_ROUTE,
     ENV_PREFIX,
-    MAX_S,
     ProxyConfig,
     relay_options,
     unknown_variables,
 )
-from tornado_fal_proxy.credentials import configured_key
+from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.option_fields import FALSE, TRUE, as_list, option
+from tornado_fal_proxy.option_fields import NUMBER, option
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service.config_file import ConfigFile, read_config_file
+from tornado_fal_proxy.service import option_texts
+from tornado_fal_proxy.service.config_file import KEY_FILE, ConfigFile, read_config_file
 from tornado_fal_proxy.service.user_header import UserHeader, as_user_header
 
 __all__ = [
@@ -40,8 +39,8 @@ __all__ = [
     "DEFAULT_PORT",
     "PROGRAM",
     "Settings",
+    "config_file",
     "log_format_of",
-    "option_names",
     "parse_settings",
 ]
 
@@ -51,26 +50,16 @@ PROGRAM = "tornado-fal-proxy"
 DEFAULT_ADDRESS = "127.0.0.1"
 # The port to listen on: the usual one of a service that no user types, and open to programs without privileges.
 DEFAULT_PORT = 8080
-# The text of an admin port that is not opened.
-NO_PORT = "none"
-# Paths that the service itself serves, or may serve, beside the route.
-TAKEN_ROUTES = ("/", "/healthz")
 # The texts that --log-level and --log-format accept, in any case of letters.
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 # The processes that serve: the sandbox, or a first try, needs no more than one.
 DEFAULT_PROCESSES = 1
-# Limits processes: more than any machine has cores, and far fewer than an operating system permits.
-MAX_PROCESSES = 256
-# Limits ports: TCP has two bytes for one.
-MAX_PORT = 65_535
 # Limits a drain: the time that Kubernetes gives a pod, and longer than most models run. Endless streams reach it.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 # Limits the time without a heartbeat after which a worker is replaced. Its clients wait for so long, and no sound
 # worker takes so long for one turn of its loop, even on a machine that swaps.
 DEFAULT_WORKER_TIMEOUT_S = 15.0
-# Limits that limit: below, a busy machine would have sound workers killed.
-MIN_WORKER_TIMEOUT_S = 1.0
 
 # The options that limit what is spent.
 LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget")
@@ -88,75 +77,7 @@ GROUPS = {
     "other": None,
 }
 
-_UNKNOWN_OPTION = re.compile(r"--[a-z0-9-]+(?==|\Z)")
-_ROUTE = re.compile(r"/[A-Za-z0-9._~/-]*")
-_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?")
-
-
-# Parsers: each returns the value of a text or raises ValueError with what is allowed.
-
-
-def _refuse(text: str, allowed: str) -> NoReturn:
-    raise ValueError(f"must be {allowed}, not {text!r}")
-
-
-def _whole_number(text: str, most: int, allowed: str = "") -> int:
-    if not re.fullmatch(r"[0-9]+", text) or len(text) > len(str(most)) or int(text) > most:
-        _refuse(text, allowed or f"a number from 0 to {most}")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    return _whole_number(text, MAX_PORT)
-
-
-def _admin_port(text: str) -> int | None:
-    return None if text == NO_PORT else _whole_number(text, MAX_PORT, f"a number from 0 to {MAX_PORT}, or {NO_PORT}")
-
-
-def _processes(text: str) -> int:
-    return _whole_number(text, MAX_PROCESSES) or _cores()
-
-
-def _cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _seconds(text: str) -> float:
-    if not _SECONDS.fullmatch(text) or float(text) > MAX_S:
-        _refuse(text, f"a number of seconds from 0 to {MAX_S}")
-    return float(text)
-
-
-def _worker_timeout_s(text: str) -> float:
-    seconds = _seconds(text)
-    if 0 < seconds < MIN_WORKER_TIMEOUT_S:
-        _refuse(text, f"0, or a number of seconds from {MIN_WORKER_TIMEOUT_S:g} to {MAX_S}")
-    return seconds
-
-
-def _route(text: str) -> str:
-    if not _ROUTE.fullmatch(text) or text in TAKEN_ROUTES:
-        _refuse(text, f"a path such as {DEFAULT_ROUTE}, and none of {', '.join(TAKEN_ROUTES)}")
-    return text
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            _refuse(text, f"one of {', '.join(choices)}")
-        return text.lower()
-
-    return parse
-
-
-def _switch(text: str) -> bool:
-    return _one_of(*TRUE, *FALSE)(text) in TRUE
-
-
-def _trusted_proxies(text: str) -> TrustedProxies:
-    return TrustedProxies(as_list(text))
+_UNKNOWN_OPTION = re.compile(r"--[a-z0-9_-]+(?==|\Z)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,58 +90,63 @@ class Settings:
     """
 
     address: str = option(DEFAULT_ADDRESS, "address or host name to listen on", "ADDRESS", group="listening")
-    port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one", "PORT", _port, group="listening")
-    route: str = option(DEFAULT_ROUTE, "path that fal's SDKs get as proxyUrl", "PATH", _route, group="listening")
+    port: int = option(
+        DEFAULT_PORT, "port to listen on; 0 takes a free one", "PORT", option_texts.port, group="listening"
+    )
+    route: str = option(
+        DEFAULT_ROUTE, "path that fal's SDKs get as proxyUrl", "PATH", option_texts.route, group="listening"
+    )
     processes: int = option(
         DEFAULT_PROCESSES,
         "processes that serve; 0 starts one for each core",
         "NUMBER",
-        _processes,
+        option_texts.processes,
         group="processes",
     )
     drain_timeout_s: float = option(
         DEFAULT_DRAIN_TIMEOUT_S,
         "time that calls in flight get when the service ends, before they are aborted",
         "SECONDS",
-        _seconds,
+        option_texts.seconds,
         group="processes",
     )
     worker_timeout_s: float = option(
         DEFAULT_WORKER_TIMEOUT_S,
         "with several processes: time without a sign of life after which one is killed and replaced; 0: never",
         "SECONDS",
-        _worker_timeout_s,
+        option_texts.worker_timeout_s,
         group="processes",
     )
     log_level: str = option(
         "info",
         f"lowest level to log: {', '.join(LOG_LEVELS)}",
         "LEVEL",
-        _one_of(*LOG_LEVELS),
+        option_texts.one_of(*LOG_LEVELS),
         group="watching",
     )
     log_format: str = option(
-        "text", f"how to log: {', '.join(LOG_FORMATS)}", "FORMAT", _one_of(*LOG_FORMATS), group="watching"
+        "text", f"how to log: {', '.join(LOG_FORMATS)}", "FORMAT", option_texts.one_of(*LOG_FORMATS), group="watching"
     )
     trusted_proxies: TrustedProxies = option(  # noqa: RUF009  (it is a field)
         TrustedProxies(),
         "proxies in front whose X-Forwarded-For is believed: addresses, networks, unix for a socket file",
         "ADDRESS,...",
-        _trusted_proxies,
+        option_texts.trusted_proxies,
         group="watching",
     )
     admin_port: int | None = option(
         None,
-        f"port for /metrics, /readyz and /healthz; 0 takes a free one (default: {NO_PORT})",
+        f"port for /metrics, /readyz and /healthz; 0 takes a free one (default: {option_texts.NO_PORT})",
         "PORT",
-        _admin_port,
+        option_texts.admin_port,
         group="watching",
+        form=NUMBER,
     )
     admin_address: str = option(DEFAULT_ADDRESS, "address for these", "ADDRESS", group="watching")
     sandbox: bool = option(
         False,
         "relay to a stand-in for fal on this machine: needs neither key nor network; / shows a page to try it",
-        parse=_switch,
+        parse=option_texts.switch,
         group="other",
     )
     config: str | None = option(
@@ -256,7 +182,7 @@ def _parser() -> _Parser:
         description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET, or the file "
         "FAL_KEY_FILE) to calls of fal's SDKs and relays them.",
         epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
-        "An option wins over its variable.",
+        "An option wins over its variable. In the file that --config names it is the key max_in_flight.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     options = [*_service_options(), *relay_options()]
@@ -283,39 +209,32 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
     """
-    given = _arguments(argv)
-    path = environ.get(ENV_PREFIX + "CONFIG") if given["config"] is None else given["config"]
-    file = read_config_file(path, option_names()) if path else ConfigFile()
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError([_unknown_options(unknown, parser)])
+    given = vars(arguments)
+    file = config_file(given["config"], environ)
     texts, places = _texts(given, environ, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
     problems.extend(_problems_together(values, texts))
     more, relay = _more(file, values, texts), None
+    if file.key_file is not None and not any(environ.get(name, "").strip() for name in KEY_VARIABLES):
+        environ = {**environ, "FAL_KEY_FILE": file.key_file}
+        places["FAL_KEY_FILE"] = file.place(KEY_FILE)
     try:
         relay = _relay_config(texts, more, environ, values.get("sandbox", False))
     except ConfigError as exc:
         problems.extend(exc.problems)
-    if problems:
-        raise ConfigError([_in_place(problem, places) for problem in problems])
+    if problems or file.problems:
+        raise ConfigError([*file.problems, *(_in_place(problem, places, file) for problem in problems)])
     return Settings(**values, relay=relay, texts=texts, more=more)
-
-
-def _arguments(argv: Sequence[str]) -> dict[str, str | None]:
-    """Return the text of each argument, None where none was given. Raise ConfigError for those that are unknown."""
-    parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        # Only their names: one of them may be the key.
-        names = [match[0] if (match := _UNKNOWN_OPTION.match(text)) else "an argument" for text in unknown]
-        near = [close for name in names for close in get_close_matches(name, parser._option_string_actions, n=1)]
-        hint = f"did you mean {', '.join(near)}?" if near else "--help shows what there is"
-        raise ConfigError([f"unknown: {', '.join(names)}; {hint} (the key is read from FAL_KEY)"])
-    return vars(arguments)
 
 
 def _more(file: ConfigFile, values: Mapping[str, Any], texts: dict[str, str | None]) -> dict[str, Any]:
     """Return values of the relay's fields that have no text, and set the defaults of a sandbox with limits."""
-    more = dict(file.tables)
+    more: dict[str, Any] = dict(file.tables)
     if texts["prices"] is not None:
         more.pop("prices", None)
     if "user_header" in values:
@@ -336,41 +255,80 @@ def _problems_together(values: Mapping[str, Any], texts: Mapping[str, str | None
         if texts["store"] == "memory":
             yield "store: memory counts in one process alone: name a file (sqlite:PATH), or redis://HOST"
     if "user_header" in values:
-        if not texts["trusted_proxies"]:
+        trusted = values.get("trusted_proxies")  # None also where it has a problem of its own
+        if not texts["trusted_proxies"] or (trusted is not None and not trusted.texts):
             yield "user_header: needs --trusted-proxies, because any client can send a header"
         if texts["identify"]:
             yield "user_header: cannot stand beside --identify, which finds the user too"
 
 
+def _unknown_options(texts: Sequence[str], parser: _Parser) -> str:
+    """Return the problem of arguments that are no options. It has only their names, because one may be the key."""
+    known = {name.strip("-"): name for action in parser._actions for name in action.option_strings}
+    names = []
+    for text in texts:
+        match = _UNKNOWN_OPTION.match(text)
+        near = get_close_matches(match[0].strip("-").replace("_", "-"), known, n=1) if match else []
+        hint = f" (did you mean {known[near[0]]}?)" if near else ""
+        names.append(f"{match[0]}{hint}" if match else "an argument")
+    return f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"
+
+
+def config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
+    """Return the options in the file that is named, if one is. Raise ConfigError, which says who has named it."""
+    variable = ENV_PREFIX + "CONFIG"
+    path = environ.get(variable) if argument is None else argument
+    if not path:
+        return ConfigFile()
+    options = [*_service_options(), *relay_options()]
+    forms = {entry.name: entry.metadata["form"] for entry in options if entry.name != "config"}
+    try:
+        return read_config_file(path, forms)
+    except ConfigError as exc:
+        place = variable if argument is None else "--config"
+        raise ConfigError([problem.replace("config", place, 1) for problem in exc.problems]) from None
+
+
 def _texts(
     given: Mapping[str, str | None], environ: Mapping[str, str], file: ConfigFile
 ) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Return the text of each option, and the place where somebody has written it: an argument, a variable, a file."""
-    texts, places = {}, {"key": "FAL_KEY", "plans": file.place("plans")}
+    """Return the text of each option, and the places of those that are not in the file.
+
+    An empty variable counts as none, and lifts no limit that the file has. An empty argument does.
+    """
+    texts: dict[str, str | None] = {}
+    places = {"key": "FAL_KEY"}
     for name, argument in given.items():
         variable = ENV_PREFIX + name.upper()
-        texts[name], places[name] = argument, "--" + name.replace("_", "-")
-        if argument is None and variable in environ:
+        if argument is not None:
+            texts[name], places[name] = argument, _option_of(name)
+        elif environ.get(variable):
             texts[name], places[name] = environ[variable], variable
-        elif argument is None and name in file.lines:
-            texts[name], places[name] = file.texts.get(name), file.place(name)
+        else:
+            texts[name] = file.texts.get(name)
+            if name not in file.texts and name not in file.tables:
+                places[name] = _option_of(name)
     return texts, places
 
 
-def option_names() -> set[str]:
-    """Return the names of all options that a file may set."""
-    return {entry.name for entry in (*_service_options(), *relay_options())} - {"config"}
+def _option_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the format of the log, also where other options are wrong: an error is a line of the log too."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log-format")
+    parser.add_argument("--config")
     try:
-        given = parser.parse_known_args(argv)[0].log_format
-    except ConfigError:  # --log-format without a value
-        given = None
-    return (environ.get(ENV_PREFIX + "LOG_FORMAT", "") if given is None else str(given)).lower()
+        given = parser.parse_known_args(argv)[0]
+    except ConfigError:  # an option without a value
+        given = argparse.Namespace(log_format=None, config=None)
+    try:
+        file = config_file(given.config, environ)
+    except ConfigError:
+        file = ConfigFile()
+    return str(_texts({"log_format": given.log_format}, environ, file)[0]["log_format"] or "").lower()
 
 
 def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]:
@@ -411,7 +369,9 @@ def _relay_config(
     return None if sandbox else config
 
 
-def _in_place(problem: str, places: Mapping[str, str]) -> str:
+def _in_place(problem: str, places: Mapping[str, str], file: ConfigFile) -> str:
     """Return a problem that begins with a field's name with the place in its stead where that was written."""
     name, colon, rest = problem.partition(": ")
-    return f"{places[name]}{colon}{rest}" if name in places else problem
+    if name in places:
+        return f"{places[name]}{colon}{rest}"
+    return file.in_place(problem) if name in file.texts or name in file.tables else problem

@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 
 from tornado_fal_proxy.config import ENV_PREFIX
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.service.config_file import read_config_file
-from tornado_fal_proxy.service.options import PROGRAM, option_names
+from tornado_fal_proxy.service.options import PROGRAM, config_file
 from tornado_fal_proxy.spending.account import DEFAULT_SINCE, DIMENSIONS, Report, first_day, make_report
 from tornado_fal_proxy.spending.store import Store, StoreFailed
 
@@ -68,11 +67,14 @@ def _store(given: argparse.Namespace, environ: Mapping[str, str]) -> Store:
     """Return the store that the service with these arguments and variables uses. Raise ConfigError."""
     from tornado_fal_proxy.spending.stores import parse_store, path_of  # costs memory
 
-    text, path = given.store, given.config or environ.get(ENV_PREFIX + "CONFIG")
+    text = given.store
     if text is None:
         text = environ.get(ENV_PREFIX + "STORE") or None
-    if text is None and path:
-        text = read_config_file(path, option_names()).texts.get("store")
+    if text is None:
+        options = config_file(given.config, environ)
+        if options.problems:
+            raise ConfigError(options.problems)
+        text = options.texts.get("store")
     try:
         store = parse_store(text)
     except ValueError as exc:

@@ -11,7 +11,7 @@ import ipaddress
 import re
 from functools import lru_cache
 
-__all__ = ["ADDRESS", "MAX_USER_CHARS", "address_user", "identity", "tag_of"]
+__all__ = ["ADDRESS", "MAX_USER_CHARS", "address_user", "check_id", "identity", "tag_of"]
 
 # Limits an id: longer than an e-mail address or an account's number needs.
 MAX_USER_CHARS = 128
@@ -35,13 +35,22 @@ def identity(result: object, address: str) -> tuple[str, str | None]:
         user = address_user(address)
     elif not isinstance(user, str):
         raise ValueError(f"returned a {type(user).__name__}, and not an id, (id, plan), or None")
-    elif not 1 <= len(user) <= MAX_USER_CHARS or not user.isprintable():
-        raise ValueError(f"returned an id that is not 1 to {MAX_USER_CHARS} printable characters")
-    elif user.startswith(ADDRESS):
-        raise ValueError(f"returned an id that begins with {ADDRESS}, as addresses do")
+    else:
+        try:
+            check_id(user)
+        except ValueError as exc:
+            raise ValueError(f"returned an id that {exc}") from None
     if plan is not None and not isinstance(plan, str):
         raise ValueError(f"returned a {type(plan).__name__} as a plan, and not its name")
     return user, plan
+
+
+def check_id(user: str) -> None:
+    """Raise ValueError unless ``user`` can be the id of a user. Its text does not have the id."""
+    if not 1 <= len(user) <= MAX_USER_CHARS or not user.isprintable():
+        raise ValueError(f"is not 1 to {MAX_USER_CHARS} printable characters")
+    if user.startswith(ADDRESS):
+        raise ValueError(f"begins with {ADDRESS}, as addresses do")
 
 
 @lru_cache(4096)

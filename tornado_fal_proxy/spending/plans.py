@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError, PriceUnknown
@@ -197,6 +198,8 @@ def spending_rules(fields: Mapping[str, Any]) -> SpendingRules | None:
         raise ConfigError(problems)
     counted = (default.jobs, default.budget, default.max_unfinished, plans, *own.values(), fields["own_jobs_only"])
     needs_store = any(value not in (None, (), {}, False) for value in counted)
+    if needs_store and own["store"] is None:
+        _check_default_store()
     others = (fields["identify"], fields["check_input"], fields["input_units"])
     if not needs_store and others == (None, None, None) and not fields["tag_users"]:
         return None
@@ -252,13 +255,18 @@ def _plans(fields: Mapping[str, Any], default: Plan, problems: list[str]) -> dic
     for name, pairs in given:
         options, prefix = dict(pairs), f"plans: {name}: "
         unknown = [option for option in options if option not in _PLAN_OPTIONS]
-        problems.extend(f"{prefix}has no option {option!r}, only {', '.join(_PLAN_OPTIONS)}" for option in unknown)
+        problems.extend(f"{prefix}{option}: {_unknown(option)}" for option in unknown)
         plan = replace(_plan(options, default, problems, prefix), name=name)
         endpoints = options.get("allowed_endpoints", NO_LIMIT)
         if endpoints != NO_LIMIT:
             plan = replace(plan, access=_access(fields, endpoints, problems, prefix))
         plans[name] = plan
     return plans
+
+
+def _unknown(option: object) -> str:
+    near = get_close_matches(str(option), _PLAN_OPTIONS, n=1)
+    return f"unknown, did you mean {near[0]}?" if near else f"unknown, a plan has only {', '.join(_PLAN_OPTIONS)}"
 
 
 def _is_table(value: object) -> bool:
@@ -308,8 +316,11 @@ def _unfinished(value: object) -> int:
 
 def _store(value: object) -> str:
     """Return where the store is. The problem does not repeat the text, which may have a password."""
-    if not isinstance(value, str) or (not value.startswith(("sqlite:", "redis://", "rediss://")) and value != "memory"):
-        raise ValueError("must be memory, sqlite:PATH, redis://HOST or rediss://HOST")
+    from tornado_fal_proxy.spending.stores import ALLOWED, parse_store  # costs memory, which is for those who spend
+
+    if not isinstance(value, str):
+        raise ValueError(f"must be {ALLOWED}")
+    parse_store(value)
     return value
 
 
@@ -322,6 +333,16 @@ _PARSERS = {
     "prices": prices_of,
     "store": _store,
 }
+
+
+def _check_default_store() -> None:
+    """Raise ConfigError where nobody has named a store, and the file for that has no place."""
+    from tornado_fal_proxy.spending.stores import default_path  # costs memory, likewise
+
+    try:
+        default_path()
+    except ValueError as exc:
+        raise ConfigError([f"store: {exc}"]) from None
 
 
 def _check_numbers(fields: Mapping[str, Any], problems: list[str]) -> None:

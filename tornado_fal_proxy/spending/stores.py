@@ -21,7 +21,8 @@ _FILE = "spending.sqlite"
 def parse_store(text: str | None = None) -> Store:
     """Return the store of that name, not open yet; without a name, the file at :func:`default_path`.
 
-    Raise ValueError, which tells what is allowed. It never has the name itself, in which a password may be.
+    Raise ValueError, which tells what is allowed, or that the file has no place. It never has the name itself, in which
+    a password may be.
     """
     if text is None:
         return SqliteStore(default_path(), make_folder=True)
@@ -44,13 +45,19 @@ def path_of(text: str | None) -> Path | None:
 
 
 def default_path(environment: Mapping[str, str] | None = None) -> Path:
-    """Return a file in the folder for state: systemd's for the service, else that of the user."""
+    """Return a file in the folder for state: systemd's for the service, else that of the user.
+
+    Raise ValueError where there is none: some containers have a user without a home.
+    """
     environment = os.environ if environment is None else environment  # no default, which a signature would show
     if folder := environment.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(folder, _FILE)
     folder = environment.get("XDG_STATE_HOME", "")
     if not Path(folder).is_absolute():  # the standard has it so
-        folder = str(Path.home() / ".local" / "state")
+        try:
+            folder = str(Path.home() / ".local" / "state")
+        except RuntimeError:
+            raise ValueError("must be set, because this user has no home directory; or set STATE_DIRECTORY") from None
     return Path(folder, "tornado-fal-proxy", _FILE)
 
 
