@@ -20,7 +20,7 @@ from tornado_fal_proxy.rules.endpoints import QUEUE_HOST, may_name_job
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import Pairs
 from tornado_fal_proxy.rules.target import Target
-from tornado_fal_proxy.spending.calls import JobCall, PaidCall, SpendingCall
+from tornado_fal_proxy.spending.calls import JobCall, PaidCall
 from tornado_fal_proxy.spending.identity import identity, tag_of
 from tornado_fal_proxy.spending.limits import MILLION
 from tornado_fal_proxy.spending.plans import NO_RULES, Plan, SpendingRules
@@ -163,12 +163,14 @@ class PayingResponse(HookedResponse):
 
     # Ends.
 
-    def _end_spending(self, spent: SpendingCall, transfer: Transfer | None) -> None:
+    def _end_spending(self, transfer: Transfer | None) -> None:
         """Note that a call is over, unless that is noted."""
+        if self._spent is None:
+            return
         if transfer is None:
-            spent.abandon(None, sent=False)
+            self._spent.abandon(None, sent=False)
         else:
-            spent.abandon(transfer.head, sent=transfer.may_have_been_sent)
+            self._spent.abandon(transfer.head, sent=transfer.may_have_been_sent)
 
     def _end_call(self, error: BaseException | None = None) -> None:
         if self._spent is not None and not self._ended:
