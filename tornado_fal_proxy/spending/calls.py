@@ -130,7 +130,7 @@ class PaidCall:
         elif head is not None and not head.streams and not self._is_taken(head):
             unfinished = 0
             if (units := billed_units(head.headers)) is not None:
-                cost = self._cost_of(units)
+                cost = self._cost_of(units) or 0
             elif did_not_run(head.status):
                 jobs = cost = 0
         more = [jobs - job.jobs] * len(job.job_counters) + [cost - job.cost] * len(job.cost_counters)
@@ -167,9 +167,8 @@ class PaidCall:
         if self._is_taken(head):
             return self._submitted(head)
         if (units := billed_units(head.headers)) is not None:
-            cost = self._cost_of(units)
-            self.units, self.cost, self.billed = units, None if self._terms.price is None else cost, True
-            return self._ledger.settle(self._id, units, cost)
+            self.units, self.cost, self.billed = units, self._cost_of(units), True
+            return self._ledger.settle(self._id, units, self.cost)
         if did_not_run(head.status):
             return self._give_back()
         return self._ledger.end(self._id) if ends else None
@@ -178,9 +177,9 @@ class PaidCall:
         """Tell whether fal has taken a job into its queue."""
         return self._queued and 200 <= head.status < 300
 
-    def _cost_of(self, units: int) -> int:
+    def _cost_of(self, units: int) -> int | None:
         price = self._terms.price
-        return 0 if price is None else price.cost(units)
+        return None if price is None else price.cost(units)
 
     def _give_back(self) -> asyncio.Future[None]:
         self._given_back = True
