@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BLOCK_BYTES", "FLOOR_RESPONSE", "RESPONSE_BYTES", "Call", "get", "post"]
+__all__ = ["BLOCK_BYTES", "FLOOR_RESPONSE", "RESPONSE_BYTES", "Call", "get", "poll", "post"]
 
 ROUTE = "/api/fal/proxy"
 # The sizes of responses and of blocks in large responses, as upstream.mjs has them.
@@ -25,7 +25,7 @@ user-agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140
 accept: application/json
 accept-language: en-US,en;q=0.5
 content-type: application/json
-x-fal-target-url: https://fal.run{path}
+x-fal-target-url: https://{host}{path}
 connection: keep-alive
 """
 
@@ -53,5 +53,11 @@ def get(path: str) -> Call:
     return Call(_head("GET", path) + b"\r\n")
 
 
-def _head(method: str, path: str) -> bytes:
-    return _HEAD.format(method=method, route=ROUTE, path=path).replace("\n", "\r\n").encode()
+def poll() -> Call:
+    """Return a request for the status of a queued job that never ends."""
+    response = b'{"echo": {"status":"IN_PROGRESS"}, "padding": "'.ljust(RESPONSE_BYTES - 2, b"x") + b'"}'
+    return Call(_head("GET", "/bench/app/requests/1/status", "queue.fal.run") + b"\r\n", response)
+
+
+def _head(method: str, path: str, host: str = "fal.run") -> bytes:
+    return _HEAD.format(method=method, route=ROUTE, host=host, path=path).replace("\n", "\r\n").encode()

@@ -9,6 +9,7 @@ from benchmarks.rows import (
     latency,
     processes,
     short,
+    spending,
     streams,
     stuck,
     telemetry,
@@ -19,5 +20,8 @@ __all__ = ["ROWS"]
 
 ROWS = tuple(
     module.ROW
-    for module in (cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes, telemetry)
+    for module in (
+        *(cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes),
+        *(telemetry, spending),
+    )
 )
