@@ -610,6 +610,26 @@ async def test_units_count_as_jobs(setup: Setup, store: FakeStore) -> None:
 
 
 @pytest.mark.gen_test
+async def test_the_input_of_a_get_is_its_query(setup: Setup, store: FakeStore) -> None:
+    """A GET that runs a model is estimated by its query, whatever is in a body."""
+    seen: list[Any] = []
+
+    def pictures(target: Target, fields: dict[str, Any]) -> Any:
+        seen.append(fields)
+        return fields.get("num_images", 1)
+
+    port = setup.proxy(await setup.upstream(fine), jobs_per_user="5/day", count="units", input_units=pictures)
+    assert (await call(port, "GET", target=f"{RUN}?num_images=4&prompt=a+%C3%A4&a=1&a=2&b=")).status == 200
+    headers = ["content-type: application/json", "content-length: 16"]
+    client = await RawClient.open(port)
+    client.writer.write(request("GET", target=f"{RUN}?num_images=2", headers=headers) + b'{"num_images":1}')
+    assert (await client.response()).status == 402
+    await client.close()
+    assert (await call(port, "GET", target=RUN)).status == 200
+    assert seen == [{"num_images": "4", "prompt": "a \u00e4", "a": ["1", "2"], "b": ""}, {"num_images": "2"}, {}]
+
+
+@pytest.mark.gen_test
 async def test_tags(setup: Setup) -> None:
     """Fal gets the user's tag on paid calls, and never the client's own; no store is needed."""
     upstream = await setup.upstream(fine)

@@ -12,6 +12,7 @@ import json
 import random
 from decimal import Decimal
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 from tornado_fal_proxy.errors import ClientDisconnected, JobNotFound, Misconfigured
 from tornado_fal_proxy.relay.backend import Backend
@@ -146,11 +147,7 @@ class PayingResponse(HookedResponse):
         """Return the estimated millionths of a unit, by the operator's function; None without one."""
         if (input_units := self._config.input_units) is None:
             return None
-        try:
-            fields = json.loads(body)
-        except (ValueError, RecursionError):
-            fields = None
-        result = await self._ask(input_units, target, fields if isinstance(fields, dict) else {})
+        result = await self._ask(input_units, target, _input_of(target, body))
         try:
             return estimated_units(result)
         except ValueError as exc:
@@ -184,3 +181,18 @@ class PayingResponse(HookedResponse):
             call.cost = None if spent.cost is None else Decimal(spent.cost) / MILLION
             call.billed = spent.billed
         super()._end_call(error)
+
+
+def _input_of(target: Target, body: bytes) -> dict[str, Any]:
+    """Return the input of a paid call: the JSON object in its body, or the query of a GET.
+
+    The values of a query are texts, and lists of them where a name comes twice.
+    """
+    if target.method == "GET":
+        values = parse_qs(target.query or "", keep_blank_values=True)
+        return {name: texts[0] if len(texts) == 1 else texts for name, texts in values.items()}
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
