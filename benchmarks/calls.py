@@ -53,10 +53,10 @@ def get(path: str) -> Call:
     return Call(_head("GET", path) + b"\r\n")
 
 
-def poll(path: str) -> Call:
-    """Return a GET of the status of a queued job."""
-    response = b'{"echo": null, "padding": "'.ljust(RESPONSE_BYTES - 2, b"x") + b'"}'
-    return Call(_head("GET", path, "queue.fal.run") + b"\r\n", response)
+def poll() -> Call:
+    """Return a request for the status of a queued job that never ends."""
+    response = b'{"echo": {"status":"IN_PROGRESS"}, "padding": "'.ljust(RESPONSE_BYTES - 2, b"x") + b'"}'
+    return Call(_head("GET", "/bench/app/requests/1/status", "queue.fal.run") + b"\r\n", response)
 
 
 def _head(method: str, path: str, host: str = "fal.run") -> bytes:

@@ -31,10 +31,10 @@ function head(extra) {
 }
 
 // Respond with the body of the request, in an object padded to RESPONSE_BYTES.
-function respond(res, body) {
+function respond(res, body, extra) {
   const start = `{"echo": ${body}, "padding": "`;
   const text = `${start.padEnd(RESPONSE_BYTES - 2, "x")}"}`;
-  res.writeHead(200, head({ "content-length": RESPONSE_BYTES }));
+  res.writeHead(200, head({ "content-length": RESPONSE_BYTES, ...extra }));
   res.end(text);
 }
 
@@ -66,6 +66,10 @@ function eventStream(req, res) {
 
 const routes = {
   "/bench/short": (req, res) => readBody(req, (body) => respond(res, body)),
+
+  // A run that is billed, and a queued job that never ends.
+  "/bench/paid": (req, res) => readBody(req, (body) => respond(res, body, { "x-fal-billable-units": "1" })),
+  "/bench/app/requests/1/status": (req, res) => readBody(req, () => respond(res, '{"status":"IN_PROGRESS"}')),
 
   "/bench/hold": (req, res, query) =>
     readBody(req, (body) => {
@@ -135,7 +139,7 @@ server.on("request", (req, res) => {
   res.on("error", () => {});
   const mark = req.url.indexOf("?");
   const path = mark < 0 ? req.url : req.url.slice(0, mark);
-  const route = routes[path] ?? (path.endsWith("/status") ? routes["/bench/short"] : undefined);
+  const route = routes[path];
   if (req.headers.authorization !== authorization || route === undefined) {
     counts.refused++;
     req.resume();

@@ -320,12 +320,12 @@ class FalProxyHandler(PayingResponse):
                 await self._write_stream(head, transfer, transfer.size if whole else head.length)
             self._end_call()
         except (ProxyError, StreamClosedError) as exc:
+            self._end_spending(transfer)  # first, because the response has what is left
             self._fail(exc)
         finally:
             if transfer is not None:
                 transfer.cancel()
-            if self._spent is not None:
-                self._end_spending(self._spent, transfer)
+            self._end_spending(transfer)
             if self._finished:
                 self._end_call()
 

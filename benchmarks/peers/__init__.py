@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.servers import KEY, CannotStart
 
-__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Setting", "ours_in", "ours_with"]
+__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Setting", "find_program", "ours_in", "ours_with"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,7 +60,7 @@ class Peer:
         return {**os.environ, **ours}
 
 
-def _program(name: str) -> str:
+def find_program(name: str) -> str:
     """Return the path of a program in this Python environment, PATH, or /usr/sbin. Raise CannotStart."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
     found = shutil.which(name, path=path)
@@ -90,7 +90,7 @@ def _python(file: str, *modules: str) -> Callable[[Setting], Sequence[str]]:
 def _node(file: str) -> Callable[[Setting], Sequence[str]]:
     def command(setting: Setting) -> Sequence[str]:
         _needs_packages()
-        return [_program("node"), str(HERE / file), str(setting.port)]
+        return [find_program("node"), str(HERE / file), str(setting.port)]
 
     return command
 
@@ -116,12 +116,12 @@ def _flask(setting: Setting) -> Sequence[str]:
     limits = [f"--threads={setting.calls}", f"--worker-connections={setting.calls * 2}", "--timeout=900"]
     bind = f"--bind=127.0.0.1:{setting.port}"
     app = "benchmarks.peers.flask_requests:app"
-    return [_program("gunicorn"), "--workers=1", "--worker-class=gthread", *limits, bind, "--log-level=error", app]
+    return [find_program("gunicorn"), "--workers=1", "--worker-class=gthread", *limits, bind, "--log-level=error", app]
 
 
 def _next(setting: Setting) -> Sequence[str]:
     _needs_packages()
-    node = _program("node")
+    node = find_program("node")
     app = HERE / "next"
     if not (app / ".next" / "BUILD_ID").exists():
         build = [node, str(NEXT), "build", str(app)]
@@ -144,7 +144,7 @@ def _nginx(setting: Setting) -> Sequence[str]:
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
     (setting.directory / "nginx.conf").write_text(text)
-    return [_program("nginx"), "-c", str(setting.directory / "nginx.conf"), "-p", str(setting.directory)]
+    return [find_program("nginx"), "-c", str(setting.directory / "nginx.conf"), "-p", str(setting.directory)]
 
 
 OURS = Peer("ours", "tornado_fal_proxy", _ours, isolated=False, files_per_call=1)
@@ -156,10 +156,13 @@ def ours_in(processes: int) -> Peer:
 
 
 def ours_with(*options: str) -> Peer:
-    """Return this proxy with more options, in which ``{directory}`` stands for an empty one of its own."""
+    """Return this proxy with more options, which override those that it has here.
+
+    ``{directory}`` in an option is a directory of the server's own.
+    """
 
     def command(setting: Setting) -> Sequence[str]:
-        return [*_ours(setting), *(option.replace("{directory}", str(setting.directory)) for option in options)]
+        return [*_ours(setting), *(option.format(directory=setting.directory) for option in options)]
 
     return replace(OURS, command=command)
 

@@ -18,5 +18,10 @@ from benchmarks.rows import (
 
 __all__ = ["ROWS"]
 
-_MODULES = (cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes, telemetry, spending)
-ROWS = tuple(module.ROW for module in _MODULES)
+ROWS = tuple(
+    module.ROW
+    for module in (
+        *(cpu, latency, idle, held, crowd, short, growth, stuck, streams, throughput, processes),
+        *(telemetry, spending),
+    )
+)

@@ -4,6 +4,7 @@ A page of another origin may call the proxy only if allowed_origins has that ori
 """
 
 import asyncio
+import re
 from collections.abc import Collection
 from http.client import responses
 from itertools import pairwise
@@ -84,7 +85,7 @@ def limited(authority: Authority) -> Any:
     chromium = tool("chromium")
 
     async def make() -> Any:
-        fields = {"jobs_per_user": "2/day", "budget_per_user": "1.00/day", "prices": {"**": "0.025"}, "store": "memory"}
+        fields = {"jobs_per_user": "3/day", "budget_per_user": "1.00/day", "prices": {"**": "0.025"}, "store": "memory"}
         async with serve_sandbox(Setup(authority), 0.01, **fields) as sandbox:
             return await run_script("limits.mjs", sandbox.public_url, chromium)
 
@@ -92,14 +93,17 @@ def limited(authority: Authority) -> Any:
 
 
 def test_what_is_left(limited: Any) -> None:
-    """The page shows what is left after each call, and the words of a refusal."""
-    assert limited["left"] == [
-        "Left: 1 of 2 jobs today, $0.97 of $1.00 today.",
-        "Left: 0 of 2 jobs today, $0.95 of $1.00 today.",
-        "Left: 0 of 2 jobs today, $0.95 of $1.00 today.",
-    ]
-    assert limited["errors"][:2] == ["", ""]
-    assert limited["errors"][2].startswith("402: Your limit of 2 jobs a day is used up; the next job can start at ")
+    """The page shows what is left after each call: a stream, one that failed, and jobs; then the words of a refusal."""
+    first, none = "Left: 2 of 3 jobs today, $0.97 of $1.00 today.", "Left: 0 of 3 jobs today, $0.92 of $1.00 today."
+    assert limited["left"] == [first, first, "Left: 1 of 3 jobs today, $0.95 of $1.00 today.", none, none, none]
+    fine, failed, result, invalid, *refused = limited["errors"]
+    assert (fine, result) == ("", "")
+    assert failed.startswith("500: ")
+    assert invalid.startswith("422: ")
+    for words in refused:
+        assert re.fullmatch(
+            r"402: Your limit of 3 jobs a day is used up; the next job can start at 2\S+T00:00:00Z\.", words
+        )
 
 
 def test_nothing_is_shown_without_limits(page: Any) -> None:

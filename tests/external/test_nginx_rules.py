@@ -18,7 +18,7 @@ from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ACTIVATE, COMMAND, ServiceProcess, environment
 from tests.support.stub_handlers import JSON
-from tests.support.tools import unused_port
+from tests.support.tools import ROOT, unused_port
 from tornado_fal_proxy import FalProxyHandler, Target
 from tornado_fal_proxy.errors import Unauthorized
 
@@ -207,6 +207,52 @@ async def test_auth_request(setup: Setup) -> None:
             assert (await client.call("OPTIONS", headers=may)).code == 204
             assert (await client.call(path="/auth")).code == 404
             assert not asked
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_users_of_oauth2_proxy(setup: Setup) -> None:
+    """With the lines of docs/spending.md limits count the users of oauth2-proxy, whatever a client's header says."""
+
+    class Auth(RequestHandler):
+        """Answer as oauth2-proxy's /oauth2/auth does with --set-xauthrequest."""
+
+        def get(self) -> None:
+            user = self.get_cookie("_oauth2_proxy")
+            self.set_status(202 if user else 401)
+            if user:
+                self.set_header("X-Auth-Request-User", user)
+
+    text = (ROOT / "docs/spending.md").read_text("utf-8")
+    in_server, in_location = re.findall(r"^```nginx\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (argv,) = re.findall(r"^tornado-fal-proxy (--trusted-proxies=.*)$", text, re.MULTILINE)
+    auth = setup.serve(Application([("/oauth2/auth", Auth)], log_function=lambda handler: None))
+    upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
+    running = await ServiceProcess.in_front_of(setup, upstream, *argv.split(), "--store=memory")
+    make = deployed(running.port)
+
+    def servers(listen: str, files: dict[str, str]) -> str:
+        found = make(listen, files)
+        places = {"    location / { return 404; }": in_server, "        limit_conn_status 429;": in_location}
+        for place, lines in places.items():
+            assert found.count(place) == 1
+            found = found.replace(place, f"{place}\n{lines.replace('127.0.0.1:4180', f'127.0.0.1:{auth}')}")
+        return found
+
+    async with nginx((NAME,), servers) as front:
+        with calling(front, "HTTP/2") as client:
+
+            async def codes(cookie: str, count: int, **headers: str) -> list[int]:
+                given = {"cookie": f"_oauth2_proxy={cookie}"} | headers
+                return [(await client.call(headers=given)).code for _ in range(count)]
+
+            assert await codes("", 1, **{"X-Forwarded-User": "ann"}) == [401]
+            assert await codes("ann", 11) == [200] * 10 + [402]
+            assert await codes("ann", 1, **{"X-Forwarded-User": "bob"}) == [402]
+            assert await codes("bob", 1, **{"X-Forwarded-User": "ann"}) == [200]
+    _, stderr = await running.end()
+    assert stderr.count(" user=ann ") == 12
+    assert stderr.count(" user=bob ") == 1
 
 
 @pytest.mark.gen_test

@@ -20,6 +20,7 @@ from tests.support.certificates import Authority
 from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.raw_client import call
 from tests.support.scripted_upstream import Exchange
+from tests.support.stub_handlers import Gate
 from tests.support.tools import ROOT, tool, unused_port
 from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, handler
 from tornado_fal_proxy.sandbox import Sandbox
@@ -115,7 +116,8 @@ async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.gen_test
 async def test_embedding_with_limits(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third example gives each signed-in user ten pictures a day."""
+    """The third example, of 15 lines, gives each signed-in user ten pictures a day of two models, and two at once."""
+    assert len([line for line in blocks("python")[2].splitlines() if line]) <= 15
     upstream = await setup.upstream(respond)
     store = f"sqlite:{tmp_path / 'spent.sqlite'}"
     monkeypatch.setattr(
@@ -129,6 +131,28 @@ async def test_embedding_with_limits(setup: Setup, tmp_path: Path, monkeypatch: 
         cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", user).decode()
         seen = [(await call(port, headers=[f"cookie: user={cookie}"])).status for _ in range(11)]
         assert seen == [200] * 10 + [402]
+    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "eve").decode()
+    headers = [f"cookie: user={cookie}"]
+    for body, status in (
+        (b'{"num_images": 3}', 200),
+        (b'{"num_images": "4"}', 200),
+        (b'{"num_images": 1e9}', 402),
+        (b'{"num_images": true}', 402),
+        (b'{"num_images": 2}', 200),
+        (b'{"num_images": 2}', 402),
+        (b"{}", 200),
+        (b"{}", 402),
+    ):
+        assert (await call(port, "POST", body, headers=headers)).status == status, body
+    assert (await call(port, target="https://fal.run/fal-ai/fast-sdxl", headers=headers)).status == 402
+    assert (await call(port, target="https://fal.run/fal-ai/flux/schnell", headers=headers)).status == 403
+    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "max").decode()
+    gate = upstream.handler = Gate()
+    at_once = [asyncio.create_task(call(port, headers=[f"cookie: user={cookie}"])) for _ in range(3)]
+    (first,), _ = await asyncio.wait(at_once, return_when=asyncio.FIRST_COMPLETED)
+    assert first.result().status == 429
+    gate.open.set()
+    assert sorted([(await each).status for each in at_once]) == [200, 200, 429]
 
 
 def run_block(code: str) -> dict[str, Any]:

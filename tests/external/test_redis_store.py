@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.certificates import Authority
+from tests.support.odd_users import keep_apart
 from tests.support.redis_server import RedisServer, running_redis
 from tests.support.spenders import compete, spend_and_be_killed
 from tests.support.spending_model import NOON, StoreMachine, reservation
@@ -93,6 +94,13 @@ async def test_last_one_is_given_once(server: RedisServer) -> None:
         assert sum(standing.refused_by is None for standing in standings) == 7
         (row,) = await one.usage("2026-12-31", "2026-12-31", ())
         assert (row.jobs, row.refused) == (7, 293)
+
+
+@pytest.mark.gen_test
+async def test_odd_users(server: RedisServer) -> None:
+    """No user counts as another, whatever characters their ids have."""
+    async with opened(server.url()) as store:
+        await keep_apart(store)
 
 
 @pytest.mark.gen_test

@@ -213,9 +213,33 @@ async def test_application_with_limits(setup: Setup, tmp_path: Path, monkeypatch
     assert (await call(port)).status == 401
 
 
+@pytest.mark.gen_test
+async def test_functions_for_limits(setup: Setup) -> None:
+    """The module that is shown names plans, counts pictures, and lets no odd input pass for less."""
+    names: dict[str, Any] = {"__name__": "my_limits"}
+    exec(compile(blocks(SPENDING, "python")[1], "spending.md", "exec"), names)
+    functions = {name: names[name] for name in ("identify", "input_units")}
+    plans = {"pro": {"jobs_per_user": "8/day"}}
+    port = setup.proxy(
+        await setup.upstream(fine), jobs_per_user="4/day", plans=plans, count="units", store="memory", **functions
+    )
+
+    async def left(user: str | None, body: bytes) -> str:
+        headers = [] if user is None else [f"X-Forwarded-User: {user}"]
+        response = await call(port, "POST", body, headers=headers)
+        return f"{response.status} {re.findall(';r=([0-9]+)', response.header('ratelimit') or '')}"
+
+    assert await left("ann@example.com", b'{"num_images": 3}') == "200 ['5']"
+    assert await left("ann@example.com", b'{"num_images": "4"}') == "200 ['1']"
+    assert await left("eve", b"{}") == "200 ['3']"
+    for odd in (b'{"num_images": -5}', b'{"num_images": true}', b'{"num_images": [1]}', b'{"num_images": null}'):
+        assert await left("eve", odd) == "402 ['3']"
+    assert await left(None, b"") == "200 ['3']"
+
+
 def test_command_lines() -> None:
     """Each command line that is shown has options that exist."""
-    for line in re.findall(r"tornado-fal-proxy (--[^`\n]+)", SPENDING):
-        argv = line.strip().split()
+    for line in re.findall(r"^tornado-fal-proxy (--[^`\n]+)|`tornado-fal-proxy (--[^`\n]+)`", SPENDING, re.MULTILINE):
+        argv = "".join(line).strip().split()
         settings = parse_settings(argv, {} if "--sandbox" in argv else WITH_KEY)
         assert settings.texts["jobs_per_user"]

@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 import json
+import re
 import sqlite3
 import subprocess
 from collections import Counter
@@ -113,6 +114,22 @@ async def test_a_header_of_anyone(setup: Setup) -> None:
     )
     assert [(await run(running.port, name)).status for name in ("a", "b", "c")] == [200, 200, 402]
     await running.end()
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_sandbox_with_limits(tmp_path: Path) -> None:
+    """The sandbox has a price for every model, bills pictures, and leaves no file behind."""
+    running = await ServiceProcess.start(
+        *("--sandbox", "--jobs-per-user=3/day", "--budget-per-user=0.30/day"), XDG_STATE_HOME=str(tmp_path)
+    )
+    lefts = []
+    for body in (b"{}", b'{"num_images": 4}', b"{}", b"{}"):
+        response = await call(running.port, "POST", body, target="https://fal.run/any/model")
+        lefts.append((response.status, *re.findall(r";r=(\d+)", response.header("ratelimit") or "")))
+    assert lefts == [(200, "2", "27"), (200, "1", "17"), (200, "0", "15"), (402, "0", "15")]
+    await running.end()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -66,10 +66,11 @@ class FakeStore:
         if job_id in self.jobs and new_id not in self.jobs:
             self.jobs[new_id] = self.jobs.pop(job_id)
 
-    async def settle(self, job_id: str, units: int, cost: int) -> None:
+    async def settle(self, job_id: str, units: int, cost: int | None) -> None:
         await self._do("settle")
         kept = self.jobs.get(job_id)
         if kept is not None and not kept.settled:
+            cost = kept.cost if cost is None else cost
             for counter in kept.job.cost_counters:
                 self.used[counter.key] += cost - kept.cost
             kept.cost, kept.units, kept.settled, kept.ended = cost, units, True, True

@@ -126,10 +126,11 @@ class Model:
         if job_id in self.jobs and new_id not in self.jobs:
             self.jobs[new_id] = self.jobs.pop(job_id)
 
-    def settle(self, job_id: str, units: int, cost: int) -> None:
+    def settle(self, job_id: str, units: int, cost: int | None) -> None:
         """Note the bill of a job."""
         if (job := self.jobs.get(job_id)) is not None and not job.settled:
-            job.units, job.cost, job.settled, job.ended = units, cost, True, True
+            job.units, job.cost = units, job.cost if cost is None else cost
+            job.settled = job.ended = True
 
     def end(self, job_id: str) -> None:
         """End a job."""
@@ -236,8 +237,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.both(lambda store: store.rename(id, new), times)
         return new
 
-    @rule(id=ids, cost=st.integers(0, 12), units=st.integers(0, 3_000_000), times=times, late=st.booleans())
-    def settle(self, id: str, cost: int, units: int, times: int, late: bool) -> None:
+    @rule(id=ids, cost=st.none() | st.integers(0, 12), units=st.integers(0, 3_000_000), times=times, late=st.booleans())
+    def settle(self, id: str, cost: int | None, units: int, times: int, late: bool) -> None:
         self.now_or_late(lambda store: store.settle(id, units, cost), times, late)
 
     @rule(id=ids, times=times, late=st.booleans())

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.support.odd_users import keep_apart
 from tests.support.spending_model import BUDGET, NOON, StoreMachine, reservation
 from tests.support.strategies import examples
 from tornado_fal_proxy import ConfigError, ProxyConfig
@@ -71,6 +72,13 @@ async def test_last_one_is_given_once() -> None:
         assert [standing.used[0] for standing in standings] == [*range(1, 8), *[7] * 293]
         (row,) = await store.usage("2026-12-31", "2026-12-31", ())
         assert (row.jobs, row.refused) == (7, 293)
+
+
+@pytest.mark.gen_test
+async def test_odd_users(tmp_path: Path) -> None:
+    """No user counts as another, whatever characters their ids have."""
+    async with opened(tmp_path / "spending.sqlite") as store:
+        await keep_apart(store)
 
 
 @pytest.mark.gen_test

@@ -12,6 +12,7 @@ import json
 import random
 from decimal import Decimal
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 from tornado_fal_proxy.errors import ClientDisconnected, JobNotFound, Misconfigured
 from tornado_fal_proxy.relay.backend import Backend
@@ -20,7 +21,7 @@ from tornado_fal_proxy.rules.endpoints import QUEUE_HOST, may_name_job
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import Pairs
 from tornado_fal_proxy.rules.target import Target
-from tornado_fal_proxy.spending.calls import JobCall, PaidCall, SpendingCall
+from tornado_fal_proxy.spending.calls import JobCall, PaidCall
 from tornado_fal_proxy.spending.identity import identity, tag_of
 from tornado_fal_proxy.spending.limits import MILLION
 from tornado_fal_proxy.spending.plans import NO_RULES, Plan, SpendingRules
@@ -146,11 +147,7 @@ class PayingResponse(HookedResponse):
         """Return the estimated millionths of a unit, by the operator's function; None without one."""
         if (input_units := self._config.input_units) is None:
             return None
-        try:
-            fields = json.loads(body)
-        except (ValueError, RecursionError):
-            fields = None
-        result = await self._ask(input_units, target, fields if isinstance(fields, dict) else {})
+        result = await self._ask(input_units, target, _input_of(target, body))
         try:
             return estimated_units(result)
         except ValueError as exc:
@@ -163,12 +160,14 @@ class PayingResponse(HookedResponse):
 
     # Ends.
 
-    def _end_spending(self, spent: SpendingCall, transfer: Transfer | None) -> None:
+    def _end_spending(self, transfer: Transfer | None) -> None:
         """Note that a call is over, unless that is noted."""
+        if self._spent is None:
+            return
         if transfer is None:
-            spent.abandon(None, sent=False)
+            self._spent.abandon(None, sent=False)
         else:
-            spent.abandon(transfer.head, sent=transfer.may_have_been_sent)
+            self._spent.abandon(transfer.head, sent=transfer.may_have_been_sent)
 
     def _end_call(self, error: BaseException | None = None) -> None:
         if self._spent is not None and not self._ended:
@@ -182,3 +181,18 @@ class PayingResponse(HookedResponse):
             call.cost = None if spent.cost is None else Decimal(spent.cost) / MILLION
             call.billed = spent.billed
         super()._end_call(error)
+
+
+def _input_of(target: Target, body: bytes) -> dict[str, Any]:
+    """Return the input of a paid call: the JSON object in its body, or the query of a GET.
+
+    The values of a query are texts, and lists of them where a name comes twice.
+    """
+    if target.method == "GET":
+        values = parse_qs(target.query or "", keep_blank_values=True)
+        return {name: texts[0] if len(texts) == 1 else texts for name, texts in values.items()}
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -115,7 +115,7 @@ class RelayResponse(RequestHandler):
                 names.add(name)
                 headers[name] = value
         if self._spent is not None:
-            for name, value in self._spent.headers:
+            for name, value in self._spent.limit_fields(head):
                 headers[name] = value
         if self._cors is not None or not names.isdisjoint(_OWN_NAMES):  # else they stand since the beginning
             self._add_own_headers(names)
@@ -216,7 +216,7 @@ class RelayResponse(RequestHandler):
         self._release()
         super().clear()
         self.set_status(status)
-        for name, value in (*headers, *(() if self._spent is None else self._spent.headers)):
+        for name, value in (*headers, *(() if self._spent is None else self._spent.limit_fields(None))):
             self.set_header(name, value)
         self._add_own_headers()
         self.set_header("Content-Type", "application/json")

@@ -20,11 +20,12 @@ import re
 from contextlib import suppress
 from typing import Protocol
 
-from tornado_fal_proxy.rules.headers import ResponseHead
+from tornado_fal_proxy.rules.headers import Pairs, ResponseHead
 from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.plans import Terms
 from tornado_fal_proxy.spending.prices import billed_units
 from tornado_fal_proxy.spending.refusals import limit_fields, refusal
+from tornado_fal_proxy.spending.store import Standing
 
 __all__ = ["JobCall", "PaidCall", "SpendingCall", "submitted_id"]
 
@@ -60,17 +61,19 @@ def submitted_id(head: ResponseHead, body: bytes) -> str | None:
 class SpendingCall(Protocol):
     """Describe what a response needs of the call that it belongs to.
 
-    ``headers`` are for the client. ``user`` and ``endpoint`` are those of the paid call.
+    ``user`` and ``endpoint`` are those of the paid call.
     ``units`` and ``cost`` are millionths: an estimate, or the bill where that is known, and then ``billed`` is true.
     """
 
-    headers: tuple[tuple[str, str], ...]
     job_id: str | None
     user: str | None
     endpoint: str | None
     units: int | None
     cost: int | None
     billed: bool
+
+    def limit_fields(self, head: ResponseHead | None) -> Pairs:
+        """Return what the client is told of its limits, with fal's response, or with one of the proxy's own."""
 
     def tap(self, data: bytes) -> None:
         """Take a piece of the response's body."""
@@ -86,7 +89,6 @@ class PaidCall:
     """A paid call, from before its reservation. It may also pass unreserved, while the store fails."""
 
     def __init__(self, ledger: Ledger, terms: Terms, *, queued: bool) -> None:
-        self.headers: tuple[tuple[str, str], ...] = ()
         self.job_id: str | None = None
         self.user: str | None = terms.reservation.user
         self.endpoint: str | None = terms.reservation.endpoint
@@ -95,7 +97,8 @@ class PaidCall:
         self.billed = False
         self._ledger, self._terms, self._queued = ledger, terms, queued
         self._id = terms.reservation.id
-        self._over = False
+        self._standing: Standing | None = None
+        self._over = self._given_back = False
         self._body = b""
 
     async def reserve(self) -> None:
@@ -103,18 +106,37 @@ class PaidCall:
         ledger, terms = self._ledger, self._terms
         ledger.unfinished += 1
         try:
-            standing = await ledger.reserve(terms)
-            if standing is not None:
-                now = ledger.now()
-                if standing.refused_by is not None:
-                    raise refusal(terms, standing, now)
-                self.headers = limit_fields(terms, standing, now)
+            standing = self._standing = await ledger.reserve(terms)
+            if standing is not None and standing.refused_by is not None:
+                raise refusal(terms, standing, ledger.now())
         except asyncio.CancelledError:
             self.abandon(None, sent=False)
             raise
         except BaseException:
             self._is_first_end()
             raise
+
+    def limit_fields(self, head: ResponseHead | None) -> Pairs:
+        """Return what is left of the user's limits, as it is when fal's response with that head is complete.
+
+        A stream may still break, so nothing of it is known before its end.
+        """
+        if self._standing is None:
+            return ()
+        job = self._terms.reservation
+        jobs, cost, unfinished = job.jobs, job.cost, 1
+        if self._given_back:
+            jobs = cost = unfinished = 0
+        elif head is not None and not head.streams and not self._is_taken(head):
+            unfinished = 0
+            if (units := billed_units(head.headers)) is not None:
+                cost = self._cost_of(units) or 0
+            elif did_not_run(head.status):
+                jobs = cost = 0
+        more = [jobs - job.jobs] * len(job.job_counters) + [cost - job.cost] * len(job.cost_counters)
+        used = [value + each for value, each in zip(self._standing.used, more, strict=True)]
+        standing = Standing(used, self._standing.unfinished - 1 + unfinished, None)
+        return limit_fields(self._terms, standing, self._ledger.now())
 
     def tap(self, data: bytes) -> None:
         """Keep the response to a submit, which has the job's id."""
@@ -142,17 +164,25 @@ class PaidCall:
 
     def _note(self, head: ResponseHead, *, ends: bool) -> asyncio.Future[None] | None:
         """Note what a head says of the call. Where it says nothing, ``ends`` tells whether the call is over."""
-        if self._queued and 200 <= head.status < 300:
+        if self._is_taken(head):
             return self._submitted(head)
         if (units := billed_units(head.headers)) is not None:
-            price = self._terms.price
-            self.units, self.cost, self.billed = units, None if price is None else price.cost(units), True
-            return self._ledger.settle(self._id, units, self.cost or 0)
+            self.units, self.cost, self.billed = units, self._cost_of(units), True
+            return self._ledger.settle(self._id, units, self.cost)
         if did_not_run(head.status):
             return self._give_back()
         return self._ledger.end(self._id) if ends else None
 
+    def _is_taken(self, head: ResponseHead) -> bool:
+        """Tell whether fal has taken a job into its queue."""
+        return self._queued and 200 <= head.status < 300
+
+    def _cost_of(self, units: int) -> int | None:
+        price = self._terms.price
+        return None if price is None else price.cost(units)
+
     def _give_back(self) -> asyncio.Future[None]:
+        self._given_back = True
         self.units, self.cost = 0, None if self.cost is None else 0
         return self._ledger.give_back(self._id)
 
@@ -167,8 +197,6 @@ class PaidCall:
 class JobCall:
     """A free call of a queued job: its status, as JSON or as events, its result, or its cancel."""
 
-    headers: tuple[tuple[str, str], ...] = ()
-
     def __init__(self, ledger: Ledger, job_id: str, kind: str) -> None:
         self.job_id: str | None = job_id
         self.user: str | None = None
@@ -179,6 +207,10 @@ class JobCall:
         self._ledger, self._id, self._kind = ledger, job_id, kind
         self._tail = b""
         self._completed = False
+
+    def limit_fields(self, _head: ResponseHead | None) -> Pairs:
+        """Return nothing: a free call tells nothing of limits, because it does not ask the store."""
+        return ()
 
     def tap(self, data: bytes) -> None:
         """Look for the status that ends the job."""

@@ -103,7 +103,7 @@ class Ledger:
 
     # Beside the calls. Each returns a task, which ends even if the store fails.
 
-    def settle(self, id: str, units: int, cost: int) -> asyncio.Future[None]:
+    def settle(self, id: str, units: int, cost: int | None) -> asyncio.Future[None]:
         """Note fal's bill of a call."""
         return self._later(lambda: self._store.settle(id, units, cost))
 
@@ -151,7 +151,7 @@ class Ledger:
                 if known.endpoint is not None:  # else the job is none of this proxy's
                     price = self.rules.price(known.endpoint)
                     known.cost = None if price is None else price.cost(units)
-                    await self._store.settle(job_id, units, known.cost or 0)
+                    await self._store.settle(job_id, units, known.cost)
             except StoreFailed:
                 known.settled = False
                 raise

@@ -111,10 +111,11 @@ SETTLE = (
 local day, row, units, cost, cost_counters, unfinished, settled =
   unpack(redis.call('HMGET', KEYS[1], 'day', 'row', 'units', 'cost', 'cost_counters', 'unfinished', 'settled'))
 if not day or settled then return end
-redis.call('HSET', KEYS[1], 'settled', 1, 'units', ARGV[2], 'cost', ARGV[3])
+local bill = ARGV[3] == '' and cost or ARGV[3]
+redis.call('HSET', KEYS[1], 'settled', 1, 'units', ARGV[2], 'cost', bill)
 redis.call('ZREM', unfinished, ARGV[1])
-add(cost_counters, ARGV[3] - cost)
-account(day, row, 0, 0, ARGV[2] - units, ARGV[3] - cost)
+add(cost_counters, bill - cost)
+account(day, row, 0, 0, ARGV[2] - units, bill - cost)
 redis.call('EXPIRE', day, ARGV[4])
 """
 )

@@ -175,9 +175,9 @@ class RedisStore:
         """Do Store.rename."""
         await self._do(*_script(redis_scripts.RENAME, [_job(job_id), _job(new_id)], [job_id, new_id]))
 
-    async def settle(self, job_id: str, units: int, cost: int) -> None:
+    async def settle(self, job_id: str, units: int, cost: int | None) -> None:
         """Do Store.settle."""
-        arguments: list[str | int] = [job_id, units, cost, self._account_ttl_s]
+        arguments: list[str | int] = [job_id, units, "" if cost is None else cost, self._account_ttl_s]
         await self._do(*_script(redis_scripts.SETTLE, [_job(job_id)], arguments))
 
     async def end(self, job_id: str) -> None:

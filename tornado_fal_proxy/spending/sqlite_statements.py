@@ -104,7 +104,7 @@ def rename(db: Connection, job_id: str, new_id: str) -> None:
     db.execute("UPDATE OR IGNORE jobs SET id = ? WHERE id = ?", (new_id, job_id))
 
 
-def settle(db: Connection, job_id: str, units: int, cost: int) -> None:
+def settle(db: Connection, job_id: str, units: int, cost: int | None) -> None:
     """Do Store.settle."""
     row = db.execute(
         "SELECT day, user, endpoint, units, cost, cost_counters FROM jobs WHERE id = ? AND settled = 0", (job_id,)
@@ -112,6 +112,7 @@ def settle(db: Connection, job_id: str, units: int, cost: int) -> None:
     if row is None:
         return
     *place, estimated_units, estimated_cost, cost_counters = row
+    cost = estimated_cost if cost is None else cost
     db.execute(
         "UPDATE jobs SET settled = 1, ended = 1, units = ?, cost = ? WHERE id = ?",
         (units, cost, job_id),

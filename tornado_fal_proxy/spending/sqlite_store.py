@@ -124,7 +124,7 @@ class SqliteStore:
         """Do Store.rename."""
         await self._do(statements.rename, job_id, new_id)
 
-    async def settle(self, job_id: str, units: int, cost: int) -> None:
+    async def settle(self, job_id: str, units: int, cost: int | None) -> None:
         """Do Store.settle."""
         await self._do(statements.settle, job_id, units, cost)
 

@@ -139,8 +139,11 @@ class Store(Protocol):
     async def rename(self, job_id: str, new_id: str) -> None:
         """Give a job the id that fal knows it by, unless another job has it."""
 
-    async def settle(self, job_id: str, units: int, cost: int) -> None:
-        """Replace the estimate of a job that is not settled, in its cost counters and in the account. Ends it too."""
+    async def settle(self, job_id: str, units: int, cost: int | None) -> None:
+        """Replace the estimate of a job that is not settled, in its cost counters and in the account. Ends it too.
+
+        Without a ``cost``, because no price is known any more, the estimate of the cost stays.
+        """
 
     async def end(self, job_id: str) -> None:
         """Count the job as unfinished no more. The estimate stays."""
