@@ -1,8 +1,8 @@
 """Endpoints for the operator's own tools, on an address that clients cannot reach: health, readiness, metrics.
 
 Strategy. All workers listen on one socket, and each can answer for all of them. The socket is open until the calls in
-flight are finished, which lets the tools see a drain as a drain. Connections that were accepted until then get a response
-as those of clients do, by the same server.
+flight are finished, which lets the tools see a drain as a drain. The server is that of clients, so connections that it
+has accepted until then still get a response.
 """
 
 from __future__ import annotations
