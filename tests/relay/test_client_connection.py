@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
+from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from tests.support.clock import Clock
@@ -26,7 +27,7 @@ from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM
 from tornado_fal_proxy.relay.response import LINGER_S
 from tornado_fal_proxy.service import connection, server
-from tornado_fal_proxy.service.application import make_application
+from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.connection import MAX_LINE_BYTES, ClientStream
 from tornado_fal_proxy.service.request_head import MAX_HEAD_BYTES, RequestTooLarge
 from tornado_fal_proxy.service.server import Server
@@ -71,6 +72,30 @@ async def test_silent_connections_are_closed(
         # A connection that has served a request has the longer limit until a part of a head is here.
         other.writer.write(HEALTH)
         assert (await other.response()).status == 200
+    await client.close()
+    await other.close()
+
+
+@pytest.mark.gen_test
+async def test_an_error_of_the_application_ends_one_connection(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
+    """The log has the client and the traceback, and other connections are served."""
+    find_handler = ProxyApplication.find_handler
+
+    def failing(self: ProxyApplication, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        if request.path == "/fails":
+            raise ZeroDivisionError
+        return find_handler(self, request, **kwargs)
+
+    monkeypatch.setattr(ProxyApplication, "find_handler", failing)
+    logs.expect(r"^ERROR tornado_fal_proxy: connection closed: a request of 127.0.0.1 failed\nTraceback (.*\n)*ZeroDiv")
+    port = serve(setup)
+    client, other = await RawClient.open(port), await RawClient.open(port)
+    await client.send("GET", path="/fails")
+    assert await client.reader.read() == b""
+    other.writer.write(HEALTH)
+    assert (await other.response()).status == 200
     await client.close()
     await other.close()
 
