@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.support import leftovers
 from tests.support.proxy import KEY, Setup
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
@@ -89,6 +90,7 @@ class ServiceProcess:
             start_new_session=True,  # a group that a test can signal
             **more,
         )
+        leftovers.add(running)
         atexit.register(running.kill)
         assert running.process.stdout is not None
         running.line = (await running.process.stdout.readline()).decode()
@@ -139,10 +141,16 @@ class ServiceProcess:
         return stdout.decode(), stderr.decode()
 
     def kill(self) -> None:
-        """Kill the process if a failed test has left it running. Called when the tests end."""
+        """Kill the process and its workers if a test has left them running. Called also when the tests end."""
         with suppress(OSError):
             if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
-                os.kill(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def abandon(self) -> None:
+        """Kill the process and its workers if they run, and close the pipes."""
+        self.kill()
+        await self.process.wait()
+        self.process._transport.close()  # type: ignore[attr-defined]
 
     @property
     def pid(self) -> int:
