@@ -72,24 +72,36 @@ class ServiceProcess:
 
     @classmethod
     async def start(
-        cls, *argv: str, listener: socket.socket | None = None, cwd: Path | None = None, **environ: str
+        cls,
+        *argv: str,
+        listener: socket.socket | None = None,
+        cwd: Path | None = None,
+        nohup: bool = False,
+        **environ: str,
     ) -> "ServiceProcess":
-        """Start the command in the directory ``cwd``. With ``listener`` pass that socket on, as systemd does."""
+        """Start the command in the directory ``cwd``. With ``listener`` pass that socket on, as systemd does.
+
+        It ignores SIGHUP with ``nohup`` only, and not because the tests were started in that way.
+        """
         running = cls()
         command = [*COMMAND, *([] if listener else ["--port=0"]), *argv]
         more: dict[str, Any] = {}
         if listener is not None:
             command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *command]
             more = {"pass_fds": [listener.fileno()]}
-        running.process = await asyncio.create_subprocess_exec(
-            *command,
-            cwd=cwd,
-            env=environment(environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a group that a test can signal
-            **more,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        try:
+            running.process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=cwd,
+                env=environment(environ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a group that a test can signal
+                **more,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         leftovers.add(running)
         atexit.register(running.kill)
         assert running.process.stdout is not None
@@ -114,6 +126,7 @@ class ServiceProcess:
             *argv,
             listener=listener,
             cwd=None,
+            nohup=False,
             FAL_KEY=KEY,
             FAL_PROXY_CA_CERTS=config.ca_certs,
             FAL_PROXY_CONNECT_TO=config.connect_to,
