@@ -24,7 +24,7 @@ from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
-from tests.support.stub_handlers import EVENT_STREAM
+from tests.support.stub_handlers import EVENT_STREAM, fine, resets
 from tornado_fal_proxy.relay.response import LINGER_S
 from tornado_fal_proxy.service import connection, server
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
@@ -179,16 +179,6 @@ async def silent(exchange: Exchange) -> None:
     await exchange.gone.wait()
 
 
-async def answered(exchange: Exchange) -> None:
-    await exchange.body()
-    await exchange.respond(200, b"{}")
-
-
-async def broken(exchange: Exchange) -> None:
-    await exchange.body()
-    exchange.abort_connection()
-
-
 endless_sent: list[int] = []
 
 
@@ -202,14 +192,14 @@ async def endless(exchange: Exchange) -> None:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "answered": (answered, "response"),
+    "with a response": (fine, "response"),
     "left in its body": (silent, "part"),
     "left with much unread": (endless, "unread"),
     "left by the proxy, because it does not read": (endless, "stalled"),
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
-    "failed": (broken, "response"),
-    "refused": (broken, "refused"),
+    "failed": (resets, "response"),
+    "refused": (resets, "refused"),
 }
 # How much time must pass until no timer is left that would keep a handler, and how a refused call differs.
 PASSES: dict[str, float] = {"stalled": 1, "refused": LINGER_S}
@@ -292,7 +282,7 @@ async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
 @pytest.mark.gen_test
 async def test_an_idle_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
     """A handle of libcurl's that waits for its next call keeps neither the last one nor the decoder of its response."""
-    port = serve(setup, await setup.upstream(answered, protocol))
+    port = serve(setup, await setup.upstream(fine, protocol))
     for method in ("GET", "POST"):
         assert (await call(port, method)).status == 200
     clients = [thing for thing in gc.get_objects() if type(thing) is UpstreamClient and not thing._shut]

@@ -43,7 +43,7 @@ def test_sees_the_leak():
 
 @pytest.mark.slow
 def test_a_failed_test_fails_alone(tmp_path: Path) -> None:
-    """What it has left open is closed. What a test that passes leaves open still fails that test or the next one."""
+    """Its leftovers are closed. Those of a test that passes still make that test fail, or the next one."""
     (tmp_path / "conftest.py").write_text("from tests.conftest import *")
     (tmp_path / "test_harness.py").write_text(TESTS)
     ended = subprocess.run(

@@ -11,9 +11,8 @@ import pytest
 from tests.support.metrics import Scrape, ended_lines, started, until, until_totals
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call
-from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, WITH_KEY, connects, environment
-from tests.support.stub_handlers import as_asked
+from tests.support.stub_handlers import Gate, as_asked
 from tests.support.tools import tool
 from tests.support.waiting import TIMEOUT_S, eventually
 
@@ -135,14 +134,8 @@ async def test_no_metrics_are_left_behind(setup: Setup, tmp_path: Path, number: 
 @pytest.mark.gen_test
 async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
     """/readyz is 503 while calls in flight are finished; /healthz is 200 all the time."""
-    release = asyncio.Event()
-
-    async def respond(exchange: Exchange) -> None:
-        await exchange.body()
-        await release.wait()
-        await exchange.respond(200, b"[1]")
-
-    upstream = await setup.upstream(respond)
+    gate = Gate()
+    upstream = await setup.upstream(gate)
     running, admin = await started(setup, upstream, f"--processes={processes}")
 
     async def status(path: str) -> int:
@@ -159,7 +152,7 @@ async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
             await asyncio.sleep(0.02)
     assert await status("/healthz") == 200
     assert await status("/metrics") == 200
-    release.set()
+    gate.open.set()
     assert (await client.response()).status == 200
     await client.close()
     await running.ended()

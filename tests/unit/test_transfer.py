@@ -32,7 +32,7 @@ def failure_of(transfer: Transfer) -> ConnectionLost:
 
 
 def test_each_wait_raises_a_copy_of_the_failure() -> None:
-    """The copies have all that the failure has. What one of them gathers on its way is not in the next."""
+    """The copies have all that the failure has, except the traceback, which is each one's own."""
     delegate: Any = Delegate()
     transfer = Transfer(delegate, Handle(), None, host="fal.run", repeatable=False)  # type: ignore[arg-type]
     failure = ConnectionLost("reset by peer", may_have_run=True)
