@@ -1,4 +1,4 @@
-"""How evenly connections spread over two workers, in four ways to share a port: ``python -m benchmarks.spread``.
+"""Measure how connections spread over two workers, in four ways to share a port: ``python -m benchmarks.spread``.
 
 A crowd connects at once, or one after the other, and every connection stays open; each worker counts its own. The
 workers serve nothing, because only the accepting is measured. ``stock`` is Tornado's own accept handler on a shared

@@ -2,19 +2,30 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from tornado.platform.asyncio import AsyncIOLoop
 
+from tests.support import leftovers
 from tests.support.certificates import Authority
 from tests.support.clock import Clock
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
 
+HAS_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note for the fixtures that a test has failed."""
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
 
 @pytest.fixture
-def io_loop() -> Iterator[AsyncIOLoop]:
+def io_loop(request: pytest.FixtureRequest) -> Iterator[AsyncIOLoop]:
     """Return a loop. pytest-tornado's own fixture makes a loop current in a way that Python 3.12 warns of."""
     asyncio_loop = asyncio.new_event_loop()
     asyncio.set_event_loop(asyncio_loop)  # pytest-tornado makes the test's task before the loop runs
@@ -24,6 +35,9 @@ def io_loop() -> Iterator[AsyncIOLoop]:
         task.cancel()
     asyncio_loop.run_until_complete(asyncio.sleep(0))
     asyncio_loop.run_until_complete(asyncio_loop.shutdown_asyncgens())
+    if request.node.stash.get(HAS_FAILED, False):
+        asyncio_loop.run_until_complete(leftovers.abandon_all())
+    leftovers.forget_all()
     loop.close(all_fds=False)
     asyncio.set_event_loop(None)
 

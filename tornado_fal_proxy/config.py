@@ -51,8 +51,7 @@ DEFAULT_IDLE_TIMEOUT_S = 900.0
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 # Limits calls at once: about half a gigabyte of long polls over HTTP/2, with one open file for each.
 DEFAULT_MAX_IN_FLIGHT = 20_000
-# Limits what is buffered of a paid call's result: JSON with URLs has a few kilobytes, with images in base64 a few
-# megabytes.
+# Limits what is buffered of a paid result: JSON with URLs has a few kilobytes, with images in base64 a few megabytes.
 DEFAULT_RESPONSE_BUFFER_BYTES = 8 * 1024 * 1024
 
 # Limits the limit of all buffered bytes: less would refuse calls whose bodies are ordinary.
@@ -114,7 +113,7 @@ class ProxyConfig:
     )
     response_buffer_bytes: int = option(
         DEFAULT_RESPONSE_BUFFER_BYTES,
-        "a paid call's plain result up to this size is buffered, and relayed only when it is whole",
+        "the plain result of a paid call is buffered up to this size, and relayed only when it is whole",
         "BYTES",
     )
     max_buffered_bytes: int | None = option(

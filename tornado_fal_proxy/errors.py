@@ -265,8 +265,8 @@ class StoreUnavailable(ProxyError):
 class UpstreamError(ProxyError):
     """Report that no usable response came from fal.
 
-    ``may_have_run`` is true for a POST that may have reached fal. It is answered 500, which fal's SDKs do not repeat,
-    because a repeated ``run`` or ``submit`` would be executed, and paid, twice.
+    ``may_have_run`` is true for a paid call that may have reached fal. It is answered 500, which fal's SDKs do not
+    repeat, because a repeated ``run`` or ``submit`` would be executed, and paid, twice.
     """
 
     status = 502

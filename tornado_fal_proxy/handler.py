@@ -5,9 +5,9 @@ no body is buffered for it. The body is collected up to its limit, the call goes
 :class:`~tornado_fal_proxy.upstream.client.UpstreamClient`, and the response leaves in one of two ways
 (:mod:`~tornado_fal_proxy.relay.response`):
 
-* whole: whatever is complete already, and every plain result of a POST that fits ``response_buffer_bytes``. fal's SDKs
-  send a POST again, and pay again, when its response breaks off; so it must not break off.
-* as a stream: event streams, and the responses of GETs.
+* whole: whatever is complete already, and every plain result of a paid call that fits ``response_buffer_bytes``. fal's
+  SDKs send such a call again, and pay again, when its response breaks off; so it must not break off.
+* as a stream: event streams, and the responses of calls that may be repeated.
 
 The handler changes nothing global and nothing of the application's.
 """

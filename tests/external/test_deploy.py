@@ -16,12 +16,15 @@ from tests.support.deploy_files import (
     SOCKET,
     UNIT,
 )
+from tests.unit.test_endpoints import CALLS
 from tornado_fal_proxy.config import (
     DEFAULT_IDLE_TIMEOUT_S,
     DEFAULT_MAX_BODY_BYTES,
     DEFAULT_RESPONSE_BUFFER_BYTES,
     DEFAULT_ROUTE,
 )
+from tornado_fal_proxy.rules.endpoints import is_repeatable
+from tornado_fal_proxy.rules.target import parse_target
 from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT
 
 
@@ -54,3 +57,15 @@ def test_nginx_agrees() -> None:
     for name in ("proxy_read_timeout", "send_timeout"):
         (seconds,) = values(rf"{name} (\d+)s")
         assert int(seconds) > DEFAULT_IDLE_TIMEOUT_S
+
+
+def test_nginx_repeats_what_may_be_repeated() -> None:
+    """nginx repeats the calls that the proxy repeats, and no other."""
+    text = NGINX.read_text()
+    (body,) = re.findall(r"\$tornado_fal_proxy_is_repeatable \{\n(.*?)\n\}", text, re.DOTALL)
+    default, *rules = body.splitlines()
+    assert default == '    default "";'
+    patterns = [re.fullmatch(r' +"~(.*)" yes;', rule) for rule in rules]
+    for method, url, _ in CALLS:
+        found = any(re.search(pattern[1], f"{method} {url}", re.ASCII) for pattern in patterns if pattern)
+        assert found is is_repeatable(method, parse_target(url)), url

@@ -15,6 +15,7 @@ from tornado.web import Application, RequestHandler
 from tests.support.load import ROUNDS, Load, respond
 from tests.support.nginx import DEPLOYED, NAME, RUN, calling, deployed, message, nginx, tls_client
 from tests.support.proxy import KEY, ROUTE, Setup
+from tests.support.raw_client import RESULT
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ACTIVATE, COMMAND, ServiceProcess, environment
 from tests.support.stub_handlers import JSON
@@ -25,18 +26,25 @@ from tornado_fal_proxy.errors import Unauthorized
 
 @pytest.mark.gen_test
 async def test_proxies_that_are_down(setup: Setup) -> None:
-    """No call fails while one proxy is up. If all are down, SDKs may repeat even a POST, because it went nowhere."""
+    """No POST and no poll fails while one proxy is up. If all are down SDKs may repeat any call: it went nowhere.
+
+    A GET that may run a model is tried at one proxy only, and SDKs may repeat it too.
+    """
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
     down = [unused_port(), unused_port()]
+    calls = [("POST", RUN), ("GET", RESULT)]
     async with nginx((NAME,), deployed(*down, setup.proxy(upstream))) as front:
         with calling(front, "HTTP/2") as client:
-            for method in ("POST", "GET") * 5:
-                assert (await client.call(method)).code == 200
-    assert len(upstream.exchanges) == 10
+            response = await client.call("GET")
+            assert (response.code, message(response)) == (502, "The proxy did not answer.")
+            for method, target in calls * 5:
+                assert (await client.call(method, target=target)).code == 200
+            assert (await client.call("GET")).code == 200
+    assert len(upstream.exchanges) == 11
     async with nginx((NAME,), deployed(*down)) as front:
         with calling(front, "HTTP/2") as client:
-            for method in ("POST", "GET"):
-                response = await client.call(method)
+            for method, target in (*calls, ("GET", RUN)):
+                response = await client.call(method, target=target)
                 assert (response.code, message(response)) == (502, "The proxy did not answer.")
 
 

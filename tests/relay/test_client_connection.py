@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import _HTTPRequestContext
+from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from tests.support.clock import Clock
@@ -23,10 +24,10 @@ from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call, request
 from tests.support.scripted_upstream import Exchange
-from tests.support.stub_handlers import EVENT_STREAM
+from tests.support.stub_handlers import EVENT_STREAM, fine, resets
 from tornado_fal_proxy.relay.response import LINGER_S
 from tornado_fal_proxy.service import connection, server
-from tornado_fal_proxy.service.application import make_application
+from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.connection import MAX_LINE_BYTES, ClientStream
 from tornado_fal_proxy.service.request_head import MAX_HEAD_BYTES, RequestTooLarge
 from tornado_fal_proxy.service.server import Server
@@ -71,6 +72,30 @@ async def test_silent_connections_are_closed(
         # A connection that has served a request has the longer limit until a part of a head is here.
         other.writer.write(HEALTH)
         assert (await other.response()).status == 200
+    await client.close()
+    await other.close()
+
+
+@pytest.mark.gen_test
+async def test_an_error_of_the_application_ends_one_connection(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
+    """The log has the client and the traceback, and other connections are served."""
+    find_handler = ProxyApplication.find_handler
+
+    def failing(self: ProxyApplication, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        if request.path == "/fails":
+            raise ZeroDivisionError
+        return find_handler(self, request, **kwargs)
+
+    monkeypatch.setattr(ProxyApplication, "find_handler", failing)
+    logs.expect(r"^ERROR tornado_fal_proxy: connection closed: a request of 127.0.0.1 failed\nTraceback (.*\n)*ZeroDiv")
+    port = serve(setup)
+    client, other = await RawClient.open(port), await RawClient.open(port)
+    await client.send("GET", path="/fails")
+    assert await client.reader.read() == b""
+    other.writer.write(HEALTH)
+    assert (await other.response()).status == 200
     await client.close()
     await other.close()
 
@@ -154,16 +179,6 @@ async def silent(exchange: Exchange) -> None:
     await exchange.gone.wait()
 
 
-async def answered(exchange: Exchange) -> None:
-    await exchange.body()
-    await exchange.respond(200, b"{}")
-
-
-async def broken(exchange: Exchange) -> None:
-    await exchange.body()
-    exchange.abort_connection()
-
-
 endless_sent: list[int] = []
 
 
@@ -177,14 +192,14 @@ async def endless(exchange: Exchange) -> None:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "answered": (answered, "response"),
+    "with a response": (fine, "response"),
     "left in its body": (silent, "part"),
     "left with much unread": (endless, "unread"),
     "left by the proxy, because it does not read": (endless, "stalled"),
     "left while it waits": (silent, "leave"),
     "left while it streams": (stream, "head"),
-    "failed": (broken, "response"),
-    "refused": (broken, "refused"),
+    "failed": (resets, "response"),
+    "refused": (resets, "refused"),
 }
 # How much time must pass until no timer is left that would keep a handler, and how a refused call differs.
 PASSES: dict[str, float] = {"stalled": 1, "refused": LINGER_S}
@@ -267,7 +282,7 @@ async def test_a_connection_that_is_reset_leaves_no_cycle() -> None:
 @pytest.mark.gen_test
 async def test_an_idle_handle_keeps_no_call(setup: Setup, protocol: str) -> None:
     """A handle of libcurl's that waits for its next call keeps neither the last one nor the decoder of its response."""
-    port = serve(setup, await setup.upstream(answered, protocol))
+    port = serve(setup, await setup.upstream(fine, protocol))
     for method in ("GET", "POST"):
         assert (await call(port, method)).status == 200
     clients = [thing for thing in gc.get_objects() if type(thing) is UpstreamClient and not thing._shut]

@@ -8,7 +8,7 @@ from tests.support.clock import Clock
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient
 from tests.support.scripted_upstream import Exchange, Handler
-from tests.support.stub_handlers import EVENT_STREAM, JSON, silent
+from tests.support.stub_handlers import EVENT_STREAM, Gate, silent
 
 
 async def begins_stream(exchange: Exchange) -> None:
@@ -60,14 +60,8 @@ async def test_client_leaves(setup: Setup, clock: Clock, protocol: str, method: 
 @pytest.mark.gen_test
 async def test_client_leaves_and_others_stay(setup: Setup) -> None:
     """Over HTTP/2 only the stream of the client that left is reset."""
-    release = asyncio.Event()
-
-    async def respond(exchange: Exchange) -> None:
-        await exchange.body()
-        await release.wait()
-        await exchange.respond(200, b"{}", JSON)
-
-    upstream = await setup.upstream(respond, "h2")
+    gate = Gate()
+    upstream = await setup.upstream(gate, "h2")
     port = setup.proxy(upstream)
     clients = [await RawClient.open(port) for _ in range(3)]
     for client in clients:
@@ -79,7 +73,7 @@ async def test_client_leaves_and_others_stay(setup: Setup) -> None:
     await asyncio.wait(gone, return_when=asyncio.FIRST_COMPLETED)
     assert sum(exchange.gone.is_set() for exchange in upstream.exchanges) == 1
     assert upstream.connections == 1
-    release.set()
+    gate.open.set()
     for client in (clients[0], clients[2]):
         assert (await client.response()).status == 200
         await client.close()

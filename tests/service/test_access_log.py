@@ -12,9 +12,8 @@ from tests.support.logs import Logs
 from tests.support.metrics import ended_lines, started
 from tests.support.proxy import Setup
 from tests.support.raw_client import call
-from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
-from tests.support.stub_handlers import EVENT, as_asked
+from tests.support.stub_handlers import EVENT, Gate, as_asked
 from tests.support.waiting import eventually
 from tornado_fal_proxy.service.access_log import LINES_AT_ONCE, AccessLog
 from tornado_fal_proxy.telemetry import Call
@@ -79,20 +78,14 @@ async def test_lines_are_written_together(logs: Logs) -> None:
 @pytest.mark.gen_test
 async def test_the_last_call_is_logged(setup: Setup) -> None:
     """Its line is written although the service ends with it, and no other line follows."""
-    release = asyncio.Event()
-
-    async def respond(exchange: Exchange) -> None:
-        await exchange.body()
-        await release.wait()
-        await exchange.respond(200, b"[1]")
-
-    upstream = await setup.upstream(respond)
+    gate = Gate()
+    upstream = await setup.upstream(gate)
     running = await ServiceProcess.in_front_of(setup, upstream)
     waiting = asyncio.create_task(call(running.port))
     await eventually(lambda: upstream.exchanges)
     running.process.terminate()
     await running.log_line("drain: 1 calls in flight")
-    release.set()
+    gate.open.set()
     assert (await waiting).status == 200
     _, stderr = await running.ended()
     (line,) = (line for line in stderr.splitlines() if " tornado_fal_proxy.access: " in line)

@@ -28,7 +28,7 @@ CALLS = 3000
 
 
 class Unread:
-    """What the service writes to, and the end that a test reads late."""
+    """A pipe, socket or terminal for the service's log, and its other end, which the test reads late."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -72,7 +72,7 @@ async def run(unread: Unread, stdout: int, stderr: int, *argv: str) -> asyncio.s
 @pytest.mark.slow
 @pytest.mark.gen_test
 async def test_nobody_reads_stderr(unread: Unread, processes: str) -> None:
-    """Calls and health checks are answered. A later reader finds whole lines, and how many are missing."""
+    """Calls and health checks get responses. A later reader finds whole lines, and how many are missing."""
     port, admin = unused_port(), unused_port()
     argv = (f"--port={port}", f"--admin-port={admin}", processes)
     process = await run(unread, subprocess.DEVNULL, unread.theirs, *argv)

@@ -11,9 +11,8 @@ import pytest
 from tests.support.metrics import Scrape, ended_lines, started, until, until_totals
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, call
-from tests.support.scripted_upstream import Exchange
-from tests.support.service_process import COMMAND, WITH_KEY, environment
-from tests.support.stub_handlers import as_asked
+from tests.support.service_process import COMMAND, WITH_KEY, connects, environment
+from tests.support.stub_handlers import Gate, as_asked
 from tests.support.tools import tool
 from tests.support.waiting import TIMEOUT_S, eventually
 
@@ -135,14 +134,8 @@ async def test_no_metrics_are_left_behind(setup: Setup, tmp_path: Path, number: 
 @pytest.mark.gen_test
 async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
     """/readyz is 503 while calls in flight are finished; /healthz is 200 all the time."""
-    release = asyncio.Event()
-
-    async def respond(exchange: Exchange) -> None:
-        await exchange.body()
-        await release.wait()
-        await exchange.respond(200, b"[1]")
-
-    upstream = await setup.upstream(respond)
+    gate = Gate()
+    upstream = await setup.upstream(gate)
     running, admin = await started(setup, upstream, f"--processes={processes}")
 
     async def status(path: str) -> int:
@@ -154,16 +147,31 @@ async def test_ready_until_it_drains(setup: Setup, processes: str) -> None:
     await eventually(lambda: upstream.exchanges)
     running.process.send_signal(signal.SIGTERM)
 
-    # A worker without calls ends at once, and aborts requests that it is about to respond to.
-    await eventually(lambda: len(running.workers()) < 2)
     async with asyncio.timeout(TIMEOUT_S):
         while await status("/readyz") != 503:
             await asyncio.sleep(0.02)
     assert await status("/healthz") == 200
     assert await status("/metrics") == 200
-    release.set()
+    gate.open.set()
     assert (await client.response()).status == 200
     await client.close()
+    await running.ended()
+
+
+@pytest.mark.gen_test
+async def test_a_request_that_comes_at_the_end(setup: Setup, processes: str) -> None:
+    """A connection to the admin port that is open when its process ends still gets a response."""
+    running, admin = await started(setup, await setup.upstream(as_asked), processes)
+    fresh, used = [await RawClient.open(admin) for _ in range(2)]
+    await used.send("GET", target=None, path="/readyz")
+    assert (await used.response()).status == 200
+    running.process.terminate()
+    await eventually(lambda: not connects(admin))
+    for client in (fresh, used):
+        await client.send("GET", target=None, path="/readyz")
+        response = await client.response()
+        assert (response.status, response.header("connection")) == (503, "close")
+        await client.close()
     await running.ended()
 
 
@@ -175,5 +183,5 @@ async def test_the_admin_port_is_not_for_clients(setup: Setup) -> None:
         assert (await call(running.port, "GET", target=None, path=path)).status == 404
     assert (await call(running.port, "GET", target=None, path="/healthz")).status == 200
     assert (await call(admin)).status == 404
-    assert (await call(admin, body=b"x" * 5000, path="/healthz")).status == 400  # no body is kept there either
+    assert (await call(admin, body=b"x" * 5000, path="/healthz")).status == 413  # no body is kept there either
     await running.end()

@@ -19,8 +19,8 @@ from tornado_fal_proxy.telemetry import Call
 RESPONSES = "fal_proxy_upstream_responses_total"
 
 
-async def answer(exchange: Exchange) -> None:
-    """Answer with the status that the last segment of the target is."""
+async def respond(exchange: Exchange) -> None:
+    """Respond with the status that the last segment of the target is."""
     await exchange.body()
     await exchange.respond(int(exchange.target.rpartition(b"/")[2]), b"{}")
 
@@ -28,8 +28,8 @@ async def answer(exchange: Exchange) -> None:
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.gen_test
 async def test_a_refused_key_is_an_error(setup: Setup, processes: str) -> None:
-    """Of many 401s one becomes an ERROR, with what to check. The metrics count each status by its number."""
-    upstream = await setup.upstream(answer)
+    """The first 401 is logged as an ERROR, with what to check. The metrics count each status by its number."""
+    upstream = await setup.upstream(respond)
     running, admin = await started(setup, upstream, f"--processes={processes}", "--log-level=error")
     scrape = await until(admin, lambda scrape: RESPONSES in scrape.body.decode())
     assert scrape.total(RESPONSES, code="401") == 0

@@ -10,20 +10,12 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.scripted_upstream import Upstream
 from tornado_fal_proxy import close_upstreams
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
-from tornado_fal_proxy.service.server import Server
+from tornado_fal_proxy.service.server import NoNeighbours, Server
 from tornado_fal_proxy.telemetry import Call
 
 __all__ = ["HEALTH", "Entries", "serve", "serve_and_log"]
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-class NoNeighbours:
-    def set_connections(self, connections: int | None) -> None:
-        pass
-
-    def fewest_connections(self) -> int | None:
-        return None
 
 
 class Entries(list[dict[str, Any]]):

@@ -34,7 +34,6 @@ FILES = ROOT / "deploy/nginx"
 DEPLOYED = FILES / "tornado-fal-proxy.conf"
 NAME = "fal-proxy.example.com"
 RUN = "https://fal.run/fal-ai/flux/dev"
-DIE, LIVE = b'{"die": 1}', b"{}"
 # The length of a second of the file in tests that cannot wait for real ones; nginx's default for its time limits.
 SCALED_MS = 10
 DEFAULT_TIMEOUT_S = 60

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support import leftovers
 from tests.support.proxy import ROUTE
 
 __all__ = ["RESULT", "TARGET", "RawClient", "Response", "call", "request"]
@@ -68,6 +69,9 @@ class RawClient:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     began = False  # whether a byte of the response to the last request has come
+
+    def __init__(self) -> None:
+        leftovers.add(self)
 
     @classmethod
     async def open(cls, port: int, *, receive_buffer: int | None = None) -> "RawClient":
@@ -134,6 +138,12 @@ class RawClient:
         self.writer.close()
         with suppress(OSError):
             await self.writer.wait_closed()
+
+    async def abandon(self) -> None:
+        """Close the connection if it was made."""
+        if hasattr(self, "writer"):
+            self.leave()
+            await self.close()
 
 
 async def call(port: int, *args: Any, **kwargs: Any) -> Response:

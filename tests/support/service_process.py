@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.support import leftovers
 from tests.support.proxy import KEY, Setup
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
@@ -71,24 +72,37 @@ class ServiceProcess:
 
     @classmethod
     async def start(
-        cls, *argv: str, listener: socket.socket | None = None, cwd: Path | None = None, **environ: str
+        cls,
+        *argv: str,
+        listener: socket.socket | None = None,
+        cwd: Path | None = None,
+        nohup: bool = False,
+        **environ: str,
     ) -> "ServiceProcess":
-        """Start the command in the directory ``cwd``. With ``listener`` pass that socket on, as systemd does."""
+        """Start the command in the directory ``cwd``. With ``listener`` pass that socket on, as systemd does.
+
+        It ignores SIGHUP with ``nohup`` only, and not because the tests were started in that way.
+        """
         running = cls()
         command = [*COMMAND, *([] if listener else ["--port=0"]), *argv]
         more: dict[str, Any] = {}
         if listener is not None:
             command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *command]
             more = {"pass_fds": [listener.fileno()]}
-        running.process = await asyncio.create_subprocess_exec(
-            *command,
-            cwd=cwd,
-            env=environment(environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a group that a test can signal
-            **more,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        try:
+            running.process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=cwd,
+                env=environment(environ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a group that a test can signal
+                **more,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        leftovers.add(running)
         atexit.register(running.kill)
         assert running.process.stdout is not None
         running.line = (await running.process.stdout.readline()).decode()
@@ -112,6 +126,7 @@ class ServiceProcess:
             *argv,
             listener=listener,
             cwd=None,
+            nohup=False,
             FAL_KEY=KEY,
             FAL_PROXY_CA_CERTS=config.ca_certs,
             FAL_PROXY_CONNECT_TO=config.connect_to,
@@ -139,10 +154,16 @@ class ServiceProcess:
         return stdout.decode(), stderr.decode()
 
     def kill(self) -> None:
-        """Kill the process if a failed test has left it running. Called when the tests end."""
+        """Kill the process and its workers if a test has left them running. Called also when the tests end."""
         with suppress(OSError):
             if f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{self.pid}/status").read_text():
-                os.kill(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def abandon(self) -> None:
+        """Kill the process and its workers if they run, and close the pipes."""
+        self.kill()
+        await self.process.wait()
+        self.process._transport.close()  # type: ignore[attr-defined]
 
     @property
     def pid(self) -> int:

@@ -1,4 +1,4 @@
-"""How much work Python does in a call, counted in lines that run: a busy machine runs no more of them."""
+"""Count the work of a call in lines of Python that run: a busy machine runs no more of them."""
 
 import sys
 from collections.abc import Callable

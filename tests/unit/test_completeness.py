@@ -1,4 +1,4 @@
-"""Whether a body whose end HTTP does not mark is whole, from its content."""
+"""A body whose end HTTP does not mark: its content tells whether it is whole."""
 
 import itertools
 import json

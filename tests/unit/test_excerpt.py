@@ -1,4 +1,4 @@
-"""What the log shows of a refused text: enough to find its cause, no secret, and no order to a terminal."""
+"""The log's excerpt of a refused text shows its cause, and has no secret and no order to a terminal."""
 
 import pytest
 from hypothesis import given

@@ -119,7 +119,7 @@ def prose(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
 def test_subjects(path: Path) -> None:
-    """No sentence begins with a relative word as its subject, which reads foreign."""
+    """No sentence begins with a relative word as its subject, which is hard to read."""
     found = [match[1] for text in prose(path) for match in SUBJECT.finditer(text)]
     assert not [text for text in found if not text.startswith(("How to", "Of these"))]
 

@@ -1,4 +1,4 @@
-"""How much memory a process may have, and the part of it that calls may fill."""
+"""The memory that a process may have, and the part of it that calls may fill."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Endpoints for the operator's own tools, on an address that clients cannot reach: health, readiness, metrics.
 
-Strategy. All workers listen on one socket, and each can answer for all of them. The socket is open until the process
-ends, which lets the tools see a drain as a drain.
+Strategy. All workers listen on one socket, and each can answer for all of them. The socket is open until the calls in
+flight are finished, which lets the tools see a drain as a drain. The server is that of clients, so connections that it
+has accepted until then still get a response.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from tornado.web import Application, RequestHandler
 
+from tornado_fal_proxy.service.connection import Request
+from tornado_fal_proxy.service.request_head import RequestFault
+
 if TYPE_CHECKING:
     from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
-__all__ = ["AdminHandler", "HealthHandler", "admin_application"]
+__all__ = ["AdminApplication", "AdminHandler", "HealthHandler", "admin_application"]
 
 
 # Returns whether calls are accepted, and the hosts whose calls go to a backup.
@@ -91,17 +95,24 @@ class MetricsHandler(AdminHandler):
     head = get
 
 
+class AdminApplication(Application):
+    """The application of the admin port, whose requests are neither logged nor counted."""
+
+    def record_fault(self, request: Request, fault: RequestFault, sent_bytes: int) -> None:
+        """Do nothing."""
+
+
 def admin_application(
     metrics: Metrics,
     is_ready: IsReady,
     refresh: Callable[[], object],
     more: Sequence[tuple[str, type[RequestHandler], dict[str, Any]]] = (),
-) -> Application:
+) -> AdminApplication:
     """Make the application of the admin port. ``refresh`` is called before each reading of the metrics.
 
     ``more`` are rules beside its own.
     """
-    return Application(
+    return AdminApplication(
         [
             ("/healthz", HealthHandler),
             ("/readyz", ReadyHandler, {"is_ready": is_ready}),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import socket
 import time
@@ -59,6 +60,8 @@ from tornado_fal_proxy.service.request_head import (
 )
 
 __all__ = ["LINGER_S", "ClientConnection", "ClientStream", "FaultHandler", "Request", "close_after"]
+
+logger = logging.getLogger("tornado_fal_proxy")
 
 # Limits how long the rest of a request is read and thrown away behind a response that ends the connection. Closing at
 # once would reset the connection of a client that is still sending, and the client would not receive the response.
@@ -420,8 +423,8 @@ class ClientConnection(HTTP1ServerConnection):
                     again = await request.read_response(delegate.start_request(self, request))
                 except (StreamClosedError, UnsatisfiableReadError, asyncio.CancelledError):
                     return
-                except Exception:  # noqa: BLE001  (an exception of any kind ends this connection, and no other)
-                    gen_log.error("Uncaught exception", exc_info=True)
+                except Exception:  # an error of the application's, outside a handler
+                    logger.exception("connection closed: a request of %s failed", self.context)
                     return
                 if not again:
                     return

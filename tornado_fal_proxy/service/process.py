@@ -18,8 +18,6 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tornado.httpserver import HTTPServer
-
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
@@ -30,7 +28,7 @@ from tornado_fal_proxy.service.application import ProxyApplication, make_applica
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.log_output import LogHandler
 from tornado_fal_proxy.service.options import Settings
-from tornado_fal_proxy.service.server import MAX_OTHER_BODY_BYTES, Server
+from tornado_fal_proxy.service.server import NoNeighbours, Server
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler
@@ -46,8 +44,6 @@ __all__ = ["ServiceContext", "run_worker", "serve", "url_of"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
-# Time for which a connection to the admin port is kept without a request: Prometheus scrapes once a minute by default.
-ADMIN_KEEP_ALIVE_S = 120.0
 # Time between two updates of a process's numbers on the scoreboard: a scrape may reach another process, which then
 # reports numbers that are this old at most.
 REFRESH_INTERVAL_S = 5.0
@@ -82,9 +78,12 @@ class ServiceContext:
         return min(intervals, default=None)
 
     def stopping(self) -> None:
-        """Report that the service stops, and close the parent's listening sockets."""
+        """Report that the service stops, and close the parent's listening sockets.
+
+        A connection that only the parent could accept would wait until the parent ends, and get no response.
+        """
         self.notifier.stopping()
-        for listener in self.sockets:
+        for listener in (*self.sockets, *self.admin_sockets):
             listener.close()
 
 
@@ -120,12 +119,9 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     all_finished = await _drain(server, shutdown, settings.drain_timeout_s)
     application.closing = True
     close_upstreams(application)
-    if admin is not None:
-        admin.stop()  # before the wait below, in which connections that were accepted get their responses
-    await server.close()
+    closing = [server.close()] if admin is None else [server.close(), admin.end()]
+    await asyncio.gather(*closing)
     await flush_spending(application)
-    if admin is not None:
-        await admin.close_all_connections()
     if sandbox is not None:
         await sandbox.close()
     heartbeat.cancel()
@@ -181,7 +177,7 @@ def buffer_share(processes: int) -> int:
     return max(memory.available_bytes() // DEFAULT_BUFFERED_PART // processes, MIN_BUFFERED_BYTES)
 
 
-def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> HTTPServer:
+def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, application: ProxyApplication) -> Server:
     """Count calls, and serve the admin port from now on."""
     from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
@@ -209,13 +205,8 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
 
     ask = _usage_of(application)
     pages = [("/usage", UsageHandler, {"ask": ask}), ("/usage.json", UsageJsonHandler, {"ask": ask})]
-    admin = HTTPServer(
-        admin_application(metrics, is_ready, refresh, pages),
-        idle_connection_timeout=ADMIN_KEEP_ALIVE_S,
-        max_body_size=MAX_OTHER_BODY_BYTES,
-        body_timeout=ADMIN_KEEP_ALIVE_S,
-    )
-    admin.add_sockets(context.admin_sockets)
+    admin = Server(admin_application(metrics, is_ready, refresh, pages))
+    admin.listen_on(context.admin_sockets, NoNeighbours(), set())
     return admin
 
 

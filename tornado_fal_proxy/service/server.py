@@ -45,6 +45,7 @@ __all__ = [
     "MAX_OTHER_BODY_BYTES",
     "FaultLog",
     "Neighbours",
+    "NoNeighbours",
     "Server",
     "fair_share",
 ]
@@ -92,6 +93,17 @@ class Neighbours(Protocol):
 
     def fewest_connections(self) -> int | None:
         """Return the least number of connections that another has; None if there is no other."""
+
+
+class NoNeighbours:
+    """The neighbours of a server whose few connections need not be spread."""
+
+    def set_connections(self, connections: int | None) -> None:
+        """Show them to nobody."""
+
+    def fewest_connections(self) -> int | None:
+        """Return None."""
+        return None
 
 
 class FaultLog(Protocol):
@@ -281,6 +293,13 @@ class Server(HTTPServer):
                 break
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close_all_connections(), CLOSE_GRACE_S)
+
+    async def end(self) -> None:
+        """Serve the requests that have come, or come within CLOSE_GRACE_S on open connections, and close them all."""
+        self.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.drain(), CLOSE_GRACE_S)
+        await self.close_all_connections()
 
 
 def fair_share(mine: int, fewest: int | None) -> int:

@@ -1,6 +1,6 @@
 """Count the bytes that calls keep in memory, against one limit for all of them.
 
-Strategy. Whatever keeps bytes of a body adds them when they arrive and removes them when they leave. Above the limit no
+Strategy. All that keeps bytes of a body adds them when they arrive and removes them when they leave. Above the limit no
 new call is taken, and a response that is being buffered is streamed instead. Running calls go on: each then keeps no
 more than the high water of a stream.
 

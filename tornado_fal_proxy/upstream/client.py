@@ -13,8 +13,8 @@ host that speaks HTTP/1.1 PIPEWAIT would line up all calls behind the first resp
 for which. libcurl tells the protocol that a handshake negotiated (ALPN) only in its verbose text, before the request is
 written. Where that text is missing the response's status line tells it later.
 
-POSTs avoid the pool of a host of which a connection was closed just now. libcurl does not check a connection on which a
-paused transfer is: the rest of that transfer is taken, however slow its reader is.
+Paid calls avoid the pool of a host of which a connection was closed just now. libcurl does not check a connection on
+which a paused transfer is: the rest of that transfer is taken, however slow its reader is.
 
 Only ``connected``, ``protocol_known`` and ``open_window_soon`` run inside libcurl.
 """
@@ -276,8 +276,8 @@ class UpstreamClient(CurlLoop):
     def on_idle_bytes(self, local_port: int) -> None:
         """Suspect the host, because the bytes may announce the end of the connection (GOAWAY, close_notify).
 
-        libcurl reads them once a second, and until then would send a POST on that connection. Where a transfer is
-        paused they are its body: one client that does not read would cost each POST of the others a handshake.
+        libcurl reads them once a second, and until then would send a paid call on that connection. Where a transfer
+        is paused they are its body: one client that does not read would cost each paid call of others a handshake.
         """
         if not any(other.paused and other.local_port == local_port for other in self._running.values()):
             self._hosts.suspect(self._ports.get(local_port, ""), self.now())

@@ -4,8 +4,8 @@ Strategy. :class:`CurlLoop` keeps Tornado's :class:`~tornado.curl_httpclient.Cur
 waits: sockets wait in a :class:`~tornado_fal_proxy.upstream.poller.Poller`, timers are rounded up so that thousands of
 transfers wake together, and a crowd of new handles makes libcurl run once.
 
-A POST that is written to a pooled connection which fal has closed meanwhile is lost, because it must not be sent again.
-libcurl checks a pooled connection at most once a second, so the idle ones are watched here as well.
+A paid call that is written to a pooled connection which fal has closed meanwhile is lost, because it must not be sent
+again. libcurl checks a pooled connection at most once a second, so the idle ones are watched here as well.
 
 No transfer and no rule of the relay is known here.
 """

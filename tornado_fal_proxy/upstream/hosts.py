@@ -37,8 +37,8 @@ __all__ = [
 HANDSHAKE_WAIT_S = 1.0
 # Limits how long an idle connection is used again: less than common load balancers allow (60 s and more).
 IDLE_CONNECTION_S = 50
-# Limits how long POSTs avoid the pool of a host after one of its connections turned out to be dead: until libcurl must
-# have checked all of them by itself, which it does once a second.
+# Limits how long paid calls avoid the pool of a host after one of its connections turned out to be dead: until libcurl
+# must have checked all of them by itself, which it does once a second.
 SUSPICION_S = 1.1
 # Limits lookups of unproven hosts at once: half of libcurl's pool, because a lookup takes a thread each for IPv4 and
 # IPv6 addresses. 10 took the whole pool, and a host that exists waited until one of them timed out.

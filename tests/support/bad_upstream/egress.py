@@ -8,13 +8,13 @@ __all__ = ["EgressProxy"]
 
 
 class EgressProxy:
-    """A proxy on the way out: it answers CONNECT with a head of its own, and leads every host to one address."""
+    """A proxy on the way out: it responds to CONNECT with a head of its own, and leads every host to one address."""
 
     def __init__(self, address: str) -> None:
-        #: How it answers CONNECT. Where that is no success, the connection is closed behind it.
+        #: The response to CONNECT. Where that is no success, the connection is closed behind it.
         self.response = b"HTTP/1.1 200 Connection established\r\ncontent-type: text/egress\r\nx-egress: 1\r\n\r\n"
         self._host, _, self._port = address.rpartition(":")
-        #: What each CONNECT asked for.
+        #: The target of each CONNECT.
         self.connects: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -40,7 +40,7 @@ STREAM_WAYS = [("stream", "new"), ("stream", "used"), ("status", "new"), ("statu
 
 @dataclass(frozen=True)
 class Want:
-    """What the client gets: a status and a body, or else the proxy's own error, or perhaps an aborted response."""
+    """The right response: a status and a body, or else the proxy's own error, or perhaps an aborted response."""
 
     status: int = 0
     body: bytes | None = b""

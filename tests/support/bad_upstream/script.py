@@ -1,4 +1,4 @@
-"""What an upstream of raw bytes does: the steps of a script, over HTTP/1.1 and HTTP/2."""
+"""The steps of a script, which an upstream sends as raw bytes, over HTTP/1.1 and HTTP/2."""
 
 import asyncio
 import json
@@ -142,7 +142,7 @@ def goaway(code: int = 0, *, below: bool = False, last: int | None = None) -> Ca
     return on
 
 
-# What a request without a script gets.
+# The response to a request without a script.
 
 
 def own_response(target: str) -> bytes:

@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
                 self.transport.write(content)
 
     async def next_request(self) -> Request:
-        """Wait for a request that the script which runs answers too."""
+        """Wait for a request to which the running script responds too."""
         self.flush()
         self.again = asyncio.get_running_loop().create_future()
         request = await self.again
