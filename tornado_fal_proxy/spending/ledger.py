@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tornado_fal_proxy.errors import StoreUnavailable
@@ -21,6 +23,11 @@ from tornado_fal_proxy.spending.plans import SpendingRules, Terms
 from tornado_fal_proxy.spending.store import Standing, Store, StoreFailed, Usage
 
 __all__ = ["KnownJob", "Ledger"]
+
+# From Python 3.12 on a task can take its first step when it is made: the store is asked a turn of the loop earlier.
+_EagerTask: Callable[..., asyncio.Task[None]] = (
+    partial(asyncio.Task, eager_start=True) if sys.version_info >= (3, 12) else asyncio.Task
+)
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -233,7 +240,7 @@ class Ledger:
             done: asyncio.Future[None] = self._loop.create_future()
             done.set_result(None)
             return done
-        task = self._loop.create_task(self._noted(operation))
+        task = _EagerTask(self._noted(operation), loop=self._loop)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return task

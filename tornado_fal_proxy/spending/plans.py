@@ -4,15 +4,17 @@ Strategy. A :class:`Plan` is what one user may do. The options make the default 
 and everything else from the options. :meth:`SpendingRules.terms` turns a paid call into a reservation. It is pure: it
 gets user, time and id, and the store decides.
 
-This module keeps nothing and reads no clock.
+This module reads no clock. It keeps only what it would work out again: the windows of a minute, and what the operator's
+patterns say of an endpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError, PriceUnknown
@@ -42,6 +44,8 @@ ON_STORE_FAILURE = REFUSE, ALLOW = ("refuse", "allow")
 NO_LIMIT = "none"
 # Limits unfinished jobs of one user, and days of the account.
 MAX_UNFINISHED, MAX_DAYS = 1_000_000, 3660
+# Limits the endpoints of which is kept what the patterns say: clients may invent any number of them.
+MAX_ENDPOINTS = 1000
 
 _PLAN_OPTIONS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "allowed_endpoints")
 
@@ -64,6 +68,11 @@ class Rule:
     option: str
     limit: Limit
     window: Window
+    place: str = field(init=False, compare=False, repr=False)  # the end of its counters' keys
+
+    def __post_init__(self) -> None:
+        what = "cost" if self.is_budget else "jobs"
+        object.__setattr__(self, "place", f"{what}/{self.limit.period}/{self.window.begins}")
 
     @property
     def is_budget(self) -> bool:
@@ -106,6 +115,7 @@ class SpendingRules:
     needs_store: bool = False
     job_lifetime_s: int
     account_days: int
+    _endpoints: dict[str, tuple[Price | None, str]] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, name: str | None) -> Plan | None:
         """Return a plan by its name; None where there is none of that name."""
@@ -113,12 +123,23 @@ class SpendingRules:
 
     def label(self, endpoint: str) -> str:
         """Return the first of the operator's patterns that matches: a client may invent any number of endpoints."""
-        segments = endpoint.split("/")
-        return next((pattern.text for pattern in self.patterns if pattern.matches(segments)), OTHER)
+        return self._known(endpoint)[1]
 
     def price(self, endpoint: str) -> Price | None:
         """Return the price of an endpoint; None where none is known."""
-        return None if self.prices is None else self.prices.find(endpoint)
+        return self._known(endpoint)[0]
+
+    def _known(self, endpoint: str) -> tuple[Price | None, str]:
+        """Return price and label of an endpoint, which are worked out once."""
+        known = self._endpoints.get(endpoint)
+        if known is None:
+            if len(self._endpoints) >= MAX_ENDPOINTS:
+                self._endpoints.clear()
+            price = None if self.prices is None else self.prices.find(endpoint)
+            segments = endpoint.split("/")
+            label = next((pattern.text for pattern in self.patterns if pattern.matches(segments)), OTHER)
+            known = self._endpoints[endpoint] = price, label
+        return known
 
     def terms(self, user: str, plan: Plan, endpoint: str, units: int | None, now: float, id: str) -> Terms:
         """Return what a paid call is reserved with. Raise PriceUnknown where a budget applies and no price.
@@ -133,12 +154,9 @@ class SpendingRules:
             units = MILLION if price is None else price.units
         jobs = max(1, -(-units // MILLION)) if self.counts_units else 1
         of_user, of_all = f"user/{user}", "all"
-        job_rules, job_counters = _counters(
-            now, ("jobs_per_user", of_user, plan.jobs), ("jobs", of_all, self.jobs), what="jobs"
-        )
-        cost_rules, cost_counters = _counters(
-            now, ("budget_per_user", of_user, plan.budget), ("budget", of_all, self.budget), what="cost"
-        )
+        minute = int(now) // 60
+        own_jobs, all_jobs = _rules("jobs_per_user", plan.jobs, minute), _rules("jobs", self.jobs, minute)
+        own_cost, all_cost = _rules("budget_per_user", plan.budget, minute), _rules("budget", self.budget, minute)
         reservation = Reservation(
             id=id,
             user=user,
@@ -148,29 +166,26 @@ class SpendingRules:
             jobs=jobs,
             units=units,
             cost=0 if price is None else price.cost(units),
-            job_counters=job_counters,
-            cost_counters=cost_counters,
+            job_counters=(*_counters(of_user, own_jobs), *_counters(of_all, all_jobs)),
+            cost_counters=(*_counters(of_user, own_cost), *_counters(of_all, all_cost)),
             max_unfinished=plan.max_unfinished,
             unfinished_until=int(now) + self.job_lifetime_s,
         )
-        return Terms(reservation, (*job_rules, *cost_rules), price)
+        return Terms(reservation, (*own_jobs, *all_jobs, *own_cost, *all_cost), price)
 
 
-def _counters(
-    now: float, *groups: tuple[str, str, tuple[Limit, ...]], what: str
-) -> tuple[list[Rule], tuple[Counter, ...]]:
-    """Return the rules and counters of limits on jobs, or of limits on cost.
+@lru_cache(256)
+def _rules(option: str, limits: tuple[Limit, ...], minute: int) -> tuple[Rule, ...]:
+    """Return the rules of limits in a minute since 1970: no window begins or ends within it."""
+    return tuple(Rule(option, limit, Window.around(limit.period, minute * 60)) for limit in limits)
+
+
+def _counters(owner: str, rules: tuple[Rule, ...]) -> list[Counter]:
+    """Return the counters of rules.
 
     A user's id may have a slash. The three parts behind it have none, so no two users share a key.
     """
-    rules, counters = [], []
-    for option, owner, limits in groups:
-        for limit in limits:
-            window = Window.around(limit.period, now)
-            rules.append(Rule(option, limit, window))
-            key = f"{owner}/{what}/{limit.period}/{window.begins}"
-            counters.append(Counter(key, limit.amount, window.ends))
-    return rules, tuple(counters)
+    return [Counter(f"{owner}/{rule.place}", rule.limit.amount, rule.window.ends) for rule in rules]
 
 
 # Counts nothing: for a handler that overrides check_input, without any option of spending.
@@ -231,15 +246,15 @@ def _patterns(prices: Prices | None, allowed_endpoints: object) -> Iterator[Patt
 def _plan(values: Mapping[str, Any], base: Plan, problems: list[str], prefix: str) -> Plan:
     """Return the plan that these options make of ``base``, and add a problem for each that is wrong."""
     changes: dict[str, Any] = {}
-    for option, field, unlimited in (
+    for option, name, unlimited in (
         ("jobs_per_user", "jobs", ()),
         ("budget_per_user", "budget", ()),
         ("unfinished_jobs_per_user", "max_unfinished", None),
     ):
         if prefix and values.get(option) == NO_LIMIT:
-            changes[field] = unlimited
+            changes[name] = unlimited
         elif (value := _parsed(values, option, problems, prefix)) is not None:
-            changes[field] = value
+            changes[name] = value
     return replace(base, **changes)
 
 

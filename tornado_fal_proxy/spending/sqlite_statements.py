@@ -66,13 +66,14 @@ def reserve(db: Connection, job: Reservation) -> Standing:
     counters = [*job.job_counters, *job.cost_counters]
     adds = [job.jobs] * len(job.job_counters) + [job.cost] * len(job.cost_counters)
     keys = [counter.key for counter in counters]
-    values = dict(db.execute(f"SELECT key, value FROM counters WHERE key IN ({_marks(keys)})", keys))
+    (_, unfinished), (_, known), *found = db.execute(
+        "SELECT '', count(*) FROM jobs WHERE user = ? AND ended = 0 AND unfinished_until > ?"
+        " UNION ALL SELECT '', EXISTS (SELECT 1 FROM jobs WHERE id = ?)"
+        f" UNION ALL SELECT key, value FROM counters WHERE key IN ({_marks(keys)})",
+        (job.user, job.at, job.id, *keys),
+    )
+    values = dict(found)
     used = [values.get(key, 0) for key in keys]
-    unfinished, known = db.execute(
-        "SELECT (SELECT count(*) FROM jobs WHERE user = ? AND ended = 0 AND unfinished_until > ?),"
-        " EXISTS (SELECT 1 FROM jobs WHERE id = ?)",
-        (job.user, job.at, job.id),
-    ).fetchone()
     if known:
         return Standing(used, unfinished, None)
     day = day_of(job.at)
@@ -83,7 +84,7 @@ def reserve(db: Connection, job: Reservation) -> Standing:
     if counters:
         db.execute(
             f"INSERT INTO counters VALUES {', '.join(['(?, ?, ?)'] * len(counters))}"
-            " ON CONFLICT (key) DO UPDATE SET value = value + excluded.value, ends = max(ends, excluded.ends)",
+            " ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
             [each for counter, add in zip(counters, adds, strict=True) for each in (counter.key, add, counter.ends)],
         )
     db.execute(
@@ -207,13 +208,15 @@ def _account(
 ) -> None:
     """Add to the row of the account at ``place``: day, user and endpoint. Delete a row that has only zeros."""
     place = tuple(place)
+    if not (jobs or refused or units or cost):
+        return
     db.execute(
         f"INSERT INTO account VALUES ({_marks(range(7))}) ON CONFLICT (day, user, endpoint) DO UPDATE SET"
         " jobs = jobs + excluded.jobs, refused = refused + excluded.refused,"
         " units = units + excluded.units, cost = cost + excluded.cost",
         (*place, jobs, refused, units, cost),
     )
-    if jobs + refused <= 0:
+    if jobs + refused <= 0 and units <= 0 and cost <= 0:
         db.execute(
             "DELETE FROM account WHERE (day, user, endpoint) = (?, ?, ?)"
             " AND jobs = 0 AND refused = 0 AND units = 0 AND cost = 0",

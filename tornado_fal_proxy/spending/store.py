@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from time import gmtime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = [
     "COUNTER_KEPT_S",
@@ -48,8 +48,7 @@ class StoreFailed(Exception):
     """Report that the store could not do what was asked. The text is for the operator, and has no password."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counter:
+class Counter(NamedTuple):
     """One number that a job adds to: of one user or of all, in one window.
 
     ``key`` names it, and no other counter has that key. The number never exceeds ``limit`` by a reservation. It may be
