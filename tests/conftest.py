@@ -24,6 +24,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts processes: all tests of the command, and all that need another program."""
+    for item in items:
+        if item.path.parent.name in ("service", "external"):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def io_loop(request: pytest.FixtureRequest) -> Iterator[AsyncIOLoop]:
     """Return a loop. pytest-tornado's own fixture makes a loop current in a way that Python 3.12 warns of."""

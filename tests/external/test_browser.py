@@ -22,8 +22,6 @@ from tests.support.tools import tool
 from tornado_fal_proxy.service.usage_page import UsageHandler
 from tornado_fal_proxy.spending.store import DIMENSIONS, Usage, added_up
 
-pytestmark = pytest.mark.slow
-
 PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
 
 POSITIONS = ["Submitting …", "In the queue, 2 ahead", "In the queue, 1 ahead", "In the queue, 0 ahead", "In progress"]

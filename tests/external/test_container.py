@@ -39,8 +39,6 @@ from tests.support.raw_client import call
 from tests.support.tools import ROOT, tool
 from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
 
-pytestmark = pytest.mark.slow
-
 
 def argv(text: str) -> list[str]:
     """Return a command in exec form: one in shell form would put a shell between the engine's signals and the proxy."""

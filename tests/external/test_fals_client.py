@@ -23,8 +23,6 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON
 
-pytestmark = pytest.mark.slow
-
 PACE = 0.5  # a run takes 0.6 s, a queued job 2 s: long enough to be polled at each of its steps
 
 LOG = ["Loading the model", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "Done"]

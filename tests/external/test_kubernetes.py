@@ -94,7 +94,6 @@ def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
     assert "--from-file=key=" in KUBERNETES.read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_probes(setup: Setup, kubernetes: dict[str, Any]) -> None:
     """A pod that is being stopped is alive and not ready while its last calls are finished."""

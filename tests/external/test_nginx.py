@@ -34,7 +34,6 @@ def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_results(setup: Setup, version: str) -> None:
     """A POST's result and a body of 20 MB pass unchanged, and a body that is too large is answered 413 in JSON."""
@@ -137,7 +136,6 @@ async def test_all_else_is_buffered(setup: Setup) -> None:
         slow.leave()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_long_poll(setup: Setup, version: str) -> None:
     """A call may wait for its response half as long again as nginx allows by default."""

@@ -217,7 +217,6 @@ async def test_auth_request(setup: Setup) -> None:
             assert not asked
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_users_of_oauth2_proxy(setup: Setup) -> None:
     """With the lines of docs/spending.md limits count the users of oauth2-proxy, whatever a client's header says."""
@@ -275,7 +274,6 @@ async def test_nginx_obeys_no_header_of_a_response(setup: Setup) -> None:
             assert response.headers["content-type"] == "application/json"
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_restart_under_load(setup: Setup) -> None:
     """No call fails or breaks off while the proxy is restarted behind nginx, and nginx reloads its file."""

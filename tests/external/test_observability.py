@@ -186,7 +186,6 @@ async def test_expressions_use_series_of_the_service(setup: Setup, tmp_path: Pat
     assert {families[name] for name in shown} == set(families.values())
 
 
-@pytest.mark.slow
 def test_alerts() -> None:
     """Prometheus accepts the configuration. Each alert fires in its own case, and none while all is well."""
     promtool("check", "config", CONFIG)

@@ -15,8 +15,6 @@ import pytest
 from tests.support.tools import ROOT, tool
 from tornado_fal_proxy import __version__
 
-pytestmark = pytest.mark.slow
-
 DIST_INFO = f"tornado_fal_proxy-{__version__}.dist-info/"
 # No variable of Python or pip may change a build: with those of a test run, a build tool's warning may be an error.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}

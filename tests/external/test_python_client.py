@@ -24,7 +24,6 @@ async def run(*argv: str) -> str:
     return stdout.decode()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_example() -> None:
     """The example runs a model, queues a job, reads its status and its result, streams, and uploads."""

@@ -63,7 +63,6 @@ def test_commands() -> None:
         assert command(name) not in script
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_curl() -> None:
     """The curl line is the one that the sandbox prints, and it makes a picture."""

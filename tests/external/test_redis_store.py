@@ -61,7 +61,6 @@ async def fails(store: RedisStore, reason: str, id: str = "f") -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_redis_is_as_the_model(server: RedisServer) -> None:
     """Whatever is done, through two stores that close and open, Redis has the numbers of the model."""
 
@@ -154,14 +153,12 @@ async def test_large_account(server: RedisServer) -> None:
         assert [row.user for row in rows] == [f"u{i:04}" for i in range(1500)]
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_processes_compete(server: RedisServer) -> None:
     """Four processes with many clients get as many jobs as the limit allows, together."""
     await compete(server.url())
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_processes_are_killed(server: RedisServer) -> None:
     """A process that is killed in any moment has lost nothing that it has reported as reserved."""

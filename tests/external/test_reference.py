@@ -127,7 +127,6 @@ def test_log_fields() -> None:
     assert names == list(call.fields(""))
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_metrics(setup: Setup) -> None:
     """The table has every metric of the service, with its labels."""

@@ -7,8 +7,6 @@ import pytest
 
 from tests.support.tools import ROOT
 
-pytestmark = pytest.mark.slow
-
 SECONDS, RATE, SEED = 12, 40, 7
 
 

@@ -7,7 +7,7 @@ import brotli
 import pytest
 
 from tests.support.bad_upstream import Do, chunked, drip, response
-from tests.support.bad_upstream.rows import CUT, KINDS, NOTHING, OK, STREAM_WAYS, WAYS, Row, Want, play
+from tests.support.bad_upstream.rows import CUT, KINDS, NOTHING, OK, PAID_GET_WAYS, STREAM_WAYS, WAYS, Row, Want, play
 from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
@@ -404,8 +404,7 @@ async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, k
     await play(setup, authority, logs, "http/1.1", ROWS[name], KINDS[kind], way)
 
 
-@pytest.mark.parametrize("way", ["new", "used"])
-@pytest.mark.parametrize("kind", ["run by GET", "submit by GET"])
+@pytest.mark.parametrize(("kind", "way"), PAID_GET_WAYS)
 @pytest.mark.parametrize("name", NO_RESPONSE)
 @pytest.mark.gen_test
 async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:

@@ -206,6 +206,7 @@ PASSES: dict[str, float] = {"stalled": 1, "refused": LINGER_S}
 ARGUMENTS: dict[str, dict[str, Any]] = {"refused": {"target": None}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("how", list(CALLS))
 @pytest.mark.gen_test

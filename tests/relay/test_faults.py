@@ -135,7 +135,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("connection", ["fresh", "reused"])
+@pytest.mark.parametrize("connection", ["fresh", pytest.param("reused", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(FAULTS))
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test

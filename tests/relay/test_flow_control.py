@@ -14,6 +14,7 @@ from tornado_fal_proxy.upstream.handles import RATE_IS_WINDOW
 from tornado_fal_proxy.upstream.transfer import Transfer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test
 async def test_backpressure(

@@ -61,6 +61,7 @@ async def test_a_body_is_refused_while_it_arrives(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_slot_lasts_until_the_response_is_delivered(setup: Setup, protocol: str, coding: str) -> None:
     """Clients that read nothing of a large result keep their slots and one copy of it, decoded or not."""
@@ -81,6 +82,7 @@ async def test_a_slot_lasts_until_the_response_is_delivered(setup: Setup, protoc
     await eventually(lambda: (backend().slots.in_use, backend().client.budget.used) == (0, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_under_pressure_results_are_streamed(setup: Setup, protocol: str) -> None:
     """A result that no longer fits the budget is passed on piece by piece, and arrives whole."""

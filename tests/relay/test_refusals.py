@@ -232,6 +232,7 @@ async def test_close_upstreams(setup: Setup, logs: Logs) -> None:
     assert (await call(port, "POST")).status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_nothing_stays(setup: Setup, protocol: str) -> None:
     """After many calls of all kinds no transfer, slot, watched client or timer is left, and handles are reused."""

@@ -397,6 +397,7 @@ async def test_a_page_can_read_what_is_left(setup: Setup, store: FakeStore) -> N
 
 
 @pytest.mark.parametrize("whose", ["jobs_per_user", "jobs"])
+@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_crowd_gets_no_job_more(setup: Setup, store: FakeStore, protocol: str, whose: str) -> None:
     """Of 200 clients at once exactly as many pass as are allowed."""

@@ -31,7 +31,6 @@ def peak_kb(pid: int) -> int:
     return int(re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("coding", list(BOMBS))
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.gen_test

@@ -11,8 +11,6 @@ import pytest
 from tests.support.programs.failover import BACKUP, CROWD, FAR, NEAR, OUTAGES
 from tests.support.tools import ROOT, isolated
 
-pytestmark = pytest.mark.slow
-
 PROTOCOLS = ("h2", "http/1.1")
 ERRORS = {"silent": "504", "no handshake": "504"}
 

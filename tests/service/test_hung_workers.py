@@ -40,7 +40,6 @@ async def block(running: ServiceProcess, victim: int, client: RawClient) -> None
     await client.send(headers=["x-fal-hang: 1"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("hang", [stop, block], ids=["stopped", "authorize blocks"])
 @pytest.mark.gen_test
 async def test_a_worker_that_hangs_is_replaced(setup: Setup, tmp_path: Path, hang: Callable[..., object]) -> None:
@@ -94,7 +93,6 @@ process.serve = hang_once
 """
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_worker_that_hangs_in_its_start_is_replaced(tmp_path: Path) -> None:
     """The service is ready when another has started in its place."""
@@ -104,7 +102,6 @@ async def test_a_worker_that_hangs_in_its_start_is_replaced(tmp_path: Path) -> N
     await running.end()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_worker_that_hangs_in_a_drain_is_killed(setup: Setup) -> None:
     """A long drain does not wait for it: the service ends, with exit code 3."""
@@ -114,7 +111,6 @@ async def test_a_worker_that_hangs_in_a_drain_is_killed(setup: Setup) -> None:
     await running.ended(3)
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_workers_that_were_stopped_with_the_parent_live(tmp_path: Path) -> None:
     """After a stop of all for longer than the limit nobody is killed, although the parent is the first to go on."""
@@ -139,7 +135,6 @@ async def test_workers_that_were_stopped_with_the_parent_live(tmp_path: Path) ->
         assert "hung" not in stderr
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_systemd_is_told_of_the_parent(tmp_path: Path) -> None:
     """WATCHDOG=1 goes on while a worker hangs and is replaced, and ends when the parent itself hangs."""

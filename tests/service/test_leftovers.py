@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.support.service_process import environment
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
@@ -41,7 +39,6 @@ def test_sees_the_leak():
 """
 
 
-@pytest.mark.slow
 def test_a_failed_test_fails_alone(tmp_path: Path) -> None:
     """Its leftovers are closed. Those of a test that passes still make that test fail, or the next one."""
     (tmp_path / "conftest.py").write_text("from tests.conftest import *")

@@ -16,8 +16,6 @@ from tests.support.raw_client import RawClient
 from tests.support.service_process import ServiceProcess, serving
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.gen_test(timeout=60 + 20 * ROUNDS)
 async def test_load_restarts(setup: Setup) -> None:

@@ -69,7 +69,6 @@ async def run(unread: Unread, stdout: int, stderr: int, *argv: str) -> asyncio.s
     return process
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_nobody_reads_stderr(unread: Unread, processes: str) -> None:
     """Calls and health checks get responses. A later reader finds whole lines, and how many are missing."""

@@ -33,7 +33,6 @@ def authorize(handler, target):
 MB = 1024 * 1024
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test(timeout=60)
 async def test_a_crowd_leaves_no_memory(setup: Setup, tmp_path: Path) -> None:
     """It is given back once, and the log says how much."""

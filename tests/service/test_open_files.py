@@ -34,7 +34,6 @@ async def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch
     assert "open files" not in stderr
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_out_of_open_files(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections beyond the limit are answered 503, one line is logged, and the service recovers when others leave."""

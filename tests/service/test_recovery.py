@@ -65,7 +65,6 @@ def is_possible(name: str) -> bool:
     return FAULTS[name].network != "wire" or os.access(DEVICE, os.R_OK | os.W_OK)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_recovery(find: Find, name: str, protocol: str) -> None:
     """No POST runs twice, none that ran is reported as not run, calls succeed again soon, and nothing of it stays."""

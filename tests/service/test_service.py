@@ -206,7 +206,6 @@ async def test_the_key_goes_to_fal_and_nowhere_else(setup: Setup, protocol: str)
         assert "Key " not in text
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
     """A call as fal's SDKs make it succeeds, and the sandbox ends with the service."""

@@ -56,7 +56,6 @@ async def run(port: int, user: str | None = None, target: str = RUN) -> Response
     return await call(port, target=target, headers=[] if user is None else [f"X-Forwarded-User: {user}"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "4"])
 @pytest.mark.gen_test
 async def test_users_behind_a_proxy(setup: Setup, tmp_path: Path, processes: str) -> None:
@@ -103,7 +102,6 @@ async def test_users_behind_a_proxy(setup: Setup, tmp_path: Path, processes: str
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_header_of_anyone(setup: Setup) -> None:
     """A client that is no trusted proxy is its address, whatever it says."""
@@ -116,7 +114,6 @@ async def test_a_header_of_anyone(setup: Setup) -> None:
     await running.end()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_sandbox_with_limits(tmp_path: Path) -> None:
     """The sandbox has a price for every model, bills pictures, and leaves no file behind."""
@@ -132,7 +129,6 @@ async def test_sandbox_with_limits(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_memory_and_nothing(setup: Setup) -> None:
     """The account of a store in memory is on the admin port; without limits there is none, and a line says why."""
@@ -151,7 +147,6 @@ async def test_memory_and_nothing(setup: Setup) -> None:
     await running.end()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_store_that_fails(setup: Setup, tmp_path: Path) -> None:
     """A store that fails refuses paid calls, or lets them pass; free calls never notice; tools say why."""
@@ -175,7 +170,6 @@ def make_other(path: Path) -> None:
     db.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [

@@ -24,8 +24,6 @@ from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy.spending.store import Usage
 from tornado_fal_proxy.spending.stores import parse_store
 
-pytestmark = pytest.mark.slow
-
 CLIENTS, ALLOWED, AT_ONCE = 200, 37, 7
 BILL = [*JSON, ("x-fal-billable-units", "1")]
 # The store, how many services share it, and how many workers each of them has.

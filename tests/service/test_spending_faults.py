@@ -114,7 +114,6 @@ FAULTS: list[tuple[Callable[[Path], AbstractAsyncContextManager[Stage]], str]] =
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "line"), FAULTS, ids=[row[0].__name__ for row in FAULTS])
 @pytest.mark.gen_test
 async def test_fault(
@@ -125,7 +124,6 @@ async def test_fault(
         await suffer(setup, stage.store, stage.break_it, stage.mend, line)
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_wrong_password(setup: Setup) -> None:
     """A service whose password is wrong starts all the same, and counts as soon as the password is that of Redis."""
@@ -140,7 +138,6 @@ async def test_wrong_password(setup: Setup) -> None:
         )
 
 
-@pytest.mark.slow
 def test_full_disk(tmp_path: Path) -> None:
     """A full disk is a fault like the others: the same happens, on a disk of its own."""
     done = subprocess.run(

@@ -47,14 +47,12 @@ async def fails(store: SqliteStore, path: Path, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_processes_compete(path: Path) -> None:
     """Four processes with many clients get as many jobs as the limit allows, together."""
     await compete(f"sqlite:{path}")
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_processes_are_killed(path: Path) -> None:
     """A process that is killed in any moment has lost nothing that it has reported as reserved."""
@@ -256,7 +254,6 @@ asyncio.run(main(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.slow
 def test_full_disk(tmp_path: Path) -> None:
     """A full disk fails operations as a whole, and nothing that was reported is lost. With room it works again."""
     done = subprocess.run(

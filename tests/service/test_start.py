@@ -257,7 +257,6 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ended
             yield dict(enumerate(pool.map(run_one, FAILS)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", range(len(FAILS)), ids=lambda number: " ".join(FAILS[number].argv)[:30] or str(number)
 )

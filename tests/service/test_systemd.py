@@ -40,7 +40,6 @@ async def test_readiness(setup: Setup, tmp_path: Path, processes: str, abstract:
             manager.recv(4096)
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_watchdog(tmp_path: Path, processes: str) -> None:
     """WATCHDOG=1 comes several times in its period, as long as all loops run and the parent replaces nobody."""

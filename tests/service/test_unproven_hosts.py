@@ -11,7 +11,6 @@ from tests.support.programs.unproven_hosts import is_at_rest
 from tests.support.tools import ROOT, isolated
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_unproven_hosts() -> None:
     """2,000 calls to hosts whose names do not exist or hang make nobody else wait, and leave nothing behind."""

@@ -38,7 +38,6 @@ async def spread(running: ServiceProcess, count: int) -> dict[int, int]:
     return counts
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_connections_spread(setup: Setup) -> None:
     """Each of two workers gets 35 to 65 % of 64 clients that connect at once, a new worker as well as an old one."""
@@ -160,7 +159,6 @@ async def test_a_drain_finishes_calls_in_flight(setup: Setup, processes: str, nu
     await running.ended()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_drain_serves_kept_connections(setup: Setup, processes: str) -> None:
     """A request on a kept connection is served with ``connection: close``, and one that stays idle is closed."""
@@ -205,7 +203,6 @@ async def test_line_ends_behind_a_body_delay_no_drain(setup: Setup, processes: s
     await running.ended()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_part_of_a_head_in_a_drain(setup: Setup, processes: str) -> None:
     """The rest of the head may come, and the call is served. If it does not, the connection is closed."""
@@ -345,7 +342,6 @@ async def test_a_worker_that_is_stopped_is_replaced(setup: Setup) -> None:
     await running.end()
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_a_worker_that_hangs_in_the_drain_is_killed(setup: Setup) -> None:
     """The service ends all the same, with exit code 3."""

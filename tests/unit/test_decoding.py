@@ -44,6 +44,7 @@ def decode(coding: str, pieces: list[bytes], max_bytes: int) -> tuple[bytes, int
     return decoded, largest
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # 200,000 bytes in pieces of one take their time
 @given(st.data())
 def test_any_pieces_are_decoded_to_the_same_body(data: st.DataObject) -> None:

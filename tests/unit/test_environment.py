@@ -131,6 +131,7 @@ print(len(shown.getvalue()), len(modules), "ProxyConfig" in shown.getvalue(), "T
 """
 
 
+@pytest.mark.slow
 def test_no_help_text_shows_the_environment() -> None:
     """No repr, signature or help text of any object of the package has a variable's value, the key least of all."""
     environ = environment({"FAL_KEY": "id:THE_VALUE", "OTHER": "THE_VALUE"})

@@ -37,6 +37,7 @@ def patterns() -> dict[str, re.Pattern[Any]]:
 PATTERNS = patterns()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_no_expression_backtracks_over_and_over(name: str) -> None:
     """libcurl lets lines of 100 kB through, and a query may have 60 kB: one may not stop the process."""

@@ -145,6 +145,7 @@ ORIGINS = st.builds(
 )
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(text=ORIGINS | st.text(max_size=40))
 def test_origin(text: str) -> None:
@@ -166,6 +167,7 @@ def test_chunks(pieces: list[tuple[bytes, bool]]) -> None:
     properties.chunks(pieces)
 
 
+@pytest.mark.slow
 @examples(500)
 @given(text=st.text("é日🌊a\n", max_size=12), data=st.data())
 def test_chunks_of_text(text: str, data: st.DataObject) -> None:

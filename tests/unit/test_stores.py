@@ -33,11 +33,13 @@ class MemoryMachine(StoreMachine):
     shared = False
 
 
+@pytest.mark.slow
 def test_memory_is_as_the_model() -> None:
     """Whatever is done in whatever order, a store in memory has the numbers of the model."""
     run_state_machine_as_test(MemoryMachine, settings=STEPS)
 
 
+@pytest.mark.slow
 def test_file_is_as_the_model(tmp_path: Path) -> None:
     """Whatever is done, through two stores that close and open, a file has the numbers of the model."""
     path = tmp_path / "spending.sqlite"

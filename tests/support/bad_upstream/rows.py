@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from _pytest.mark import ParameterSet
 from tornado.web import Application
 
 from tests.support.bad_upstream.script import Script, own_response
@@ -16,7 +17,7 @@ from tests.support.raw_client import RESULT, TARGET, Response, call
 from tests.support.waiting import TIMEOUT_S, eventually
 from tornado_fal_proxy import Call, FalProxyHandler
 
-__all__ = ["CUT", "KINDS", "NOTHING", "OK", "OWN", "STREAM_WAYS", "WAYS", "Row", "Want", "play"]
+__all__ = ["CUT", "KINDS", "NOTHING", "OK", "OWN", "PAID_GET_WAYS", "STREAM_WAYS", "WAYS", "Row", "Want", "play"]
 
 # Which call is made, and whether a second one would be paid again.
 KINDS = {
@@ -27,15 +28,17 @@ KINDS = {
     "stream": ("POST", f"{TARGET}/stream", True),
     "status": ("GET", f"{RESULT}/status/stream", False),
 }
-# On a new connection with all that is written at once; and on a used one, step by step. Each kind has one way by
-# default, because all together take some minutes.
-WAYS = [
-    pytest.param("run", "new", id="run, new"),
-    pytest.param("read", "used", id="read, used"),
-    pytest.param("run", "used", id="run, used", marks=pytest.mark.slow),
-    pytest.param("read", "new", id="read, new", marks=pytest.mark.slow),
-]
-STREAM_WAYS = [("stream", "new"), ("stream", "used"), ("status", "new"), ("status", "used")]
+# Each kind of call, on a new connection with all that is written at once, and on a used one, step by step. The first is
+# fast and stands for the others, because all together take some minutes.
+
+
+def _ways(*kinds: str) -> list[ParameterSet]:
+    first, *others = ((kind, way) for kind in kinds for way in ("new", "used"))
+    slow = [pytest.param(*other, id=", ".join(other), marks=pytest.mark.slow) for other in others]
+    return [pytest.param(*first, id=", ".join(first)), *slow]
+
+
+WAYS, PAID_GET_WAYS, STREAM_WAYS = _ways("run", "read"), _ways("run by GET", "submit by GET"), _ways("stream", "status")
 
 
 @dataclass(frozen=True)
