@@ -17,11 +17,10 @@ from pathlib import Path
 
 from benchmarks.bench import FULL, Bench, Row, Scale
 from benchmarks.figures import Figure, Verdict, judge
-from benchmarks.peers import PEERS, ROOT
+from benchmarks.peers import ROOT, TITLES
 
 __all__ = ["markdown", "plot", "section", "with_rounds"]
 
-TITLES = {peer.name: peer.title for peer in PEERS}
 PYTHON_PACKAGES = ("tornado", "pycurl", "aiohttp", "fastapi", "httpx", "uvicorn", "flask", "requests", "gunicorn")
 
 

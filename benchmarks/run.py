@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import isolation, report
 from benchmarks.bench import FULL, QUICK, Bench, Row, cpus
 from benchmarks.figures import Figure
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, ours_before
 from benchmarks.rows import ROWS
 from benchmarks.servers import make_certificates, upstream
 
@@ -48,6 +48,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-isolation", action="store_true", help="stay in this network; several peers cannot run")
     parser.add_argument(
         "--output", type=Path, help="directory for RESULTS.md and plot.svg (default: benchmarks/, none with --quick)"
+    )
+    parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="measure this proxy of another checkout too, beside this one"
     )
     options = parser.parse_args(argv)
     for given, known in ((options.rows, rows), (options.peers, peers)):
@@ -78,11 +81,12 @@ async def _measure(options: argparse.Namespace, directory: Path) -> tuple[dict[R
     scale = QUICK if options.quick else FULL
     if options.rounds:
         scale = report.with_rounds(scale, options.rounds)
+    before = [ours_before(options.before.resolve())] if options.before else []
     with upstream(directory, HTTPS_PORT if isolated else 0, cpus()[1]) as started:
         bench = Bench(
             scale=scale,
             upstream=started,
-            peers=tuple(peer for peer in PEERS if peer.name in options.peers),
+            peers=(*(peer for peer in PEERS if peer.name in options.peers), *before),
             directory=directory,
             isolated=isolated,
             open_files=_raise_open_files(),

@@ -13,7 +13,19 @@ from pathlib import Path
 
 from benchmarks.servers import KEY, CannotStart
 
-__all__ = ["FLOOR", "NGINX", "OURS", "PEERS", "ROOT", "Peer", "Setting", "find_program", "ours_in", "ours_with"]
+__all__ = [
+    "FLOOR",
+    "NGINX",
+    "OURS",
+    "PEERS",
+    "ROOT",
+    "Peer",
+    "Setting",
+    "find_program",
+    "ours_before",
+    "ours_in",
+    "ours_with",
+]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -46,6 +58,7 @@ class Peer:
     max_held: int | None = None  # the most long polls that it can hold
     files_per_call: int = 2  # connections of a held call: the client's and one to the upstream
     everywhere: bool = False  # it may use all CPUs, also those of the upstream and the clients
+    checkout: Path = ROOT  # whose package it runs
 
     def environment(self, setting: Setting) -> Mapping[str, str]:
         """Return the environment variables of its process."""
@@ -55,7 +68,7 @@ class Peer:
             "NODE_ENV": "production",
             "NODE_EXTRA_CA_CERTS": str(setting.ca_file),
             "NEXT_TELEMETRY_DISABLED": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(self.checkout),
         }
         return {**os.environ, **ours}
 
@@ -100,7 +113,8 @@ def _ours(setting: Setting) -> Sequence[str]:
     options = [f"--port={setting.port}", f"--ca-certs={setting.ca_file}", "--log-level=warning"]
     if not setting.isolated:
         options.append(f"--connect-to=127.0.0.1:{setting.upstream_port}")
-    return [sys.executable, "-m", "tornado_fal_proxy", *options]
+    # -P: the package is the one of PYTHONPATH, whatever the current directory has.
+    return [sys.executable, "-P", "-m", "tornado_fal_proxy", *options]
 
 
 def _floor(setting: Setting) -> Sequence[str]:
@@ -150,6 +164,11 @@ def _nginx(setting: Setting) -> Sequence[str]:
 OURS = Peer("ours", "tornado_fal_proxy", _ours, isolated=False, files_per_call=1)
 
 
+def ours_before(checkout: Path) -> Peer:
+    """Return this proxy as another checkout has it, to tell whether a change made it more expensive."""
+    return replace(OURS, name="before", title=TITLES["before"], checkout=checkout)
+
+
 def ours_in(processes: int) -> Peer:
     """Return this proxy in that many processes, on all CPUs."""
     return replace(OURS, command=lambda setting: [*_ours(setting), f"--processes={processes}"], everywhere=True)
@@ -182,3 +201,5 @@ PEERS = (
     Peer("next", "@fal-ai/server-proxy, Next.js", _next),
     NGINX,
 )
+
+TITLES = {peer.name: peer.title for peer in PEERS} | {"before": f"{OURS.title} of another checkout"}
