@@ -5,6 +5,9 @@ Strategy. :func:`verify` is pure: a delivery is fal's when the signature (Ed2551
 more often than once a minute: anyone can send a wrong signature. :class:`FalWebhookHandler` calls ``on_webhook`` once
 for each job, because fal delivers again what was not answered in time, and others may send again what they have seen.
 
+The signature covers four headers and the body, and nothing is read from any other header: whoever repeats a delivery
+could write a bill there. So a delivery ends a job, and does not settle it.
+
 Needs the extra ``webhooks``. Source: fal's page on webhooks.
 """
 
@@ -26,13 +29,21 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import HTTPHeaders
-from tornado.web import RequestHandler, stream_request_body
+from tornado.web import Application, RequestHandler, stream_request_body
 
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.relay.backend import shared_backend
-from tornado_fal_proxy.spending.prices import billed_units
 
-__all__ = ["JWKS_URL", "FalWebhookHandler", "KeysUnavailable", "WebhookKeys", "WebhookRefused", "parse_keys", "verify"]
+__all__ = [
+    "JWKS_URL",
+    "FalWebhookHandler",
+    "KeysUnavailable",
+    "WebhookKeys",
+    "WebhookRefused",
+    "end_job",
+    "parse_keys",
+    "verify",
+]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -98,6 +109,18 @@ def parse_keys(document: bytes) -> list[Ed25519PublicKey]:
                 raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
                 keys.append(Ed25519PublicKey.from_public_bytes(raw))
     return keys
+
+
+async def end_job(application: Application, config: ProxyConfig, request_id: str) -> None:
+    """End a queued job in the account, if nothing has ended it yet: its user may have another one at once.
+
+    Its estimate stays, and its bill still settles it when its result is fetched. ``application`` and ``config`` are
+    those of the FalProxyHandler that has submitted it. Without limits on spending, or for a job that is none of this
+    proxy's, nothing happens. A store that fails is logged, and the job ends by itself after ``job_lifetime_s``.
+    """
+    if config.spending is not None and config.spending.needs_store:
+        ledger = shared_backend(application, config).ledger
+        await ledger.wait(ledger.end_job(request_id))
 
 
 class WebhookKeys:
@@ -198,7 +221,8 @@ class FalWebhookHandler(RequestHandler):
             return
         self._remember(job_id, handled=False)
         try:
-            await self._note_end(job_id)
+            if self._config is not None:
+                await end_job(self.application, self._config, job_id)
             await self.on_webhook(event)
         except BaseException:
             self._seen.pop(job_id, None)  # fal delivers again
@@ -221,16 +245,6 @@ class FalWebhookHandler(RequestHandler):
         while self._seen and (len(self._seen) >= MAX_SEEN or now - next(iter(self._seen.values()))[0] > SEEN_S):
             self._seen.popitem(last=False)
         self._seen[job_id] = now, handled
-
-    async def _note_end(self, job_id: str) -> None:
-        """End the job in the account, or settle it where the delivery has its bill."""
-        config = self._config
-        if config is None or config.spending is None or not config.spending.needs_store:
-            return
-        ledger = shared_backend(self.application, config).ledger
-        headers = [(name.lower(), value) for name, value in self.request.headers.get_all()]
-        units = billed_units(headers)
-        await ledger.wait(ledger.end_job(job_id) if units is None else ledger.settle_job(job_id, units))
 
     def _respond(self, status: int, message: str) -> None:
         self.set_status(status)

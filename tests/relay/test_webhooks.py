@@ -20,9 +20,10 @@ from tests.support.raw_client import Response, call
 from tests.support.stub_handlers import JSON, responds
 from tests.support.tools import ROOT
 from tests.support.waiting import eventually
-from tornado_fal_proxy import FalProxyHandler, webhooks
+from tornado_fal_proxy import FalProxyHandler, ProxyConfig, webhooks
+from tornado_fal_proxy.relay.backend import backends_of
 from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.webhooks import FalWebhookHandler, WebhookKeys, WebhookRefused, parse_keys, verify
+from tornado_fal_proxy.webhooks import FalWebhookHandler, WebhookKeys, WebhookRefused, end_job, parse_keys, verify
 
 KEY, OTHER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 NOW = 1_800_000_000
@@ -230,10 +231,24 @@ async def test_too_large(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await deliver(port, body=b'{"a": "%b"}' % (b"x" * 200))).status == 413
 
 
-@pytest.mark.parametrize(("bill", "cost"), [(None, 20_000), ("3", 30_000)])
+class OwnHandler(RequestHandler):
+    """A handler of an embedder's own, as docs/webhooks.md has it."""
+
+    def initialize(self, config: ProxyConfig) -> None:
+        self.config = config
+
+    async def post(self) -> None:
+        event = verify(self.request.headers, self.request.body, [KEY.public_key()])
+        await end_job(self.application, self.config, event["request_id"])
+
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.gen_test
-async def test_a_job_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch, bill: str | None, cost: int) -> None:
-    """A queued job ends with its webhook, by its bill where the delivery has one."""
+async def test_a_job_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """A queued job ends with its webhook in any process, and nobody who repeats the webhook changes its price.
+
+    Its result, which comes later, still settles it.
+    """
     store = FakeStore()
     monkeypatch.setattr("tornado_fal_proxy.relay.backend.make_store", lambda config: store)
     submitted = json.dumps({"status": "IN_QUEUE", "request_id": JOB_ID}).encode()
@@ -242,16 +257,33 @@ async def test_a_job_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch, bill: s
     config = setup.config(upstream, unfinished_jobs_per_user=1, prices=prices)
     jwks = setup.serve(Application([("/jwks", Jwks)], log_function=lambda handler: None))
     keys = WebhookKeys(f"http://127.0.0.1:{jwks}/jwks")
-    rules: list[Any] = [
-        (ROUTE, FalProxyHandler, {"config": config}),
-        ("/hook", Receiver, {"config": config, "keys": keys}),
-    ]
-    port = setup.serve(Application(rules, log_function=lambda handler: None))
+    hook: Any = ("/hook", OwnHandler, {"config": config})
+    if not own:
+        hook = ("/hook", Receiver, {"config": config, "keys": keys})
+    rules: list[Any] = [(ROUTE, FalProxyHandler, {"config": config}), hook]
+    # Each has a ledger of its own, as another process has.
+    ports = [setup.serve(Application(rules, log_function=lambda handler: None)) for _ in range(2)]
     target = "https://queue.fal.run/fal-ai/flux/dev"
-    assert [(await call(port, target=target)).status for _ in range(2)] == [200, 429]
-    headers = signed(at=int(time.time())) | ({} if bill is None else {"x-fal-billable-units": bill})
-    assert (await deliver(port, headers)).status == 200
-    assert store.sums() == (1, cost, 0)
+    assert [(await call(ports[0], target=target)).status for _ in range(2)] == [200, 429]
+    forged = signed(at=int(time.time())) | {"x-fal-billable-units": "0"}
+    for port in (*ports, *ports):
+        assert (await deliver(port, forged)).status == 200
+        assert store.sums() == (1, 20_000, 0)
+    upstream.handler = responds(200, b"{}", [*JSON, ("x-fal-billable-units", "3")])
+    result = f"https://queue.fal.run/fal-ai/flux/requests/{JOB_ID}"
+    assert (await call(ports[0], "GET", target=result)).status == 200
+    assert store.sums() == (1, 30_000, 0)
+    for port in ports:
+        assert (await deliver(port, forged)).status == 200
+    assert store.sums() == (1, 30_000, 0)
+
+
+@pytest.mark.gen_test
+async def test_a_job_ends_where_nothing_is_counted() -> None:
+    """Without limits on spending to end a job makes nothing."""
+    application = Application()
+    await end_job(application, ProxyConfig(key="id:secret"), JOB_ID)
+    assert backends_of(application) == []
 
 
 @pytest.mark.gen_test
@@ -275,10 +307,12 @@ async def test_sandbox(setup: Setup) -> None:
         await sandbox.close()
 
 
-def test_docs() -> None:
-    """The application that is shown can be made."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_docs(number: int) -> None:
+    """The applications that are shown can be made."""
     text = (ROOT / "docs/webhooks.md").read_text("utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    codes = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(codes) == 2
     names: dict[str, Any] = {"__name__": "docs"}
-    exec(compile(code, "webhooks.md", "exec"), names)
+    exec(compile(codes[number], "webhooks.md", "exec"), names)
     assert names["application"].wildcard_router is not None

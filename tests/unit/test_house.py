@@ -28,7 +28,7 @@ CROSSINGS = {
     "upstream": {"rules", "config", "memory", "errors", "_sweep"},
     "relay": {"upstream", "rules", "spending", "config", "telemetry", "errors", "_sweep"},
     "handler": {"relay", "upstream", "rules", "spending", "config", "credentials", "telemetry", "errors"},
-    "webhooks": {"relay", "spending", "config"},
+    "webhooks": {"relay", "config"},
     "sandbox": set(),
     "__init__": {"handler", "relay", "rules", "config", "telemetry", "errors", "_version"},
     "__main__": {"service"},
