@@ -18,9 +18,10 @@ from tornado.web import Application, RequestHandler
 from tests.support.certificates import Authority
 from tests.support.node import run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
+from tests.support.spending_model import added_up
 from tests.support.tools import tool
 from tornado_fal_proxy.service.usage_page import UsageHandler
-from tornado_fal_proxy.spending.store import DIMENSIONS, Usage, added_up
+from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Usage
 
 PACE = 0.5  # a queued job takes 2 s, a stream 0.7 s: long enough for a user to cancel it
 
@@ -120,7 +121,7 @@ ACCOUNT = [
 async def test_account() -> None:
     """The account is readable at 390 pixels, in the light and in the dark; ids are text; nothing runs or loads."""
 
-    async def ask(since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> list[Usage]:
+    async def ask(since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
         return added_up(ACCOUNT, by, most)
 
     application = Application([("/usage", UsageHandler, {"ask": ask})], log_function=lambda handler: None)

@@ -1,6 +1,7 @@
 """The store of what is spent in a real Redis: against a plain model, and with all that can happen to a Redis."""
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,7 +20,9 @@ from tests.support.spending_model import NOON, StoreMachine, reservation
 from tests.support.strategies import examples
 from tests.support.tools import unused_port
 from tornado_fal_proxy.spending import redis_store
+from tornado_fal_proxy.spending.redis_account import RedisAccount
 from tornado_fal_proxy.spending.redis_store import RedisStore
+from tornado_fal_proxy.spending.sqlite_reader import SqliteReader
 from tornado_fal_proxy.spending.store import COUNTER_KEPT_S, JOB_KEPT_S, StoreFailed
 from tornado_fal_proxy.spending.stores import parse_store
 
@@ -91,7 +94,7 @@ async def test_last_one_is_given_once(server: RedisServer) -> None:
         calls = ((one, two)[i % 2].reserve(reservation(str(i), cost=0, limit=7)) for i in range(300))
         standings = await asyncio.gather(*calls)
         assert sum(standing.refused_by is None for standing in standings) == 7
-        (row,) = await one.usage("2026-12-31", "2026-12-31", ())
+        row = (await one.usage("2026-12-31", "2026-12-31")).total
         assert (row.jobs, row.refused) == (7, 293)
 
 
@@ -137,20 +140,40 @@ async def test_prune(server: RedisServer) -> None:
         await store.reserve(reservation("1"))
         await store.reserve(reservation("2", at=NOON + 86_400))
         await store.prune(NOON + 2 * 86_400, 2)
-        assert [row.day for row in await store.usage("2026-01-01", "2027-12-31")] == ["2026-12-31", "2027-01-01"]
+        assert [row.day for row in (await store.usage("2026-01-01", "2027-12-31")).rows] == ["2026-12-31", "2027-01-01"]
         await store.prune(NOON + 3 * 86_400, 2)
-        assert [row.day for row in await store.usage("2026-01-01", "2027-12-31")] == ["2027-01-01"]
+        assert [row.day for row in (await store.usage("2026-01-01", "2027-12-31")).rows] == ["2027-01-01"]
         await store.reserve(reservation("3", at=NOON + 86_400))
         assert int(server.command("TTL", "{fal-proxy}:account:2027-01-01")) <= 2 * 86_400
 
 
 @pytest.mark.gen_test
 async def test_large_account(server: RedisServer) -> None:
-    """An account of a day comes in pieces, each row once, in the order of users."""
+    """An account of a day comes in pieces, each row once; the sum of those that are left out too."""
     async with opened(server.url()) as store:
         await asyncio.gather(*(store.reserve(reservation(str(i), f"u{i:04}", cost=0)) for i in range(1500)))
-        rows = await store.usage("2026-12-31", "2026-12-31")
-        assert [row.user for row in rows] == [f"u{i:04}" for i in range(1500)]
+        server.command("CONFIG", "RESETSTAT")
+        account = await store.usage("2026-12-31", "2026-12-31", ("user",), 1400)
+        assert [row.user for row in account.rows] == [f"u{i:04}" for i in range(1400)]
+        assert (account.left_out, account.rest.jobs, account.total.jobs) == (100, 100, 1500)
+        (pieces,) = re.findall(r"cmdstat_hscan:calls=(\d+)", server.command("INFO", "commandstats"))
+        assert int(pieces) >= 1500 / 200 - 1
+
+
+@pytest.mark.gen_test
+async def test_a_row_that_comes_twice() -> None:
+    """Of a row that Redis returns twice, because the day grows meanwhile, the second counts."""
+    account = RedisAccount()
+    account.add("2026-12-31", '["ann","a/b"]\n1 0 1 5\n["bob","a/b"]\n1 0 1 5')
+    account.add("2026-12-31", '["ann","a/b"]\n2 0 2 9')
+    account.add("2026-12-30", '["ann","a/b"]\n1 0 1 1')
+    account.add("2026-12-30", "")
+    reader = SqliteReader()
+    found = await account.sums(reader, ("user",), None)
+    reader.close()
+    assert [(row.user, row.jobs, row.cost) for row in found.rows] == [("ann", 3, 10), ("bob", 1, 5)]
+    unused = RedisAccount()
+    unused.close()
 
 
 @pytest.mark.gen_test
@@ -234,7 +257,7 @@ async def test_reservation_whose_response_is_lost(own: RedisServer) -> None:
         await store._redis.connection_pool.disconnect()
         own.signal(signal.SIGCONT)
         assert (await waiting).used[:2] == [2, 2]
-        (row,) = await store.usage("2026-12-31", "2026-12-31", ())
+        row = (await store.usage("2026-12-31", "2026-12-31")).total
         assert row.jobs == 2
 
 

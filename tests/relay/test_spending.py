@@ -426,7 +426,7 @@ async def test_two_proxies_count_in_one_file(setup: Setup, monkeypatch: pytest.M
     setup._closers.clear()
     store = SqliteStore(tmp_path / "spent.db")
     await store.open()
-    rows = await store.usage("0000-01-01", "9999-12-31")
+    rows = (await store.usage("0000-01-01", "9999-12-31")).rows
     assert [(row.user, row.endpoint, row.jobs, row.refused, row.units, row.cost) for row in rows] == [
         ("ann", "fal-ai/flux/dev", 20, 40, 40_000_000, 400_000),
         ("bob", "fal-ai/flux/dev", 1, 0, 3_000_000, 30_000),

@@ -70,9 +70,9 @@ async def account(setup: Setup, store: str) -> list[Usage]:
     setup._closers.clear()
     file = SqliteStore(store.removeprefix("sqlite:"))
     await file.open()
-    rows = await file.usage("0000-01-01", "9999-12-31")
+    found = await file.usage("0000-01-01", "9999-12-31")
     await file.close()
-    return list(rows)
+    return sorted(found.rows, key=lambda row: (row.day, row.user, row.endpoint))
 
 
 async def statuses(port: int, count: int, target: str = RUN) -> list[int]:

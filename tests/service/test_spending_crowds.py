@@ -54,7 +54,7 @@ class Stage:
         """Return the sum of the account."""
         store = parse_store(self.store)
         await store.open()
-        (row,) = await store.usage("0000-01-01", "9999-12-31", ())
+        row = (await store.usage("0000-01-01", "9999-12-31")).total
         await store.close()
         return row
 

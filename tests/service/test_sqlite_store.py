@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -17,9 +18,11 @@ from tests.support.service_process import environment
 from tests.support.spenders import compete, spend_and_be_killed
 from tests.support.spending_model import reservation
 from tests.support.tools import ROOT, isolated
-from tests.support.waiting import TIMEOUT_S
+from tests.support.waiting import TIMEOUT_S, eventually
+from tornado_fal_proxy.spending import sqlite_statements
+from tornado_fal_proxy.spending.sqlite_statements import usage
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
-from tornado_fal_proxy.spending.store import StoreFailed
+from tornado_fal_proxy.spending.store import Account, StoreFailed
 
 NOBODY = 65_534
 
@@ -92,6 +95,54 @@ async def test_locked_for_a_moment(path: Path) -> None:
     other.close()
     assert (await waiting).refused_by is None
     await patient.close()
+
+
+def wait(db: sqlite3.Connection, *_: object) -> Account:
+    """Read the file, and go on when the test says so."""
+    db.execute("BEGIN")
+    db.execute("SELECT count(*) FROM account").fetchone()
+    READS.set()
+    assert GOES_ON.wait(TIMEOUT_S)
+    return usage(db, "", "9", ("user",), None)
+
+
+def never_end(db: sqlite3.Connection, *_: object) -> Account:
+    READS.set()
+    db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n").fetchone()
+    raise AssertionError
+
+
+READS, GOES_ON = Event(), Event()
+
+
+@pytest.mark.gen_test
+async def test_a_long_report_holds_up_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are reserved, settled and forgotten while a report is read, which has the account as it was before."""
+    monkeypatch.setattr(sqlite_statements, "usage", wait)
+    async with opened(path) as store:
+        READS.clear()
+        GOES_ON.clear()
+        await store.reserve(reservation("1"))
+        report = asyncio.ensure_future(store.usage("", "9"))
+        await eventually(READS.is_set)
+        await store.reserve(reservation("2"))
+        await store.settle("1", 1, 1)
+        await store.prune(2**40, 1)
+        assert await store.owner("2") is None
+        GOES_ON.set()
+        assert (await report).total.jobs == 1
+
+
+@pytest.mark.gen_test
+async def test_closing_breaks_a_report_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a report at the end."""
+    monkeypatch.setattr(sqlite_statements, "usage", never_end)
+    async with opened(path) as store:
+        READS.clear()
+        report = asyncio.ensure_future(store.usage("", "9"))
+        await eventually(READS.is_set)
+    with pytest.raises(StoreFailed, match="the report was broken off, because the proxy closes"):
+        await report
 
 
 @pytest.mark.gen_test
@@ -225,9 +276,11 @@ async def test_no_right_to_write() -> None:
 FULL_DISK = """
 import asyncio, os, sys
 from pathlib import Path
+from threading import Event
 from tests.support.spending_model import reservation
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
-from tornado_fal_proxy.spending.store import StoreFailed
+from tornado_fal_proxy.spending.sqlite_statements import usage
+from tornado_fal_proxy.spending.store import Account, StoreFailed
 
 async def main(folder):
     store = SqliteStore(folder / "spending.sqlite")
@@ -246,8 +299,8 @@ async def main(folder):
         assert await store.owner(id)
     (folder / "large").unlink()
     await store.reserve(reservation("last", limit=10**6))
-    (row,) = {row.jobs for row in await store.usage("2026-12-31", "2026-12-31")}
-    assert len(await store.usage("2026-12-31", "2026-12-31")) == len(reserved) + 1
+    rows = (await store.usage("2026-12-31", "2026-12-31")).rows
+    assert [row.jobs for row in rows] == [1] * (len(reserved) + 1)
     await store.close()
 
 asyncio.run(main(Path(sys.argv[1])))

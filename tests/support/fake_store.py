@@ -2,10 +2,18 @@
 
 import asyncio
 from collections import Counter as Counts
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from tornado_fal_proxy.spending.store import DIMENSIONS, Reservation, Standing, StoreFailed, Usage, first_without_room
+from tornado_fal_proxy.spending.store import (
+    DIMENSIONS,
+    Account,
+    Reservation,
+    Standing,
+    StoreFailed,
+    Usage,
+    first_without_room,
+)
 
 __all__ = ["FakeStore", "Kept"]
 
@@ -98,10 +106,8 @@ class FakeStore:
         await self._do("endpoint")
         return self.jobs[job_id].job.endpoint if job_id in self.jobs else None
 
-    async def usage(
-        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
-    ) -> Sequence[Usage]:
-        return []
+    async def usage(self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
+        return Account([], 0, Usage("", "", "", 0, 0, 0, 0), Usage("", "", "", 0, 0, 0, 0))
 
     async def prune(self, now: int, account_days: int) -> None:
         await self._do("prune")

@@ -28,8 +28,8 @@ async def keep_apart(store: Store) -> None:
             assert (list(standing.used), standing.unfinished) == ([1, 1_000_000], 1)
     for number, user in enumerate(ODD_USERS):
         assert await store.owner(f"{number}False") == user
-    rows = await store.usage("2026-12-31", "2026-12-31", ("user",))
+    rows = (await store.usage("2026-12-31", "2026-12-31", ("user",))).rows
     assert {(row.user, row.jobs, row.refused) for row in rows} == {(user, 1, 1) for user in ODD_USERS}
     await store.give_back("0False")
-    rows = await store.usage("2026-12-31", "2026-12-31", ("user",))
+    rows = (await store.usage("2026-12-31", "2026-12-31", ("user",))).rows
     assert {row.user for row in rows if row.jobs} == set(ODD_USERS) - {"ann"}

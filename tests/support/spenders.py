@@ -39,7 +39,7 @@ async def compete(name: str) -> None:
     assert len(reserved) == len(set(reserved)) == limit
     store = parse_store(name)
     await store.open()
-    (row,) = await store.usage(DAY, DAY, ())
+    row = (await store.usage(DAY, DAY)).total
     odd = sum(int(job.rpartition("-")[2]) % 2 for job in reserved)
     assert (row.jobs, row.cost) == (limit, 4 * limit - odd)
     await adds_up(store)
@@ -65,7 +65,7 @@ async def spend_and_be_killed(name: str) -> None:
     await store.open()
     for job in reported:
         assert await store.owner(job) == "ann"
-    (row,) = await store.usage(DAY, DAY, ())
+    row = (await store.usage(DAY, DAY)).total
     # Each client may have reserved one that was not reported any more.
     assert len(reported) <= row.jobs <= len(reported) + 4 * 2 * 20
     await adds_up(store)
@@ -74,5 +74,5 @@ async def spend_and_be_killed(name: str) -> None:
 
 async def adds_up(store: Store) -> None:
     """Assert that the counters have what the account has."""
-    (row,) = await store.usage(DAY, DAY, ())
+    row = (await store.usage(DAY, DAY)).total
     assert (await store.reserve(reservation("0", jobs=0, cost=0, limit=10**9))).used == [row.jobs] * 3 + [row.cost] * 2

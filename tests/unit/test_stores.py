@@ -72,7 +72,7 @@ async def test_last_one_is_given_once() -> None:
         standings = await asyncio.gather(*(store.reserve(reservation(str(i), cost=0, limit=7)) for i in range(300)))
         assert [standing.refused_by for standing in standings] == [None] * 7 + [0] * 293
         assert [standing.used[0] for standing in standings] == [*range(1, 8), *[7] * 293]
-        (row,) = await store.usage("2026-12-31", "2026-12-31", ())
+        row = (await store.usage("2026-12-31", "2026-12-31")).total
         assert (row.jobs, row.refused) == (7, 293)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import csv
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ def run_usage(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[int, str
         report = asyncio.run(_read(store, given, now))
     except StoreFailed as exc:
         return EXIT_FAILED, f"--store: {exc}"
-    return EXIT_OK, {"table": _table, "csv": _csv, "json": _json}[given.format](report)
+    return EXIT_OK, shown(report, given.format)
 
 
 def _parser() -> _Parser:
@@ -58,9 +59,16 @@ def _parser() -> _Parser:
     parser.add_argument("--since", default=DEFAULT_SINCE, metavar="PERIOD", help="days (7d) or a day (2026-11-01), UTC")
     parser.add_argument("--by", default="user", choices=DIMENSIONS, help="what to add up by (default: user)")
     parser.add_argument("--format", default="table", choices=FORMATS, help="form of the report (default: table)")
+    parser.add_argument("--rows", type=_count, metavar="N", help="how many rows to show, of the highest cost (all)")
     parser.add_argument("--store", metavar="STORE", help="the store of the service (default: as the service has it)")
     parser.add_argument("--config", metavar="FILE", help="the TOML file of the service, which may name the store")
     return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _store(given: argparse.Namespace, environ: Mapping[str, str]) -> Store:
@@ -90,14 +98,19 @@ def _store(given: argparse.Namespace, environ: Mapping[str, str]) -> Store:
 async def _read(store: Store, given: argparse.Namespace, now: float) -> Report:
     try:
         await store.open()
-        return await make_report(store.usage, given.since, given.by, now)
+        return await make_report(store.usage, given.since, given.by, now, given.rows)
     finally:
         await store.close()
 
 
+def shown(report: Report, form: str) -> str:
+    """Return the report in one of FORMATS."""
+    return {"table": _table, "csv": _csv, "json": _json}[form](report)
+
+
 def _table(report: Report) -> str:
     """Return the report as columns for a terminal."""
-    rows = [report.names, *map(report.cells, report.rows), ("total", *report.cells(report.total)[1:])]
+    rows = [report.names, *report.rows, *report.sums]
     texts = [[_plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = [
@@ -115,11 +128,11 @@ def _plain(text: str) -> str:
 
 
 def _csv(report: Report) -> str:
-    """Return the rows as CSV (RFC 4180), without the total."""
+    """Return the rows as CSV (RFC 4180), without the sums below them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(report.names)
-    writer.writerows([_harmless(row[0]), *row[1:]] for row in map(report.cells, report.rows))
+    writer.writerows([_harmless(row[0]), *row[1:]] for row in report.rows)
     return text.getvalue().removesuffix("\r\n")
 
 

@@ -20,7 +20,7 @@ from tornado_fal_proxy.spending.store import StoreFailed, Usage
 
 __all__ = ["UsageHandler", "UsageJsonHandler"]
 
-# Limits the rows that a page shows. Their sum is that of all rows.
+# Limits the rows that a page shows, which are those of the highest cost. Below them is the sum of the others.
 MAX_ROWS = 200
 PERIODS = ("1d", "7d", "30d", "365d")
 OFF = "No limit on spending is set, so nothing is counted: see --jobs-per-user and --budget-per-user."
@@ -95,13 +95,13 @@ class UsageHandler(_UsageBase):
 
 def page(report: Report, since: str) -> str:
     """Return the page."""
-    most = max((row.cost for row in report.rows), default=0)
+    account = report.account
+    most = max((row.cost for row in account.rows), default=0)
     size: Callable[[Usage], int] = (lambda row: row.cost) if most else (lambda row: row.jobs)
-    most = most or max((row.jobs for row in report.rows), default=0) or 1
+    most = most or max((row.jobs for row in account.rows), default=0) or 1
     head = "".join(f'<th scope="col">{name}</th>' for name in report.names)
-    rows = "".join(_row(report.cells(row), size(row) / most) for row in report.rows)
-    total = "".join(f"<td>{cell}</td>" for cell in report.cells(report.total)[1:])
-    more = "<p>The rows of the highest cost only; the total is that of all.</p>" * (len(report.rows) == MAX_ROWS)
+    rows = "".join(_row(cells, size(row) / most) for cells, row in zip(report.rows, account.rows, strict=True))
+    sums = "".join(_sums(cells) for cells in report.sums)
     query = xhtml_escape(urlencode({"since": since, "by": report.by}))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -113,7 +113,7 @@ def page(report: Report, since: str) -> str:
         f"<p>{report.since} to {report.until} (UTC). Cost in dollars: fal's bill, or an estimate where it is not known."
         f' The same as <a href="usage.json?{query}">JSON</a></p>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-        f'<tfoot><tr><th scope="row">total</th>{total}</tr></tfoot></table>{more}</body></html>'
+        f"<tfoot>{sums}</tfoot></table></body></html>"
     )
 
 
@@ -123,6 +123,11 @@ def _links(label: str, name: str, values: tuple[str, ...], current: str, **other
         mark = ' aria-current="page"' if value == current else ""
         links.append(f'<a href="?{xhtml_escape(urlencode({name: value, **others}))}"{mark}>{value}</a>')
     return f"<nav>{label}: {''.join(links)}</nav>"
+
+
+def _sums(cells: tuple[str, ...]) -> str:
+    first, *others = map(xhtml_escape, cells)
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
 
 
 def _row(cells: tuple[str, ...], share: float) -> str:

@@ -7,14 +7,14 @@ port show the same :class:`Report`.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from tornado_fal_proxy.spending.limits import MILLION, dollars
-from tornado_fal_proxy.spending.store import DIMENSIONS, Usage
+from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Usage
 
 __all__ = ["DEFAULT_SINCE", "DIMENSIONS", "Report", "first_day", "make_report"]
 
@@ -26,27 +26,39 @@ MAX_DAYS = 3660
 _DAYS = re.compile(r"([0-9]{1,4})d")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
-Ask = Callable[..., Awaitable[Sequence[Usage]]]
+Ask = Callable[..., Awaitable[Account]]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Rows of the account from day ``since`` to day ``until``, added up by ``by``, and the ``total`` of all."""
+    """The account from day ``since`` to day ``until``, added up by ``by``."""
 
     since: str
     until: str
     by: str
-    rows: Sequence[Usage]
-    total: Usage
+    account: Account
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the columns."""
         return (self.by, "jobs", "refused", "units", "cost")
 
-    def cells(self, row: Usage) -> tuple[str, ...]:
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the rows that are shown as texts."""
+        return [self._cells(getattr(row, self.by), row) for row in self.account.rows]
+
+    @property
+    def sums(self) -> list[tuple[str, ...]]:
+        """Return the sums below the rows: of those that are left out, if there are any, and of all."""
+        account = self.account
+        left_out = [self._cells(f"{account.left_out} more", account.rest)] if account.left_out else []
+        return [*left_out, self._cells("total", account.total)]
+
+    @staticmethod
+    def _cells(first: str, row: Usage) -> tuple[str, ...]:
         """Return a row as texts: the units as a number, and the cost in dollars."""
-        return (getattr(row, self.by), str(row.jobs), str(row.refused), units_text(row.units), dollars(row.cost))
+        return (first, str(row.jobs), str(row.refused), units_text(row.units), dollars(row.cost))
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON has it."""
@@ -55,8 +67,15 @@ class Report:
             amounts = {"units": row.units / MILLION, "cost": row.cost / MILLION}
             return {"jobs": row.jobs, "refused": row.refused, **amounts}
 
-        rows = [{self.by: getattr(row, self.by), **numbers(row)} for row in self.rows]
-        return {"since": self.since, "until": self.until, "by": self.by, "rows": rows, "total": numbers(self.total)}
+        account = self.account
+        return {
+            "since": self.since,
+            "until": self.until,
+            "by": self.by,
+            "rows": [{self.by: getattr(row, self.by), **numbers(row)} for row in account.rows],
+            "others": {"rows": account.left_out, **numbers(account.rest)},
+            "total": numbers(account.total),
+        }
 
 
 async def make_report(ask: Ask, since: str, by: str, now: float, most: int | None = None) -> Report:
@@ -67,13 +86,10 @@ async def make_report(ask: Ask, since: str, by: str, now: float, most: int | Non
     if by not in DIMENSIONS:
         raise ValueError(f"must be one of {', '.join(DIMENSIONS)}, not {by!r}")
     first, last = first_day(since, now), datetime.fromtimestamp(now, UTC).date().isoformat()
-    rows = await ask(first, last, (by,), most)
-    total = await ask(first, last, ())
-    if most is None and by != "day":
-        rows = sorted(rows, key=lambda row: (-row.cost, -row.jobs, row.user, row.endpoint))
-    elif by == "day":
-        rows = sorted(rows, key=lambda row: row.day)
-    return Report(first, last, by, rows, total[0] if total else Usage("", "", "", 0, 0, 0, 0))
+    account = await ask(first, last, (by,), most)
+    if by == "day":
+        account = replace(account, rows=sorted(account.rows, key=lambda row: row.day))
+    return Report(first, last, by, account)
 
 
 def first_day(since: str, now: float) -> str:

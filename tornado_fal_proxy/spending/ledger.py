@@ -14,13 +14,13 @@ import logging
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.plans import SpendingRules, Terms
-from tornado_fal_proxy.spending.store import Standing, Store, StoreFailed, Usage
+from tornado_fal_proxy.spending.store import Account, Standing, Store, StoreFailed
 
 __all__ = ["KnownJob", "Ledger"]
 
@@ -103,7 +103,7 @@ class Ledger:
                 return True
         return known.user == user
 
-    async def usage(self, *period: Any) -> Sequence[Usage]:
+    async def usage(self, *period: Any) -> Account:
         """Return what the store's usage() does. Raise StoreFailed."""
         await self._open()
         return await self._store.usage(*period)

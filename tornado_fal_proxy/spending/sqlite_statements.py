@@ -14,6 +14,7 @@ from tornado_fal_proxy.spending.store import (
     COUNTER_KEPT_S,
     DIMENSIONS,
     JOB_KEPT_S,
+    Account,
     Reservation,
     Standing,
     Usage,
@@ -155,18 +156,28 @@ def endpoint(db: Connection, job_id: str) -> str | None:
     return None if row is None else str(row[0])
 
 
-def usage(db: Connection, since: str, until: str, by: Collection[str], most: int | None) -> list[Usage]:
+def usage(db: Connection, since: str, until: str, by: Collection[str], most: int | None) -> Account:
     """Do Store.usage."""
-    columns = ", ".join(name if name in by else "'' AS " + name for name in DIMENSIONS)
-    order = "day, user, endpoint" if most is None else "sum(cost) DESC, sum(jobs) DESC, day, user, endpoint"
-    return [
-        Usage(*row)
-        for row in db.execute(
-            f"SELECT {columns}, sum(jobs), sum(refused), sum(units), sum(cost) FROM account WHERE day BETWEEN ? AND ?"
-            f" GROUP BY 1, 2, 3 ORDER BY {order} LIMIT ?",
-            (since, until, -1 if most is None else most),
-        )
-    ]
+    columns = ", ".join(name if name in by else f"'' AS {name}" for name in DIMENSIONS)
+    groups = ", ".join(name for name in DIMENSIONS if name in by) or "NULL"
+    # One statement, and so the account of one moment. SQLite makes the sums once, though they are used twice.
+    *shown, (count, *sums) = db.execute(
+        f"WITH sums AS (SELECT {columns}, sum(jobs) AS jobs, sum(refused) AS refused, sum(units) AS units,"
+        f" sum(cost) AS cost FROM account WHERE day BETWEEN ? AND ? GROUP BY {groups})"
+        " SELECT * FROM (SELECT * FROM sums ORDER BY cost DESC, jobs DESC, day, user, endpoint LIMIT ?)"
+        " UNION ALL SELECT count(*), '', '', coalesce(sum(jobs), 0), coalesce(sum(refused), 0),"
+        " coalesce(sum(units), 0), coalesce(sum(cost), 0) FROM sums",
+        (since, until, -1 if most is None else most),
+    )
+    rows, total = [Usage(*row) for row in shown], Usage("", *sums)
+    rest = Usage(
+        *("", "", ""),
+        total.jobs - sum(row.jobs for row in rows),
+        total.refused - sum(row.refused for row in rows),
+        total.units - sum(row.units for row in rows),
+        total.cost - sum(row.cost for row in rows),
+    )
+    return Account(rows, count - len(rows), rest, total)
 
 
 def forget_jobs(db: Connection, now: int) -> bool:

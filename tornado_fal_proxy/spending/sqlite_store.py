@@ -3,7 +3,8 @@
 Strategy. The loop's thread never waits for the file: one thread of the store's own does every operation. All operations
 that wait for it share one transaction, so under load a commit, and the file's lock, cost little for each. Their results
 go back to the loop at once. This is why the store uses :mod:`sqlite3` and not aiosqlite, which changes threads for
-each statement and cannot commit the operations of several calls together.
+each statement and cannot commit the operations of several calls together. Only the account is read elsewhere
+(:mod:`~tornado_fal_proxy.spending.sqlite_reader`), because a report may take seconds.
 
 After kill -9 of a process, everything is there that an operation has reported. After a loss of power, the operations
 of the last moments may be missing, because the file is synchronized at checkpoints only (``synchronous=NORMAL``). The
@@ -18,14 +19,16 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
 from tornado_fal_proxy.spending import sqlite_statements as statements
-from tornado_fal_proxy.spending.store import DIMENSIONS, Reservation, Standing, StoreFailed, Usage, day_of
+from tornado_fal_proxy.spending.sqlite_reader import SqliteReader
+from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Reservation, Standing, StoreFailed, day_of
 
 __all__ = ["MEMORY", "SqliteStore"]
 
@@ -48,7 +51,9 @@ _MEANINGS = {
     sqlite3.SQLITE_IOERR: "reading or writing the file failed: see the system's log",
     sqlite3.SQLITE_NOTADB: "the file is not an SQLite file: name another file",
     sqlite3.SQLITE_CORRUPT: "the file is damaged: stop the proxy, and restore the file or remove it",
+    sqlite3.SQLITE_INTERRUPT: "the report was broken off, because the proxy closes",
 }
+_NOT_OPEN = "{}: the store is not open"
 
 # After these the connection can be used again. The first is that of errors which are not SQLite's.
 _KEEPING = (-1, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FULL)
@@ -86,6 +91,7 @@ class SqliteStore:
         self._path = MEMORY if path is None else os.fspath(path)
         self._busy_timeout_s = busy_timeout_s
         self._make_folder = make_folder
+        self._reader = SqliteReader()
         self._queue: SimpleQueue[_Operation | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,6 +115,7 @@ class SqliteStore:
     async def close(self) -> None:
         """Do what waits, close the file and end the thread."""
         thread, self._thread = self._thread, None
+        self._reader.close()
         if thread is not None:
             self._queue.put(None)
         if self._ended is not None:
@@ -144,11 +151,17 @@ class SqliteStore:
         """Do Store.endpoint."""
         return await self._do(statements.endpoint, job_id, writes=False)
 
-    async def usage(
-        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
-    ) -> Sequence[Usage]:
+    async def usage(self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
         """Do Store.usage."""
-        return await self._do(statements.usage, since, until, by, most, writes=False)
+        if self._path == MEMORY:
+            return await self._do(statements.usage, since, until, by, most, writes=False)
+        await self._do(_nothing, writes=False)  # opens the file if it is not open, and checks it
+        if self._thread is None:  # closed meanwhile
+            raise StoreFailed(_NOT_OPEN.format(self._path))
+        try:
+            return await self._reader.read(self._connection, statements.usage, since, until, by, most)
+        except sqlite3.Error as error:
+            raise StoreFailed(f"{self._path}: {self._explain(error)}") from error
 
     async def prune(self, now: int, account_days: int) -> None:
         """Do Store.prune, in many short transactions."""
@@ -162,10 +175,15 @@ class SqliteStore:
     def _do(self, work: Callable[..., _Result], *arguments: Any, writes: bool = True) -> asyncio.Future[_Result]:
         """Let the thread call ``work`` with the connection and these arguments."""
         if self._thread is None or self._loop is None:
-            raise StoreFailed(f"{self._path}: the store is not open")
+            raise StoreFailed(_NOT_OPEN.format(self._path))
         future: asyncio.Future[_Result] = self._loop.create_future()
         self._queue.put(_Operation(work, arguments, writes, future))
         return future
+
+    def _connection(self) -> sqlite3.Connection:
+        """Return a connection of its own for the reader. With WAL it holds up no operation."""
+        uri = Path(self._path).absolute().as_uri() + "?mode=ro"
+        return sqlite3.connect(uri, timeout=self._busy_timeout_s, isolation_level=None, uri=True)
 
     # From here on, everything runs in the store's thread, except _deliver.
 

@@ -11,9 +11,8 @@ Whoever calls knows limits, prices and the time. A store knows none of them: it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
 from time import gmtime
 from typing import NamedTuple, Protocol
 
@@ -22,13 +21,13 @@ __all__ = [
     "DIMENSIONS",
     "JOB_KEPT_S",
     "UNFINISHED",
+    "Account",
     "Counter",
     "Reservation",
     "Standing",
     "Store",
     "StoreFailed",
     "Usage",
-    "added_up",
     "day_of",
     "first_without_room",
 ]
@@ -115,6 +114,19 @@ class Usage:
     cost: int
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The account of some days: ``rows``, and the sums of the rows that are ``left_out`` and of all.
+
+    ``left_out`` is a number, ``rest`` the sum of these, and ``total`` that of all. Sums have no dimensions.
+    """
+
+    rows: Sequence[Usage]
+    left_out: int
+    rest: Usage
+    total: Usage
+
+
 class Store(Protocol):
     """Keep jobs, counters and the account. Every method raises StoreFailed."""
 
@@ -156,30 +168,16 @@ class Store(Protocol):
     async def endpoint(self, job_id: str) -> str | None:
         """Return the endpoint of a job, whose price a bill needs; None where the job is not known, or not any more."""
 
-    async def usage(
-        self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None
-    ) -> Sequence[Usage]:
-        """Return the account from day ``since`` to day ``until``, both included.
+    async def usage(self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
+        """Return the account from day ``since`` to day ``until``, both included. Calls do not wait for it.
 
-        Rows that agree in the dimensions ``by`` are added up, and their other dimensions are empty. They come by day,
-        user and endpoint, or, with ``most``, that many at most, those of the highest cost first.
+        Rows that agree in the dimensions ``by`` are added up, and their other dimensions are empty. The
+        highest cost comes first, and among equals the most jobs, and then day, user and endpoint. ``most`` limits their
+        number.
         """
 
     async def prune(self, now: int, account_days: int) -> None:
         """Forget jobs after JOB_KEPT_S, counters after COUNTER_KEPT_S, days of the account after ``account_days``."""
-
-
-def added_up(rows: Iterable[Usage], by: Collection[str], most: int | None) -> list[Usage]:
-    """Return rows of the account as :meth:`Store.usage` does. No more is kept than the sums."""
-    sums: dict[tuple[str, str, str], tuple[int, int, int, int]] = {}
-    for row in rows:
-        day, user, endpoint = (getattr(row, name) if name in by else "" for name in DIMENSIONS)
-        jobs, refused, units, cost = sums.get((day, user, endpoint), (0, 0, 0, 0))
-        sums[day, user, endpoint] = jobs + row.jobs, refused + row.refused, units + row.units, cost + row.cost
-    found = (Usage(*key, *total) for key, total in sums.items())
-    if most is None:
-        return sorted(found, key=lambda row: (row.day, row.user, row.endpoint))
-    return nsmallest(most, found, key=lambda row: (-row.cost, -row.jobs, row.day, row.user, row.endpoint))
 
 
 def day_of(at: int) -> str:
