@@ -61,7 +61,7 @@ _PREFIX = "{fal-proxy}:"
 _DAY_S = 86_400
 # Limits the life of the account's days until prune() tells another limit. It is the default of the option account_days.
 _ACCOUNT_DAYS = 400
-# The rows of the account that Redis returns at once: others wait for half a millisecond, the loop for about one.
+# The rows of the account that Redis returns at once: others wait for half a millisecond, and the loop works for two.
 _ROWS_AT_ONCE = 200
 _NOT_REFUSED = -2
 _json = json.JSONEncoder(ensure_ascii=False).encode
