@@ -85,7 +85,7 @@ async def scraped(setup: Setup, directory: Path) -> list[Series]:
     config = setup.config(upstream := await setup.upstream(respond))
     running = await ServiceProcess.start(
         *("--admin-port=0", "--authorize=my_rules:authorize", "--log-level=error"),
-        *("--jobs=8/day", "--store=memory", "--prices=prices.toml"),
+        *("--jobs=8/day", "--budget=100/day", "--store=memory", "--prices=prices.toml"),
         cwd=directory,
         FAL_KEY=KEY,
         FAL_PROXY_CA_CERTS=str(config.ca_certs),

@@ -19,7 +19,10 @@ from tests.support.scripted_upstream import Exchange, Handler
 from tests.support.stub_handlers import EVENT, EVENT_STREAM, JSON, Gate, fine, must_not_be_called, resets, responds
 from tests.support.waiting import arrived, eventually
 from tornado_fal_proxy import Call, FalProxyHandler, Target
+from tornado_fal_proxy.errors import StoreUnavailable
+from tornado_fal_proxy.spending.ledger import OPERATIONS, Ledger
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
+from tornado_fal_proxy.spending.store import StoreFailed
 
 RUN, QUEUE, WMA = "https://fal.run/fal-ai/flux/dev", "https://queue.fal.run/fal-ai/flux/dev", "https://wma.fal.run"
 TOKEN, UPLOAD = "https://rest.fal.ai/tokens/", "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn-v3"
@@ -470,6 +473,30 @@ async def test_calls_may_pass_while_the_store_fails(setup: Setup, store: FakeSto
     response = await call(port)
     assert (response.status, response.header("ratelimit")) == (200, None)
     assert (await call(port, "GET", target=JOB)).status == 200
+
+
+@pytest.mark.gen_test
+async def test_failures_are_counted(setup: Setup, store: FakeStore, logs: Logs) -> None:
+    """Each operation that fails is counted under its name, for the metrics."""
+    logs.expect("store failed: gone; paid calls are answered 503")
+    rules = setup.config(await setup.upstream(must_not_be_called), **LIMITS).spending
+    assert rules is not None
+    ledger = Ledger(rules, store)
+    store.failing = "gone"
+    with pytest.raises(StoreUnavailable):
+        await ledger.reserve(rules.terms("ann", rules.default, "fal-ai/flux/dev", None, 0, "1"))
+    with pytest.raises(StoreUnavailable):
+        await ledger.may_read("2", "ann")
+    with pytest.raises(StoreFailed):
+        await ledger.usage("2026-11-27", "2026-11-27")
+    for note in (
+        *(ledger.settle("1", 1, 1), ledger.end("1"), ledger.give_back("1"), ledger.submitted("1", "3", "ann", "a/b")),
+        *(ledger.end_job("3"), ledger.settle_job("3", 1)),
+    ):
+        await ledger.wait(note)
+    await ledger.flush()
+    assert ledger.failures == dict.fromkeys(OPERATIONS, 1) | {"end": 2, "settle": 2}
+    await ledger.closed()
 
 
 @pytest.mark.gen_test

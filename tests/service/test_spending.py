@@ -160,6 +160,11 @@ async def test_store_that_fails(setup: Setup, tmp_path: Path) -> None:
         assert (await call(running.port, "GET", target=free)).status == 200
         refused = await call(admin, "GET", target=None, path="/usage")
         assert (refused.status, refused.message.startswith("store: ")) == (503, True)
+        await until_totals(
+            admin,
+            (3, "fal_proxy_store_failures_total", {"operation": "reserve"}),
+            (1, "fal_proxy_store_failures_total", {"operation": "usage"}),
+        )
         _, stderr = await running.end()
         assert stderr.count("store failed: ") == 1
 

@@ -107,6 +107,7 @@ class FakeStore:
         return self.jobs[job_id].job.endpoint if job_id in self.jobs else None
 
     async def usage(self, since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
+        await self._do("usage")
         return Account([], 0, Usage("", "", "", 0, 0, 0, 0), Usage("", "", "", 0, 0, 0, 0))
 
     async def prune(self, now: int, account_days: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +29,7 @@ from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp
 from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS, kind_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
+from tornado_fal_proxy.spending.ledger import OPERATIONS
 from tornado_fal_proxy.spending.plans import NO_RULES
 from tornado_fal_proxy.telemetry import Call
 from tornado_fal_proxy.upstream.failover import hosts_of
@@ -77,12 +78,18 @@ class Metrics:
         self._dollars = counter("billed_dollars", "Dollars of fal's bills, by the configured prices.", "endpoint")
         self._failovers = counter("failovers", "Calls that went to fal's backup domain.")
         self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
+        self._store_failures = counter("store_failures", "Operations that the store failed to do.", "operation")
         self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
         for protocol in ("1.1", "2"):
             self._responses_of(protocol, 401)  # from 0 on, because Prometheus takes a counter's first value for none
+        if config.spending is not None and config.spending.needs_store:
+            for operation in OPERATIONS:
+                self._store_failures.labels(operation)
+            if config.spending.budget:
+                self._refusals.labels("budget")
         self._first_byte_of = lru_cache(64)(self._first_byte.labels)
         self._total_of = lru_cache(64)(self._total.labels)
         self._received, self._sent = self._bytes.labels("received"), self._bytes.labels("sent")
@@ -123,6 +130,11 @@ class Metrics:
         if call.billed:
             self._units.labels(endpoint).inc(float(call.units or 0))
             self._dollars.labels(endpoint).inc(float(call.cost or 0))
+
+    def count_store_failures(self, failures: Mapping[str, int]) -> None:
+        """Count failures of a store, by the operation that failed."""
+        for operation, count in failures.items():
+            self._store_failures.labels(operation).inc(count)
 
     def _labels_of_response(self, protocol: str, status: int) -> Any:
         """Return the counter of the responses with that protocol and status."""

@@ -191,11 +191,15 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             upstream_connections=sum(backend.client.connections() for backend in backends),
             down=bits_of([host for backend in backends for host in backend.client.down]),
         )
+        for backend in backends:
+            if (ledger := backend.ledger_in_use) is not None and ledger.failures:
+                metrics.count_store_failures(ledger.failures)
+                ledger.failures.clear()
         return True
 
+    application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)
     refresh()
     Sweep(REFRESH_INTERVAL_S, refresh).start()
-    application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)
 
     def is_ready() -> tuple[bool, list[str]]:
         refresh()

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.plans import SpendingRules, Terms
 from tornado_fal_proxy.spending.store import Account, Standing, Store, StoreFailed
 
-__all__ = ["KnownJob", "Ledger"]
+__all__ = ["OPERATIONS", "KnownJob", "Ledger"]
 
 # From Python 3.12 on a task can take its first step when it is made: the store is asked a turn of the loop earlier.
 _EagerTask: Callable[..., asyncio.Task[None]] = (
@@ -31,6 +31,8 @@ _EagerTask: Callable[..., asyncio.Task[None]] = (
 
 logger = logging.getLogger("tornado_fal_proxy")
 
+# The operations that a store can fail to do. "read" is whose job it is.
+OPERATIONS = ("reserve", "rename", "settle", "end", "give_back", "read", "usage", "prune")
 # Limits the jobs that are remembered: those of some minutes, at about 300 bytes each. Others cost a look at the store.
 MAX_KNOWN_JOBS = 10_000
 # Limits what waits for a store that hangs. Beyond it estimates stay as they are.
@@ -62,6 +64,8 @@ class Ledger:
         self.now = now
         #: The paid calls that are not over yet. A shutdown waits for them.
         self.unfinished = 0
+        #: The failures of each of OPERATIONS so far. The metrics take them, and clear this.
+        self.failures: Counter[str] = Counter()
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._opened = self._closed = False
@@ -82,6 +86,7 @@ class Ledger:
             await self._open()
             return await self._store.reserve(terms.reservation)
         except StoreFailed as exc:
+            self.failures["reserve"] += 1
             if self.rules.refuses_on_failure:
                 self._log(exc, "paid calls are answered 503")
                 raise StoreUnavailable(f"store: {exc}") from None
@@ -96,6 +101,7 @@ class Ledger:
                 await self._open()
                 known.user = await self._store.owner(job_id)
             except StoreFailed as exc:
+                self.failures["read"] += 1
                 if self.rules.refuses_on_failure:
                     self._log(exc, "calls for jobs are answered 503")
                     raise StoreUnavailable(f"store: {exc}") from None
@@ -105,28 +111,32 @@ class Ledger:
 
     async def usage(self, *period: Any) -> Account:
         """Return what the store's usage() does. Raise StoreFailed."""
-        await self._open()
-        return await self._store.usage(*period)
+        try:
+            await self._open()
+            return await self._store.usage(*period)
+        except StoreFailed:
+            self.failures["usage"] += 1
+            raise
 
     # Beside the calls. Each returns a task, which ends even if the store fails.
 
     def settle(self, id: str, units: int, cost: int | None) -> asyncio.Future[None]:
         """Note fal's bill of a call."""
-        return self._later(lambda: self._store.settle(id, units, cost))
+        return self._later("settle", lambda: self._store.settle(id, units, cost))
 
     def end(self, id: str) -> asyncio.Future[None]:
         """Note that a call is over, and keep its estimate."""
-        return self._later(lambda: self._store.end(id))
+        return self._later("end", lambda: self._store.end(id))
 
     def give_back(self, id: str) -> asyncio.Future[None]:
         """Note that a call did not run."""
-        return self._later(lambda: self._store.give_back(id))
+        return self._later("give_back", lambda: self._store.give_back(id))
 
     def submitted(self, id: str, job_id: str, user: str, endpoint: str) -> asyncio.Future[None]:
         """Note the id that fal has given a queued job."""
         known = self.known(job_id)
         known.user, known.endpoint = user, endpoint
-        return self._later(lambda: self._store.rename(id, job_id))
+        return self._later("rename", lambda: self._store.rename(id, job_id))
 
     def end_job(self, job_id: str) -> asyncio.Future[None] | None:
         """Note that a queued job has ended; None where that is known."""
@@ -142,7 +152,7 @@ class Ledger:
                 raise
 
         known.ended = True
-        return self._later(end)
+        return self._later("end", end)
 
     def settle_job(self, job_id: str, units: int) -> asyncio.Future[None] | None:
         """Note fal's bill of a queued job; None where that is known."""
@@ -164,7 +174,7 @@ class Ledger:
                 raise
 
         known.ended = known.settled = True
-        return self._later(settle)
+        return self._later("settle", settle)
 
     @staticmethod
     async def wait(task: asyncio.Future[None] | None) -> None:
@@ -232,24 +242,26 @@ class Ledger:
                     await self._store.open()
         if (now := time.monotonic()) - self._pruned_at > PRUNE_INTERVAL_S:
             self._pruned_at = now
-            self._later(lambda: self._store.prune(int(self.now()), self.rules.account_days))
+            self._later("prune", lambda: self._store.prune(int(self.now()), self.rules.account_days))
 
-    def _later(self, operation: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
+    def _later(self, name: str, operation: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
         if self._closed or len(self._pending) >= MAX_PENDING:
+            self.failures[name] += 1
             self._log(StoreFailed("too much waits for it, or it is closed"), "an estimate is kept")
             done: asyncio.Future[None] = self._loop.create_future()
             done.set_result(None)
             return done
-        task = _EagerTask(self._noted(operation), loop=self._loop)
+        task = _EagerTask(self._noted(name, operation), loop=self._loop)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return task
 
-    async def _noted(self, operation: Callable[[], Awaitable[None]]) -> None:
+    async def _noted(self, name: str, operation: Callable[[], Awaitable[None]]) -> None:
         try:
             await self._open()
             await operation()
         except StoreFailed as exc:
+            self.failures[name] += 1
             self._log(exc, "an estimate is kept")
 
     def _log(self, exc: StoreFailed, consequence: str) -> None:
