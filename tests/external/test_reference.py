@@ -1,10 +1,12 @@
-"""docs/reference.md and docs/spending.md are true: tables, names, and code."""
+"""docs/reference.md, docs/spending.md and docs/usage.md are true: tables, names, code, and what a command prints."""
 
+import asyncio
 import contextlib
 import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from tests.support.metrics import Scrape, started
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.service_process import WITH_KEY
+from tests.support.spending_model import NOON, reservation
 from tests.support.stub_handlers import JSON, fine, responds
 from tests.support.tools import ROOT
 from tornado_fal_proxy import ConfigError, errors
@@ -23,12 +26,14 @@ from tornado_fal_proxy.errors import ProxyError
 from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import parse_target
-from tornado_fal_proxy.service import main
+from tornado_fal_proxy.service import main, usage
 from tornado_fal_proxy.service.options import parse_settings
+from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 from tornado_fal_proxy.telemetry import Call
 
 REFERENCE = (ROOT / "docs/reference.md").read_text("utf-8")
 SPENDING = (ROOT / "docs/spending.md").read_text("utf-8")
+USAGE = (ROOT / "docs/usage.md").read_text("utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -242,3 +247,38 @@ def test_command_lines() -> None:
         argv = "".join(line).strip().split()
         settings = parse_settings(argv, {} if "--sandbox" in argv else WITH_KEY)
         assert settings.texts["jobs_per_user"]
+
+
+async def account_of_three(path: Path) -> None:
+    """Make the account that docs/usage.md shows."""
+    store = SqliteStore(path)
+    await store.open()
+    yesterday, flux, sdxl = NOON - 86_400, "fal-ai/flux/dev", "fal-ai/fast-sdxl"
+    for number, (user, endpoint, at, cost) in enumerate(
+        (
+            *[("ann@example.com", flux, yesterday, 25_000)] * 2,
+            *[("ann@example.com", flux, NOON, 25_000)] * 3,
+            *[("eve@example.com", sdxl, NOON, 11_000)] * 2,
+            ("address:203.0.113.7", flux, NOON, 10_000),
+        )
+    ):
+        await store.reserve(reservation(str(number), user, endpoint=endpoint, at=at, cost=cost, limit=99))
+    for number in range(2):
+        await store.reserve(reservation(f"refused-{number}", "ann@example.com", endpoint="fal-ai", cost=1, limit=0))
+    await store.close()
+
+
+def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command prints what is shown, and its options are those in the table."""
+    path = tmp_path / "spending.sqlite"
+    asyncio.run(account_of_three(path))
+    monkeypatch.setattr(usage, "time", SimpleNamespace(time=lambda: NOON))
+    shown = re.findall(r"```sh\ntornado-fal-proxy usage (.*)\n```\n(?:\n.*)?\n```\w+\n((?:.*\n)*?)```", USAGE)
+    assert len(shown) == 2
+    for argv, text in shown:
+        assert usage.run_usage(argv.split(), {"FAL_PROXY_STORE": f"sqlite:{path}"}) == (0, text.removesuffix("\n"))
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+        usage.run_usage(["--help"], {})
+    rows = re.findall(r"^\| (`--.*?) \|", USAGE, re.MULTILINE)
+    options = re.findall(r"^  (--[a-z]+)", printed.getvalue(), re.MULTILINE)
+    assert re.findall(r"--[a-z]+", "".join(rows)) == options

@@ -58,8 +58,8 @@ def _parser() -> _Parser:
     parser = _Parser(prog=f"{PROGRAM} usage", allow_abbrev=False, description="Show who has spent how much.")
     parser.add_argument("--since", default=DEFAULT_SINCE, metavar="PERIOD", help="days (7d) or a day (2026-11-01), UTC")
     parser.add_argument("--by", default="user", choices=DIMENSIONS, help="what to add up by (default: user)")
-    parser.add_argument("--format", default="table", choices=FORMATS, help="form of the report (default: table)")
     parser.add_argument("--rows", type=_count, metavar="N", help="how many rows to show, of the highest cost (all)")
+    parser.add_argument("--format", default="table", choices=FORMATS, help="form of the report (default: table)")
     parser.add_argument("--store", metavar="STORE", help="the store of the service (default: as the service has it)")
     parser.add_argument("--config", metavar="FILE", help="the TOML file of the service, which may name the store")
     return parser
