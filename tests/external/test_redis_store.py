@@ -3,6 +3,7 @@
 import asyncio
 import re
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -160,9 +161,16 @@ async def test_large_account(server: RedisServer) -> None:
         assert int(pieces) >= 1500 / 200 - 1
 
 
+@pytest.mark.parametrize("file", [True, False])
 @pytest.mark.gen_test
-async def test_a_row_that_comes_twice() -> None:
-    """Of a row that Redis returns twice, because the day grows meanwhile, the second counts."""
+async def test_a_row_that_comes_twice(monkeypatch: pytest.MonkeyPatch, file: bool) -> None:
+    """Of a row that Redis returns twice, because the day grows meanwhile, the second counts.
+
+    Where no file can be made the rows are in memory.
+    """
+    if not file:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
     account = RedisAccount()
     account.add("2026-12-31", '["ann","a/b"]\n1 0 1 5\n["bob","a/b"]\n1 0 1 5')
     account.add("2026-12-31", '["ann","a/b"]\n2 0 2 9')

@@ -1,8 +1,8 @@
 """Add up the account that is in Redis, which may have more rows than the memory of a process should.
 
-Strategy. The rows come a few at a time. They go to a temporary SQLite database, which has most of them in a file, and
-which then adds up as the store in a file does. Between two pieces the loop does what else there is to do, and the sums
-are made in a thread.
+Strategy. The rows come a few at a time. They go to a temporary SQLite database, which has most of them in a file if
+there can be one, and which then adds up as the store in a file does. Between two pieces the loop does what else there
+is to do, and the sums are made in a thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Collection
 
 from tornado_fal_proxy.spending import sqlite_statements as statements
-from tornado_fal_proxy.spending.sqlite_reader import SqliteReader
+from tornado_fal_proxy.spending.sqlite_reader import SqliteReader, has_temporary_files
 from tornado_fal_proxy.spending.store import Account
 
 __all__ = ["RedisAccount"]
@@ -32,7 +32,8 @@ class RedisAccount:
     def __init__(self) -> None:
         # The loop's thread uses the connection, and then the reader's.
         self._is_read = False
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        path = "" if has_temporary_files() else ":memory:"
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = OFF").fetchone()
         self._db.executescript(_SCHEMA)
         self._db.execute("BEGIN")

@@ -9,13 +9,14 @@ Nothing is written here.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from sqlite3 import Connection
 from typing import Any, TypeVar
 
-__all__ = ["SqliteReader"]
+__all__ = ["SqliteReader", "has_temporary_files"]
 
 # The instructions of SQLite's machine between two questions whether the reader is closed: some 10 ms.
 _INSTRUCTIONS = 1_000_000
@@ -52,5 +53,16 @@ class SqliteReader:
         self, connect: Callable[[], Connection], work: Callable[..., _Result], arguments: tuple[Any, ...]
     ) -> _Result:
         with closing(connect()) as db:
+            if not has_temporary_files():
+                db.execute("PRAGMA temp_store = MEMORY")  # to sort
             db.set_progress_handler(lambda: self._closed, _INSTRUCTIONS)
             return work(db, *arguments)
+
+
+def has_temporary_files() -> bool:
+    """Return whether SQLite can make them: a container may have no folder that can be written."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return False
+    return True
