@@ -69,7 +69,7 @@ MAX_NUMBER = 2**31 - 1
 # The options of the command that are no fields here. An application may share the variables of both.
 SERVICE_OPTIONS = (
     *("address", "port", "route", "processes", "drain_timeout_s", "log_level", "log_format", "trusted_proxies"),
-    *("admin_port", "admin_address", "sandbox", "worker_timeout_s", "config", "user_header"),
+    *("admin_port", "admin_address", "sandbox", "worker_timeout_s", "config", "env_file", "user_header"),
 )
 # The variables that are ours, or were meant to be. Environments ignore no case, but people do.
 _OUR_VARIABLE = re.compile(r"FAL_?PROXY_(.*)", re.IGNORECASE | re.DOTALL)
@@ -358,8 +358,9 @@ class ProxyConfig:
         """
         environ = os.environ if environ is None else environ
         problems = unknown_variables(environ)
-        if environ.get(ENV_PREFIX + "CONFIG"):  # limits that nobody reads would limit nobody
-            problems.append(f"{ENV_PREFIX}CONFIG: only the command reads it; give plans and prices to ProxyConfig")
+        for name in ("CONFIG", "ENV_FILE"):  # limits that nobody reads would limit nobody
+            if environ.get(ENV_PREFIX + name):
+                problems.append(f"{ENV_PREFIX}{name}: only the command reads it; give the options to ProxyConfig")
         texts = {known.name: environ.get(ENV_PREFIX + known.name.upper()) for known in relay_options()}
         key = None
         try:

@@ -85,6 +85,14 @@ def test_the_values(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_settings(["--config=options.toml", "--sandbox"], {}).sandbox
 
 
+def test_the_file_of_variables(tmp_path: Path) -> None:
+    """The file that is shown has a key and a list."""
+    (tmp_path / "proxy.env").write_text(block("ini"))
+    relay = parse_settings([f"--env-file={tmp_path / 'proxy.env'}"], {}).relay
+    assert relay is not None
+    assert (relay.key, relay.allowed_endpoints) == ("ab12:cd34", ("fal-ai/flux/**", "fal-ai/fast-sdxl"))
+
+
 def test_the_problems(tmp_path: Path) -> None:
     """The line that is shown is that of a start with these faults."""
     (line,) = block("text").splitlines()

@@ -37,7 +37,8 @@ from tests.support.load import respond
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.tools import ROOT, tool
-from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
+from tornado_fal_proxy.service.options import parse_settings
+from tornado_fal_proxy.service.settings import DEFAULT_ADDRESS, DEFAULT_PORT
 
 
 def argv(text: str) -> list[str]:

@@ -25,7 +25,7 @@ from tornado_fal_proxy.config import (
 )
 from tornado_fal_proxy.rules.endpoints import is_repeatable
 from tornado_fal_proxy.rules.target import parse_target
-from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT
+from tornado_fal_proxy.service.settings import DEFAULT_ADDRESS, DEFAULT_PORT
 
 
 def test_all_files_are_known() -> None:

@@ -19,7 +19,8 @@ from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.tools import tool
 from tests.support.waiting import eventually
-from tornado_fal_proxy.service.options import DEFAULT_DRAIN_TIMEOUT_S, parse_settings
+from tornado_fal_proxy.service.options import parse_settings
+from tornado_fal_proxy.service.settings import DEFAULT_DRAIN_TIMEOUT_S
 
 # A release that clouds still offer, and the newest that has schemas.
 KUBERNETES_VERSIONS = ("1.29", "1.34")

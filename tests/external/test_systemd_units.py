@@ -20,8 +20,9 @@ from tests.support.waiting import eventually
 from tornado_fal_proxy.rules.trusted_proxies import UNIX
 from tornado_fal_proxy.service.command import EXIT_ABORTED, EXIT_USAGE
 from tornado_fal_proxy.service.limits import OWN_FILES, STREAMS_PER_CONNECTION, reserved_files
-from tornado_fal_proxy.service.options import DEFAULT_ADDRESS, DEFAULT_PORT, parse_settings
+from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.service.server import LISTEN_BACKLOG
+from tornado_fal_proxy.service.settings import DEFAULT_ADDRESS, DEFAULT_PORT
 
 # Limits the exposure level that "systemd-analyze security" computes, in tenths: below 2.0 of 10.
 MAX_EXPOSURE = 19

@@ -14,7 +14,8 @@ from tests.support.service_process import WITH_KEY, shell
 from tornado_fal_proxy import ConfigError, ProxyConfig
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.application import describe_access
-from tornado_fal_proxy.service.options import _parser, parse_settings
+from tornado_fal_proxy.service.arguments import make_parser
+from tornado_fal_proxy.service.options import parse_settings
 
 # Each option that takes a value: two texts, and the value of the first.
 OPTIONS: dict[str, tuple[str, str, Any]] = {
@@ -63,6 +64,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
     "admin_port": ("0", "9000", 0),
     "admin_address": ("::1", "0.0.0.0", "::1"),
     "config": ("{config}", "", "{config}"),
+    "env_file": ("{config}", "", "{config}"),
     "user_header": ("X-Forwarded-User", "x-user", "X-Forwarded-User"),
 }
 SWITCHES = (
@@ -74,14 +76,14 @@ NO_DEFAULT = (
     *("ca_certs", "connect_to", "authorize", "resolve_key", "trusted_proxies"),
     *("allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),
     *("identify", "jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget"),
-    *("prices", "input_units", "check_input", "store", "config", "user_header"),
+    *("prices", "input_units", "check_input", "store", "config", "env_file", "user_header"),
     *("set_fal_headers", "withhold_headers", "allowed_fal_headers", "expose_headers"),
 )
 
 
 def test_the_table_has_every_option() -> None:
     """The table above has every option, so the tests below cover a new one."""
-    actions = {action.dest for action in _parser()._actions}
+    actions = {action.dest for action in make_parser()._actions}
     assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
     relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", "plans", *SWITCHES}
     assert relayed < set(OPTIONS)

@@ -112,6 +112,12 @@ FAILS = [
         environ=WITH_KEY,
     ),
     start("--config={dir}/with_key.toml", match=r"with_key.toml line 1: fal_key: the key for fal must not stand in"),
+    # The file of variables; tests/unit/test_env_file.py has the rest.
+    start("--env-file={dir}/none", match=r": --env-file: cannot read '.*/none': No such file or directory\Z"),
+    start(match=r": FAL_PROXY_ENV_FILE: cannot read '.*': Is a dir", environ={"FAL_PROXY_ENV_FILE": "{dir}"}),
+    start("--env-file={dir}/fifo", match=r"--env-file: cannot read '.*/fifo': it is no regular file"),
+    start("--env-file={dir}/key", match=r": /.*/key line 1: must be NAME=value, in one line"),
+    start("usage", "--env-file={dir}/key", match=r": /.*/key line 1: must be NAME=value, in one line"),
     # Spending.
     start("--store=redis://:{secret}@h:x", match=r"--store: must be sqlite:PATH, redis://", environ=WITH_KEY),
     start(

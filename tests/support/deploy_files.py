@@ -12,8 +12,8 @@ from tests.support.scripted_upstream import Upstream
 from tests.support.service_process import ServiceProcess
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S
-from tornado_fal_proxy.service.options import DEFAULT_DRAIN_TIMEOUT_S
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S
+from tornado_fal_proxy.service.settings import DEFAULT_DRAIN_TIMEOUT_S
 from tornado_fal_proxy.service.supervisor import KILL_AFTER_S
 
 DEPLOY = ROOT / "deploy"

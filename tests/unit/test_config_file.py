@@ -9,10 +9,11 @@ import pytest
 from tests.support.proxy import KEY
 from tests.support.service_process import WITH_KEY
 from tornado_fal_proxy import ConfigError
-from tornado_fal_proxy.config import ENV_PREFIX, relay_options
+from tornado_fal_proxy.config import ENV_PREFIX
 from tornado_fal_proxy.option_fields import LIST, NUMBER, SWITCH, TEXT
 from tornado_fal_proxy.service.config_file import MAX_BYTES
-from tornado_fal_proxy.service.options import Settings, _service_options, log_format_of, parse_settings
+from tornado_fal_proxy.service.options import log_format_of, parse_settings
+from tornado_fal_proxy.service.settings import Settings, all_options
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ FORMS = {
 
 def test_forms() -> None:
     """Each option has the form that its values have in TOML."""
-    for entry in (*_service_options(), *relay_options()):
+    for entry in all_options():
         (form,) = [form for form, names in FORMS.items() if entry.name in names] or [TEXT]
         assert entry.metadata["form"] == form, entry.name
 

@@ -12,7 +12,7 @@ from tests.support.service_process import WITH_KEY, environment
 from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy import ConfigError, ProxyConfig
 from tornado_fal_proxy.config import ENV_PREFIX, SERVICE_OPTIONS
-from tornado_fal_proxy.service.options import Settings
+from tornado_fal_proxy.service.settings import Settings
 
 # Variables that are none, each with the problem.
 UNKNOWN = {
@@ -46,18 +46,19 @@ def test_an_unknown_variable_is_a_problem(name: str, problem: str) -> None:
 
 def test_variables_of_others_are_no_problem() -> None:
     """The command's variables, those of Kubernetes for a Service named fal-proxy, and those of other programs pass."""
-    names = [ENV_PREFIX + name.upper() for name in SERVICE_OPTIONS if name != "config"]
+    names = [ENV_PREFIX + name.upper() for name in SERVICE_OPTIONS if name not in ("config", "env_file")]
     names += ["FAL_PROXY_SERVICE_HOST", "FAL_PROXY_SERVICE_PORT", "FAL_PROXY_SERVICE_PORT_HTTP"]
     names += ["FAL_PROXY_PORT_80_TCP", "FAL_PROXY_PORT_80_TCP_ADDR", "FAL_PROXY_PORT_80_TCP_PROTO"]
     names += ["FAL_RUN_HOST", "FAL_LOG_LEVEL", "MY_FAL_PROXY_URL", "TORNADO_FAL_PROXY_ROUNDS"]
     assert ProxyConfig.from_env(dict.fromkeys(names, "tcp://10.0.0.1:80")) == ProxyConfig()
 
 
-def test_the_commands_file_is_a_problem() -> None:
-    """An application that shares the command's variables would have none of the limits in its file."""
-    with pytest.raises(ConfigError, match=r"\AFAL_PROXY_CONFIG: only the command reads it; give plans and prices to"):
-        ProxyConfig.from_env(WITH_KEY | {"FAL_PROXY_CONFIG": "options.toml"})
-    assert ProxyConfig.from_env(WITH_KEY | {"FAL_PROXY_CONFIG": ""}).key == KEY
+@pytest.mark.parametrize("name", ["CONFIG", "ENV_FILE"])
+def test_the_commands_files_are_a_problem(name: str) -> None:
+    """An application that shares the command's variables would have none of the limits in its files."""
+    with pytest.raises(ConfigError, match=rf"\AFAL_PROXY_{name}: only the command reads it; give the options to"):
+        ProxyConfig.from_env(WITH_KEY | {ENV_PREFIX + name: "options"})
+    assert ProxyConfig.from_env(WITH_KEY | {ENV_PREFIX + name: ""}).key == KEY
 
 
 def test_the_commands_options_are_known() -> None:

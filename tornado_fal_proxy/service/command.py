@@ -29,10 +29,11 @@ from tornado_fal_proxy.logs import JsonFormatter, PlainFormatter
 from tornado_fal_proxy.service.application import describe_access
 from tornado_fal_proxy.service.limits import raise_open_files
 from tornado_fal_proxy.service.log_output import LogHandler, Output, log_crashes
-from tornado_fal_proxy.service.options import PROGRAM, Settings, log_format_of, parse_settings
+from tornado_fal_proxy.service.options import log_format_of, parse_settings
 from tornado_fal_proxy.service.process import ServiceContext, run_worker, serve, url_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S, LISTEN_BACKLOG
+from tornado_fal_proxy.service.settings import PROGRAM, Settings
 from tornado_fal_proxy.service.supervisor import CannotStartWorkers, Supervisor
 from tornado_fal_proxy.service.systemd import Notifier, NotListening, activated_sockets
 from tornado_fal_proxy.service.usage import print_usage

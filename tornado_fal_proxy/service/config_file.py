@@ -26,7 +26,7 @@ from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.option_fields import EMPTY_LIST, LIST, NUMBER, SWITCH, TEXT
 from tornado_fal_proxy.rules.excerpt import excerpt
 
-__all__ = ["KEY_FILE", "MAX_BYTES", "ConfigFile", "read_config_file"]
+__all__ = ["KEY_FILE", "MAX_BYTES", "ConfigFile", "read_config_file", "read_text"]
 
 # Limits the file: thousands of prices fit.
 MAX_BYTES = 1024 * 1024
@@ -88,7 +88,10 @@ class ConfigFile:
 
 def read_config_file(path: str, forms: Mapping[str, str]) -> ConfigFile:
     """Return what the file sets. ``forms`` has the form of each option. Raise ConfigError, unless it is a TOML file."""
-    source = _read(path)
+    try:
+        source = read_text(path)
+    except ValueError as exc:
+        raise ConfigError([f"config: {exc}"]) from None
     try:
         entries = tomllib.loads(source, parse_float=Decimal)
     except (ValueError, RecursionError) as exc:
@@ -112,19 +115,19 @@ def read_config_file(path: str, forms: Mapping[str, str]) -> ConfigFile:
     return ConfigFile(path, texts, tables, texts.pop(KEY_FILE, None), tuple(problems), found._lines)
 
 
-def _read(path: str) -> str:
-    """Return the text of a file. Nothing blocks, whatever the path names."""
+def read_text(path: str) -> str:
+    """Return the text of a file. Nothing blocks, whatever the path names. Raise ValueError, which names the file."""
     try:
         with _open(path) as file:
             source = file.read(MAX_BYTES + 1)
         text = source.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = exc.object.count(b"\n", 0, exc.start) + 1
-        raise ConfigError([f"config: {path!r} is not UTF-8 in line {line}"]) from None
+        raise ValueError(f"{path!r} is not UTF-8 in line {line}") from None
     except (OSError, ValueError) as exc:  # ValueError: a NUL
-        raise ConfigError([f"config: cannot read {path!r}: {getattr(exc, 'strerror', None) or exc}"]) from None
+        raise ValueError(f"cannot read {path!r}: {getattr(exc, 'strerror', None) or exc}") from None
     if len(source) > MAX_BYTES:
-        raise ConfigError([f"config: {path!r} is longer than {MAX_BYTES} bytes"])
+        raise ValueError(f"{path!r} is longer than {MAX_BYTES} bytes")
     return text
 
 

@@ -1,9 +1,9 @@
-"""The command's options: arguments and environment in, one frozen and checked :class:`Settings` out.
+"""The command's options: arguments, environment and files in, one frozen and checked :class:`Settings` out.
 
-Strategy. Every option is a field, here or of :class:`~tornado_fal_proxy.config.ProxyConfig`, whose metadata has its
-help text, its group in ``--help`` and a function that parses and checks its text. The command line, the
-``FAL_PROXY_<NAME>`` variables and the error lines are derived from these fields. A wrong option ends the start with a
-line that names what to change, never with a traceback. This module does not listen, fork or log.
+Strategy. An option is a text, wherever it was written: as an argument, as a variable ``FAL_PROXY_<NAME>`` of the
+environment or of a file, or as a key of the file of options. The first place of these in which it stands wins. A wrong
+option ends the start with a line that names what to change as it was written, never with a traceback. This module does
+not listen, fork or log.
 
 The key is no option, because everyone on the machine can read an argument list.
 """
@@ -11,197 +11,26 @@ The key is no option, because everyone on the machine can read an argument list.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any
 
-from tornado_fal_proxy._version import __version__
-from tornado_fal_proxy.config import (
-    DEFAULT_ROUTE,
-    ENV_PREFIX,
-    ProxyConfig,
-    relay_options,
-    unknown_variables,
-)
+from tornado_fal_proxy.config import ENV_PREFIX, ProxyConfig, unknown_variables
 from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.option_fields import NUMBER, option
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service import option_texts
+from tornado_fal_proxy.service.arguments import Parser, make_parser, unknown_arguments
 from tornado_fal_proxy.service.config_file import KEY_FILE, ConfigFile, read_config_file
-from tornado_fal_proxy.service.user_header import UserHeader, as_user_header
+from tornado_fal_proxy.service.env_file import Environment, environment
+from tornado_fal_proxy.service.settings import DEFAULT_PROCESSES, Settings, all_options, service_options
+from tornado_fal_proxy.service.user_header import UserHeader
 
-__all__ = [
-    "DEFAULT_ADDRESS",
-    "DEFAULT_DRAIN_TIMEOUT_S",
-    "DEFAULT_PORT",
-    "PROGRAM",
-    "Settings",
-    "config_file",
-    "log_format_of",
-    "parse_settings",
-]
-
-PROGRAM = "tornado-fal-proxy"
-
-# The address to listen on: of this machine only, because a paid key is exposed to the world only if somebody asks.
-DEFAULT_ADDRESS = "127.0.0.1"
-# The port to listen on: the usual one of a service that no user types, and open to programs without privileges.
-DEFAULT_PORT = 8080
-# The texts that --log-level and --log-format accept, in any case of letters.
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("text", "json")
-# The processes that serve: the sandbox, or a first try, needs no more than one.
-DEFAULT_PROCESSES = 1
-# Limits a drain: the time that Kubernetes gives a pod, and longer than most models run. Endless streams reach it.
-DEFAULT_DRAIN_TIMEOUT_S = 30.0
-# Limits the time without a heartbeat after which a worker is replaced. Its clients wait for so long, and no sound
-# worker takes so long for one turn of its loop, even on a machine that swaps.
-DEFAULT_WORKER_TIMEOUT_S = 15.0
+__all__ = ["config_file", "log_format_of", "parse_settings"]
 
 # The options that limit what is spent.
 LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget")
 # The price in dollars of a picture of the sandbox, where nobody names one: about that of a picture of fal's.
 SANDBOX_PRICE = "0.025"
-
-# The groups of ``--help`` in their order, each with its description.
-GROUPS = {
-    "listening": None,
-    "relaying": None,
-    "access": "lists are separated by commas; README.md, 'Secure it', explains them",
-    "spending": "for paid calls; docs/spending.md explains them",
-    "processes": None,
-    "watching": None,
-    "other": None,
-}
-
-_UNKNOWN_OPTION = re.compile(r"--[a-z0-9_-]+(?==|\Z)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings of the service, checked. The fields with metadata are its own options.
-
-    ``processes`` is how many serve, at least one. ``admin_port`` is None if there is none. ``relay`` is None in sandbox
-    mode, where the sandbox decides it. ``texts`` has the text of every option, None where none was given, and ``more``
-    what else :meth:`ProxyConfig.from_texts` gets.
-    """
-
-    address: str = option(DEFAULT_ADDRESS, "address or host name to listen on", "ADDRESS", group="listening")
-    port: int = option(
-        DEFAULT_PORT, "port to listen on; 0 takes a free one", "PORT", option_texts.port, group="listening"
-    )
-    route: str = option(
-        DEFAULT_ROUTE, "path that fal's SDKs get as proxyUrl", "PATH", option_texts.route, group="listening"
-    )
-    processes: int = option(
-        DEFAULT_PROCESSES,
-        "processes that serve; 0 starts one for each core",
-        "NUMBER",
-        option_texts.processes,
-        group="processes",
-    )
-    drain_timeout_s: float = option(
-        DEFAULT_DRAIN_TIMEOUT_S,
-        "time that calls in flight get when the service ends, before they are aborted",
-        "SECONDS",
-        option_texts.seconds,
-        group="processes",
-    )
-    worker_timeout_s: float = option(
-        DEFAULT_WORKER_TIMEOUT_S,
-        "with several processes: time without a sign of life after which one is killed and replaced; 0: never",
-        "SECONDS",
-        option_texts.worker_timeout_s,
-        group="processes",
-    )
-    log_level: str = option(
-        "info",
-        f"lowest level to log: {', '.join(LOG_LEVELS)}",
-        "LEVEL",
-        option_texts.one_of(*LOG_LEVELS),
-        group="watching",
-    )
-    log_format: str = option(
-        "text", f"how to log: {', '.join(LOG_FORMATS)}", "FORMAT", option_texts.one_of(*LOG_FORMATS), group="watching"
-    )
-    trusted_proxies: TrustedProxies = option(  # noqa: RUF009  (it is a field)
-        TrustedProxies(),
-        "proxies in front whose X-Forwarded-For is believed: addresses, networks, unix for a socket file",
-        "ADDRESS,...",
-        option_texts.trusted_proxies,
-        group="watching",
-    )
-    admin_port: int | None = option(
-        None,
-        f"port for /metrics, /readyz and /healthz; 0 takes a free one (default: {option_texts.NO_PORT})",
-        "PORT",
-        option_texts.admin_port,
-        group="watching",
-        form=NUMBER,
-    )
-    admin_address: str = option(DEFAULT_ADDRESS, "address for these", "ADDRESS", group="watching")
-    sandbox: bool = option(
-        False,
-        "relay to a stand-in for fal on this machine: needs neither key nor network; / shows a page to try it",
-        parse=option_texts.switch,
-        group="other",
-    )
-    config: str | None = option(
-        None, "TOML file with options, [plans.NAME] and [prices]; arguments and variables win", "FILE", group="other"
-    )
-    user_header: str | None = option(
-        None,
-        "header in which a trusted proxy names the user, such as X-Forwarded-User",
-        "NAME",
-        as_user_header,
-        group="spending",
-    )
-    relay: ProxyConfig | None = None
-    texts: Mapping[str, str | None] = field(default_factory=dict)
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises an error instead of printing the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
-
-
-def _service_options() -> Iterator[Any]:
-    return (entry for entry in fields(Settings) if entry.metadata)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog=PROGRAM,
-        allow_abbrev=False,
-        description="A proxy for fal.ai: adds the key in FAL_KEY (or FAL_KEY_ID and FAL_KEY_SECRET, or the file "
-        "FAL_KEY_FILE) to calls of fal's SDKs and relays them.",
-        epilog=f"Every option is also an environment variable: --max-in-flight is {ENV_PREFIX}MAX_IN_FLIGHT. "
-        "An option wins over its variable. In the file that --config names it is the key max_in_flight.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    options = [*_service_options(), *relay_options()]
-    for title, description in GROUPS.items():
-        group = parser.add_argument_group(title, description)
-        for entry in options:
-            if entry.metadata["group"] == title:
-                _add(group, entry)
-    return parser
-
-
-def _add(group: Any, entry: Any) -> None:
-    """Add an option to a group of the parser."""
-    name, default, text = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata["help"]
-    if default is False:
-        group.add_argument(name, action="store_const", const="1", help=f"{text} (default: no)")
-    else:
-        shown = "" if default in (None, TrustedProxies()) else f" (default: {default})"
-        group.add_argument(name, metavar=entry.metadata["metavar"], help=text + shown)
 
 
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -209,27 +38,35 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     ``--help`` and ``--version`` print and raise SystemExit, as argparse does.
     """
-    parser = _parser()
+    parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ConfigError([_unknown_options(unknown, parser)])
+        raise ConfigError([unknown_arguments(unknown, parser)])
     given = vars(arguments)
-    file = config_file(given["config"], environ)
-    texts, places = _texts(given, environ, file)
+    variables = environment(given["env_file"], environ)
+    file = config_file(given["config"], variables.variables)
+    texts, places = _texts(given, variables, file)
     values, problems = _parsed(texts)
     problems.extend(unknown_variables(environ))
     problems.extend(_problems_together(values, texts))
     more, relay = _more(file, values, texts), None
-    if file.key_file is not None and not any(environ.get(name, "").strip() for name in KEY_VARIABLES):
-        environ = {**environ, "FAL_KEY_FILE": file.key_file}
-        places["FAL_KEY_FILE"] = file.place(KEY_FILE)
     try:
-        relay = _relay_config(texts, more, environ, values.get("sandbox", False))
+        relay = _relay_config(
+            texts, more, _with_key_file(variables.variables, file, places), values.get("sandbox", False)
+        )
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems or file.problems:
         raise ConfigError([*file.problems, *(_in_place(problem, places, file) for problem in problems)])
     return Settings(**values, relay=relay, texts=texts, more=more)
+
+
+def _with_key_file(environ: Mapping[str, str], file: ConfigFile, places: dict[str, str]) -> Mapping[str, str]:
+    """Return the variables with the file of the key that the file of options names, if no variable has a key."""
+    if file.key_file is None or any(environ.get(name, "").strip() for name in KEY_VARIABLES):
+        return environ
+    places["FAL_KEY_FILE"] = file.place(KEY_FILE)
+    return {**environ, "FAL_KEY_FILE": file.key_file}
 
 
 def _more(file: ConfigFile, values: Mapping[str, Any], texts: dict[str, str | None]) -> dict[str, Any]:
@@ -262,26 +99,13 @@ def _problems_together(values: Mapping[str, Any], texts: Mapping[str, str | None
             yield "user_header: cannot stand beside --identify, which finds the user too"
 
 
-def _unknown_options(texts: Sequence[str], parser: _Parser) -> str:
-    """Return the problem of arguments that are no options. It has only their names, because one may be the key."""
-    known = {name.strip("-"): name for action in parser._actions for name in action.option_strings}
-    names = []
-    for text in texts:
-        match = _UNKNOWN_OPTION.match(text)
-        near = get_close_matches(match[0].strip("-").replace("_", "-"), known, n=1) if match else []
-        hint = f" (did you mean {known[near[0]]}?)" if near else ""
-        names.append(f"{match[0]}{hint}" if match else "an argument")
-    return f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"
-
-
 def config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
     """Return the options in the file that is named, if one is. Raise ConfigError, which says who has named it."""
     variable = ENV_PREFIX + "CONFIG"
     path = environ.get(variable) if argument is None else argument
     if not path:
         return ConfigFile()
-    options = [*_service_options(), *relay_options()]
-    forms = {entry.name: entry.metadata["form"] for entry in options if entry.name != "config"}
+    forms = {entry.name: entry.metadata["form"] for entry in all_options() if entry.name not in ("config", "env_file")}
     try:
         return read_config_file(path, forms)
     except ConfigError as exc:
@@ -290,20 +114,21 @@ def config_file(argument: str | None, environ: Mapping[str, str]) -> ConfigFile:
 
 
 def _texts(
-    given: Mapping[str, str | None], environ: Mapping[str, str], file: ConfigFile
+    given: Mapping[str, str | None], environ: Environment, file: ConfigFile
 ) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Return the text of each option, and the places of those that are not in the file.
+    """Return the text of each option, and the places of those that are not in the file of options.
 
     An empty variable counts as none, and lifts no limit that the file has. An empty argument does.
     """
     texts: dict[str, str | None] = {}
-    places = {"key": "FAL_KEY"}
+    places = {name: environ.places.get(name, name) for name in KEY_VARIABLES}
+    places["key"] = places["FAL_KEY"]
     for name, argument in given.items():
         variable = ENV_PREFIX + name.upper()
         if argument is not None:
             texts[name], places[name] = argument, _option_of(name)
-        elif environ.get(variable):
-            texts[name], places[name] = environ[variable], variable
+        elif environ.variables.get(variable):
+            texts[name], places[name] = environ.variables[variable], environ.places.get(variable, variable)
         else:
             texts[name] = file.texts.get(name)
             if name not in file.texts and name not in file.tables:
@@ -317,24 +142,25 @@ def _option_of(name: str) -> str:
 
 def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the format of the log, also where other options are wrong: an error is a line of the log too."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--log-format")
-    parser.add_argument("--config")
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for name in ("log_format", "config", "env_file"):
+        parser.add_argument(_option_of(name))
     try:
         given = parser.parse_known_args(argv)[0]
     except ConfigError:  # an option without a value
-        given = argparse.Namespace(log_format=None, config=None)
-    try:
-        file = config_file(given.config, environ)
-    except ConfigError:
-        file = ConfigFile()
-    return str(_texts({"log_format": given.log_format}, environ, file)[0]["log_format"] or "").lower()
+        given = argparse.Namespace(log_format=None, config=None, env_file=None)
+    variables, file = Environment(environ), ConfigFile()
+    with suppress(ConfigError):
+        variables = environment(given.env_file, environ)
+    with suppress(ConfigError):
+        file = config_file(given.config, variables.variables)
+    return str(_texts({"log_format": given.log_format}, variables, file)[0]["log_format"] or "").lower()
 
 
 def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of the service's own options that are given, and the problems. An empty text is none."""
     values, problems = {}, []
-    for entry in _service_options():
+    for entry in service_options():
         if text := texts[entry.name]:
             try:
                 values[entry.name] = entry.metadata["parse"](text)

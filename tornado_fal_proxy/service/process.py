@@ -27,8 +27,8 @@ from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.log_output import LogHandler
-from tornado_fal_proxy.service.options import Settings
 from tornado_fal_proxy.service.server import NoNeighbours, Server
+from tornado_fal_proxy.service.settings import Settings
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler

@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 
 from tornado_fal_proxy.config import ENV_PREFIX
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.service.options import PROGRAM, config_file
+from tornado_fal_proxy.service.env_file import environment
+from tornado_fal_proxy.service.options import config_file
+from tornado_fal_proxy.service.settings import PROGRAM
 from tornado_fal_proxy.spending.account import DEFAULT_SINCE, DIMENSIONS, Report, first_day, make_report
 from tornado_fal_proxy.spending.store import Store, StoreFailed
 
@@ -62,6 +64,7 @@ def _parser() -> _Parser:
     parser.add_argument("--format", default="table", choices=FORMATS, help="form of the report (default: table)")
     parser.add_argument("--store", metavar="STORE", help="the store of the service (default: as the service has it)")
     parser.add_argument("--config", metavar="FILE", help="the TOML file of the service, which may name the store")
+    parser.add_argument("--env-file", metavar="FILE", help="the file of variables of the service, likewise")
     return parser
 
 
@@ -75,6 +78,7 @@ def _store(given: argparse.Namespace, environ: Mapping[str, str]) -> Store:
     """Return the store that the service with these arguments and variables uses. Raise ConfigError."""
     from tornado_fal_proxy.spending.stores import parse_store, path_of  # costs memory
 
+    environ = environment(given.env_file, environ).variables
     text = given.store
     if text is None:
         text = environ.get(ENV_PREFIX + "STORE") or None
