@@ -85,6 +85,19 @@ def test_the_values(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_settings(["--config=options.toml", "--sandbox"], {}).sandbox
 
 
+def test_check(directory: Path) -> None:
+    """The lines that are shown are those of ``check`` with the file."""
+    ended = subprocess.run(
+        [*COMMAND, "check", "--config=options.toml"],
+        cwd=directory,
+        env=environment({"XDG_STATE_HOME": str(directory)}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == block("console")
+
+
 def test_the_file_of_variables(tmp_path: Path) -> None:
     """The file that is shown has a key and a list."""
     (tmp_path / "proxy.env").write_text(block("ini"))

@@ -1,6 +1,7 @@
 """Each option, its variable, its help, and the line that lists what is open."""
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.proxy import SECRET
 from tests.support.service_process import WITH_KEY, shell
-from tornado_fal_proxy import ConfigError, ProxyConfig
+from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service.application import describe_access
 from tornado_fal_proxy.service.arguments import make_parser
+from tornado_fal_proxy.service.describe import describe, is_open_to_all
 from tornado_fal_proxy.service.options import parse_settings
 
 # Each option that takes a value: two texts, and the value of the first.
@@ -181,41 +182,109 @@ def test_with_resolve_key_no_key_is_needed() -> None:
         parse_settings(["--resolve-key=os.path:join"], {"FAL_KEY": "a b"})
 
 
-# Options, and the line at the start. The first two leave the key to everyone.
-OPEN_TO_ALL = "anyone (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
-SCOPE = "; a key should have the scope API, not ADMIN"
-OWN_ACCOUNT = "the key's account on api.fal.ai"
-ACCOUNT = "; closed: the key's account"
-OPEN = [
-    ([], f"open: every model, {OPEN_TO_ALL}{ACCOUNT}"),
+# Options, and what the lines of the start say: the clients, what they may do, and the limits. The first leave the key
+# to everyone.
+HERE, ADVICE = (
+    "anyone on this machine",
+    " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')",
+)
+IF = "if authorize accepts them,"
+AT_ONCE = "20000 calls at once"
+NOTHING = f"nothing that users spend (see --jobs-per-user); {AT_ONCE}"
+PRICES = "--prices={prices}"
+OPEN: list[tuple[list[str], str, str]] = [
+    ([], f"{HERE} may call every model and upload files{ADVICE}", NOTHING),
     (
-        ["--allow-cancel", "--allowed-hosts=fal.run"],
-        f"open: every model, only on fal.run, cancel, {OPEN_TO_ALL}{ACCOUNT}",
+        ["--allow-cancel", "--allowed-hosts=fal.run", "--address=0.0.0.0"],
+        f"anyone who can reach this machine may call every model on fal.run, upload files and cancel jobs{ADVICE}",
+        NOTHING,
     ),
     (
-        ["--allowed-hosts=*.api.fal.ai,api.fal.ai", "--authorize=os.path:exists"],
-        f"open: every model, {OWN_ACCOUNT}, only on *.api.fal.ai, api.fal.ai, clients that authorize accepts",
+        ["--allowed-hosts=*.api.fal.ai,api.fal.ai", "--authorize=os.path:exists", "--address=a.example"],
+        (
+            f"clients who can reach a.example, {IF} may call every model on *.api.fal.ai and api.fal.ai, upload files "
+            "and use the key's account on api.fal.ai"
+        ),
+        NOTHING,
     ),
-    (["--allowed-hosts=api.fal.ai", "--allowed-endpoints=a/b"], "open: endpoints a/b, only on api.fal.ai, anyone"),
-    (["--allowed-endpoints=fal-ai/flux/**,a/b"], "open: endpoints fal-ai/flux/**, a/b, anyone"),
-    (["--allowed-endpoints=a/b", "--allow-uploads"], "open: endpoints a/b, uploads, anyone"),
-    (["--authorize=os.path:exists"], f"open: every model, clients that authorize accepts{ACCOUNT}"),
+    (
+        ["--allowed-hosts=api.fal.ai", "--allowed-endpoints=a/b", "--address=::1", "--max-in-flight=5"],
+        f"{HERE} may call a/b on api.fal.ai",
+        "nothing that users spend (see --jobs-per-user); 5 calls at once",
+    ),
+    (
+        ["--allowed-endpoints=fal-ai/flux/**,a/b", "--allow-uploads", "--trusted-proxies=::1", "--processes=3"],
+        f"{HERE}, and clients of a proxy in front, may call fal-ai/flux/** and a/b and upload files",
+        f"{NOTHING} in each of 3 processes",
+    ),
     (
         ["--authorize=os.path:exists", "--allowed-webhooks=none", "--allowed-origins=https://a.example"],
-        f"open: every model, webhooks to nobody, clients that authorize accepts, pages of https://a.example{ACCOUNT}",
+        (
+            f"clients on this machine, {IF} also from pages of https://a.example, may call every model, upload files "
+            "and have results sent to no webhook"
+        ),
+        NOTHING,
+    ),
+    (
+        ["--allowed-endpoints=a/b", "--jobs-per-user=5/minute,20/hour", "--unfinished-jobs-per-user=2", "--jobs=9/day"],
+        f"{HERE} may call a/b",
+        (
+            "each user: 5 paid calls a minute, 20 paid calls an hour, 2 unfinished at once; all together: 9 paid calls "
+            f"a day; {AT_ONCE}"
+        ),
+    ),
+    (
+        [PRICES, "--allowed-endpoints=a/b", "--budget-per-user=0.50/day", "--budget=9/month", "--count=units"],
+        f"{HERE} may call a/b",
+        f"each user: $0.50 a day; all together: $9.00 a month; {AT_ONCE}",
+    ),
+    (
+        ["--config={plans}", "--allowed-endpoints=a/b"],
+        f"{HERE} may call a/b",
+        f"users of the plans pro and trial: as the plan says; {AT_ONCE}",
+    ),
+    (
+        ["--own-jobs-only", "--allowed-endpoints=a/b", f"--store=redis://:{SECRET}@h"],
+        f"{HERE} may call a/b",
+        f"nothing that users spend, which is counted all the same; {AT_ONCE}",
     ),
 ]
 
 
-@pytest.mark.parametrize(("argv", "line"), OPEN)
-def test_what_is_open(argv: list[str], line: str) -> None:
-    """The line at the start lists what is open, and points to the README if nothing keeps unknown clients out."""
-    config = parse_settings(argv, WITH_KEY).relay
-    assert config is not None
-    restricted, found = describe_access(config)
-    assert found == line + SCOPE
-    assert restricted is ("README" not in found) is ("README" not in line)
-    assert SECRET not in found
+@pytest.mark.parametrize(("argv", "opened", "limited"), OPEN)
+def test_what_is_open(tmp_path: Path, argv: list[str], opened: str, limited: str) -> None:
+    """The start tells what is open to whom and what is limited, and how to close what lets unknown clients in."""
+    (tmp_path / "prices.toml").write_text('"**" = 1\n')
+    (tmp_path / "plans.toml").write_text('[plans.pro]\njobs_per_user = "9/day"\n[plans.trial]\n')
+    argv = [text.replace("{", f"{tmp_path}/").replace("}", ".toml") for text in argv]
+    settings = parse_settings(argv, WITH_KEY)
+    assert settings.relay is not None
+    lines = describe(settings, [settings.address])
+    assert lines.pop("open") == opened
+    assert lines.pop("limited") == limited
+    assert is_open_to_all(settings.relay) is opened.endswith(ADVICE)
+    if "account" not in opened:
+        assert lines.pop("closed") == "the key's account; a key should have the scope API all the same, not ADMIN"
+    assert not lines
+    assert SECRET not in opened + limited
+    assert describe(parse_settings(["--sandbox"], {}), ["::1"]) == {}
+
+
+def test_check(tmp_path: Path) -> None:
+    """``check`` prints what the start would, or what is wrong with it, and neither listens nor makes a file."""
+    argv = ("check", "--port=1", "--route=/x", "--admin-port=9464", "--jobs-per-user=5/day", "--address=::")
+    ended = shell("", *argv, **WITH_KEY, XDG_STATE_HOME=str(tmp_path / "state"))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert lines[0] == f"tornado-fal-proxy {__version__} would listen on http://[::]:1/x"
+    assert lines[1].startswith("open: anyone who can reach this machine may call every model and upload files (")
+    assert [line.partition(": ")[0] for line in lines[1:]] == ["open", "closed", "limited", "admin"]
+    assert lines[-1].startswith("admin: http://127.0.0.1:9464 has /metrics, ")
+    assert list(tmp_path.iterdir()) == []
+    in_json = shell("", *argv, "--log-format=json", **WITH_KEY)
+    entry = json.loads(in_json.stdout)
+    assert entry["message"] == lines[0]
+    assert [f"{label}: {entry[label]}" for label in ("open", "closed", "limited", "admin")] == lines[1:]
 
 
 def test_the_settings_show_no_key() -> None:

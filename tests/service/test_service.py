@@ -42,8 +42,8 @@ async def test_it_serves_its_route_and_its_health() -> None:
     assert (await call(running.port, "GET", path="/here", target=None)).status == 400
 
     stdout, stderr = await running.end()
-    assert stdout == ""
-    assert "WARNING tornado_fal_proxy: open: every model, anyone (restrict it with --allowed-endpoints or" in stderr
+    assert [line.partition(": ")[0] for line in stdout.splitlines()] == ["open", "closed", "limited"]
+    assert "WARNING tornado_fal_proxy: open to all: anyone who can reach this proxy may call every model (" in stderr
     assert "error=NotFound" in stderr
 
 
@@ -81,8 +81,9 @@ async def test_rules_without_python(setup: Setup, tmp_path: Path) -> None:
     refused = await call(running.port, target="https://fal.run/fal-ai/other", headers=[token])
     assert (refused.status, "allowed_endpoints" in refused.message) == (403, True)
     assert (await call(running.port, "PUT", headers=[token])).header("allow") == "GET, POST"
-    _, stderr = await running.end()
-    assert "INFO tornado_fal_proxy: open: endpoints fal-ai/flux/**, cancel, clients that authorize accepts" in stderr
+    stdout, stderr = await running.end()
+    assert "if authorize accepts them, may call fal-ai/flux/** and cancel jobs\n" in stdout
+    assert "open to all" not in stderr
     assert "tenant:" not in stderr
 
 

@@ -69,6 +69,10 @@ FAILS = [
     # Options.
     start("--nope", match=r"unknown: --nope; --help shows"),
     start("--por=1", match=r"unknown: --por \(did you mean --port\?\); "),
+    start("check", "--port=x", match=r"\Atornado-fal-proxy: --port: must be .*'x'\Z", environ=WITH_KEY),
+    start("check", match=r"no key: set FAL_KEY"),
+    start("check", "--sandbox", match=r"--sandbox needs more packages", environ={"PYTHONPATH": "{shim}"}),
+    start("check", KEY, match=r"unknown: an argument; "),
     start("--port", match=r"argument --port: expected one argument"),
     start("--port=http", match=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
     start("--port=65536", match=r"--port: must be .*65536", environ=WITH_KEY),

@@ -134,10 +134,13 @@ class ServiceProcess:
         )
 
     async def admin_port(self) -> int:
-        """Return the port for the operator's tools, which the second line of the output names."""
-        assert self.process.stdout is not None
-        line = (await self.process.stdout.readline()).decode()
-        (port,) = re.findall(r"^metrics: http://127\.0\.0\.1:([0-9]+)/metrics$", text_of(line))
+        """Return the port for the operator's tools, which the last line of the start names."""
+        line = json.loads(self.line)["admin"] if self.line.startswith("{") else ""
+        while not line.startswith(("http", "admin: ")):
+            assert self.process.stdout is not None
+            line = (await self.process.stdout.readline()).decode()
+            assert line
+        (port,) = re.findall(r"http://127\.0\.0\.1:([0-9]+) has /metrics", line)
         return int(port)
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:

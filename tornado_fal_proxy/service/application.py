@@ -21,9 +21,7 @@ from tornado.web import Application, RequestHandler, stream_request_body
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import BodyTooLarge
 from tornado_fal_proxy.handler import FalProxyHandler
-from tornado_fal_proxy.rules.endpoints import is_account_call
 from tornado_fal_proxy.rules.excerpt import excerpt
-from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
@@ -36,7 +34,7 @@ from tornado_fal_proxy.telemetry import Call
 if TYPE_CHECKING:
     from tornado_fal_proxy.service.metrics import Metrics  # needs an extra
 
-__all__ = ["CLOSING", "FULL", "NOT_FOUND", "ProxyApplication", "describe_access", "make_application"]
+__all__ = ["CLOSING", "FULL", "NOT_FOUND", "ProxyApplication", "make_application"]
 
 # The responses that the service gives without relaying. Nothing was sent to fal: after a 503 the client may try again,
 # and finds another process.
@@ -213,28 +211,3 @@ def make_application(
         default_handler_class=MessageHandler,
         default_handler_args=NOT_FOUND,
     )
-
-
-def describe_access(config: ProxyConfig) -> tuple[bool, str]:
-    """Return whether anything keeps anyone from spending the key's money, and a line that lists what is open."""
-    access, cors = config.access, config.cors
-    parts = ["every model" if config.allowed_endpoints is None else f"endpoints {', '.join(config.allowed_endpoints)}"]
-    closed = "; closed: the key's account" if config.allowed_endpoints is None else ""
-    account = [host for host in config.allowed_hosts or () if "*" not in host and is_account_call(Target(host, "/"))]
-    if closed and account:
-        parts.append(f"the key's account on {', '.join(account)}")
-        closed = ""
-    if config.allowed_endpoints is not None and config.allow_uploads:
-        parts.append("uploads")
-    if config.allowed_hosts is not None:
-        parts.append(f"only on {', '.join(config.allowed_hosts)}")
-    if config.allow_cancel:
-        parts.append("cancel")
-    if access is not None and access.webhooks is not None:
-        parts.append(f"webhooks to {', '.join(access.webhooks) or 'nobody'}")
-    parts.append("anyone" if config.authorize is None else "clients that authorize accepts")
-    if cors is not None and config.allowed_origins is not None:
-        parts.append(f"pages of {', '.join(config.allowed_origins)}")
-    restricted = config.allowed_endpoints is not None or config.authorize is not None
-    advice = "" if restricted else " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')"
-    return restricted, f"open: {', '.join(parts)}{advice}{closed}; a key should have the scope API, not ADMIN"

@@ -1,8 +1,8 @@
 """The command ``tornado-fal-proxy``: from its arguments to its exit code.
 
 Strategy. Everything that can be wrong with a start is found before anything is forked, and reported in one line on
-stderr. Then a single process serves by itself, or a parent that serves nothing forks the processes that do
-(:mod:`~tornado_fal_proxy.service.supervisor`); the listening sockets are opened before that.
+stderr. ``tornado-fal-proxy check`` ends there. Then a single process serves by itself, or a parent that serves nothing
+forks the processes that do (:mod:`~tornado_fal_proxy.service.supervisor`). The listening sockets are opened before.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tornado.netutil import bind_sockets
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.errors import ConfigError
-from tornado_fal_proxy.logs import JsonFormatter, PlainFormatter
-from tornado_fal_proxy.service.application import describe_access
+from tornado_fal_proxy.logs import Fields, JsonFormatter, PlainFormatter
+from tornado_fal_proxy.service.describe import ADVICE, describe, is_open_to_all
 from tornado_fal_proxy.service.limits import raise_open_files
 from tornado_fal_proxy.service.log_output import LogHandler, Output, log_crashes
 from tornado_fal_proxy.service.options import log_format_of, parse_settings
-from tornado_fal_proxy.service.process import ServiceContext, run_worker, serve, url_of
+from tornado_fal_proxy.service.process import ServiceContext, http_url, run_worker, serve, url_of
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S, LISTEN_BACKLOG
 from tornado_fal_proxy.service.settings import PROGRAM, Settings
@@ -71,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["usage"]:
             return print_usage(argv[1:], os.environ)
-        settings = parse_settings(argv, os.environ)
+        only_checks = argv[:1] == ["check"]
+        settings = parse_settings(argv[only_checks:], os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None
         if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
             raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
+        if only_checks:
+            return _show_check(settings)
         sockets = activated_sockets(os.environ)
         activated = bool(sockets)
         sockets = sockets or _bind(settings.port, settings.address, "")
@@ -82,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = _set_up_logging(settings)
         if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
             logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
-        if settings.relay is not None:
-            restricted, line = describe_access(settings.relay)
-            logger.log(logging.INFO if restricted else logging.WARNING, "%s", line)
+        if settings.relay is not None and is_open_to_all(settings.relay):
+            logger.warning("open to all: anyone who can reach this proxy may call every model (%s)", ADVICE)
         # The sandbox, which has no configuration of its own yet, never has many clients.
         raise_open_files(None if settings.relay is None else settings.relay.max_in_flight)
         os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
@@ -187,30 +189,58 @@ def _run(context: ServiceContext) -> int:
 
 
 def _announce(context: ServiceContext) -> None:
-    """Print where the service listens."""
-    url, route = url_of(context.sockets[0]), context.settings.route
-    lines = [f"{PROGRAM} {__version__} listens on {url}{route}"]
-    if context.admin_sockets:
-        lines.append(f"metrics: {url_of(context.admin_sockets[0])}/metrics")
+    """Print where the service listens, what is open and what is limited."""
+    settings, url = context.settings, url_of(context.sockets[0])
+    address = url + settings.route
+    lines = describe(settings, [_address_of(listener) for listener in context.sockets])
     if context.sandbox is not None:
-        lines.append(f"sandbox: no call leaves this machine. A page to try it: {url}/  Or:")
-        lines.append(
-            f"curl -H 'content-type: application/json' -H 'x-fal-target-url: https://fal.run/fal-ai/flux/dev' "
-            f'-d \'{{"prompt": "a lighthouse"}}\' {url}{route}'
+        lines["sandbox"] = f"no call leaves this machine. A page to try it: {url}/  Or:"
+        lines["curl"] = (
+            f"-H 'content-type: application/json' -H 'x-fal-target-url: https://fal.run/fal-ai/flux/dev' "
+            f'-d \'{{"prompt": "a lighthouse"}}\' {address}'
         )
-    _print(lines, sys.stdout, logging.INFO, context.settings.log_format == "json")
+    if context.admin_sockets:
+        lines["admin"] = _admin(url_of(context.admin_sockets[0]))
+    _print_block(f"listens on {address}", lines, settings)
+
+
+def _show_check(settings: Settings) -> int:
+    """Print what the service would open and limit, and return the exit code."""
+    lines = describe(settings, [settings.address])
+    if settings.admin_port is not None:
+        lines["admin"] = _admin(http_url(settings.admin_address, settings.admin_port))
+    _print_block(f"would listen on {http_url(settings.address, settings.port)}{settings.route}", lines, settings)
+    return EXIT_OK
+
+
+def _address_of(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    return name if listener.family == socket.AF_UNIX else name[0]
+
+
+def _admin(url: str) -> str:
+    return f"{url} has /metrics, /usage, /readyz and /healthz, for all who can reach it"
+
+
+def _print_block(title: str, lines: dict[str, str], settings: Settings) -> None:
+    """Print a line and then those that have a label, or one line of the log that has them all as its fields."""
+    title = f"{PROGRAM} {__version__} {title}"
+    if settings.log_format == "json":
+        _print(Fields({"message": title, **lines}), sys.stdout, logging.INFO, as_json=True)
+        return
+    text = [title, *(f"{label}{' ' if label == 'curl' else ': '}{line}" for label, line in lines.items())]
+    _print("\n".join(text), sys.stdout, logging.INFO, as_json=False)
 
 
 def _fail(text: str, code: int, as_json: bool) -> int:
     """Print why the service ends, and return the exit code."""
-    _print([f"{PROGRAM}: {' '.join(text.split())}"], sys.stderr, logging.CRITICAL, as_json)
+    _print(f"{PROGRAM}: {' '.join(text.split())}", sys.stderr, logging.CRITICAL, as_json)
     return code
 
 
-def _print(lines: list[str], stream: TextIO | None, level: int, as_json: bool) -> None:
-    """Print lines for the operator, as they are or as lines of the log. A stream that nobody reads stops nothing."""
+def _print(message: str | Fields, stream: TextIO | None, level: int, as_json: bool) -> None:
+    """Print for the operator, as it is or as a line of the log. A stream that nobody reads stops nothing."""
     with contextlib.closing(Output(stream)) as output:
-        for line in lines:
-            record = logger.makeRecord(logger.name, level, "", 0, line, (), None)
-            text = JsonFormatter().format(record) if as_json else line
-            output.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        record = logger.makeRecord(logger.name, level, "", 0, message, (), None)
+        text = JsonFormatter().format(record) if as_json else str(message)
+        output.write(text.encode("utf-8", "backslashreplace") + b"\n")

@@ -40,7 +40,7 @@ from tornado_fal_proxy.upstream.failover import bits_of, hosts_of
 if TYPE_CHECKING:
     from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
 
-__all__ = ["ServiceContext", "run_worker", "serve", "url_of"]
+__all__ = ["ServiceContext", "http_url", "run_worker", "serve", "url_of"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -248,4 +248,9 @@ def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  (recognized, not bound)
         host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return http_url(host, port)
+
+
+def http_url(host: str, port: int) -> str:
+    """Return the URL of an address or a name."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
