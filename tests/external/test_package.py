@@ -85,7 +85,7 @@ def test_metadata(wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("tornado-fal-proxy", __version__)
     assert metadata.get("License-Expression", metadata["License"]) == "MIT"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"sandbox", "metrics", "br", "redis", "webhooks", "fuzz", "test"}
+    extras = {"sandbox", "metrics", "br", "redis", "webhooks", "completion", "fuzz", "test"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     required = {
         requirement.partition(">")[0].partition("<")[0]

@@ -56,9 +56,9 @@ def test_options() -> None:
     """The table names every option with its variable, its field and its default, and no other."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        main(["--help"])
+        main(["--help-all"])
     defaults = dict.fromkeys(re.findall(r"^  (--[a-z0-9-]+)", text.getvalue(), re.MULTILINE), "")
-    del defaults["--version"]
+    del defaults["--version"], defaults["--help-all"]
     for entry in re.split(r"\n  (?=--)", re.sub(r"\n {3,}", " ", text.getvalue())):
         name = entry.split()[0]
         default = re.search(r"\(default: (.*?)\)", entry)

@@ -14,7 +14,7 @@ from tests.support.proxy import SECRET
 from tests.support.service_process import WITH_KEY, shell
 from tornado_fal_proxy import ConfigError, ProxyConfig, __version__
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service.arguments import make_parser
+from tornado_fal_proxy.service.arguments import COMMANDS, GROUPS, make_parser
 from tornado_fal_proxy.service.describe import describe, is_open_to_all
 from tornado_fal_proxy.service.options import parse_settings
 
@@ -85,26 +85,39 @@ NO_DEFAULT = (
 def test_the_table_has_every_option() -> None:
     """The table above has every option, so the tests below cover a new one."""
     actions = {action.dest for action in make_parser()._actions}
-    assert actions - {"help", "version", "sandbox", *SWITCHES} == set(OPTIONS)
+    assert actions - {"help", "help_all", "version", "sandbox", *SWITCHES} == set(OPTIONS)
     relayed = {field.name for field in dataclasses.fields(ProxyConfig)} - {"key", "plans", *SWITCHES}
     assert relayed < set(OPTIONS)
 
 
-def test_help_lists_every_option() -> None:
-    """Options are listed in groups with unit or form and default, and the text explains the key and the variables."""
-    ended = shell("", "--help", COLUMNS="200")
+def test_help_fits_on_a_screen() -> None:
+    """``--help`` has every option and command by their groups, in 40 lines of 100 characters at most."""
+    ended = shell("", "--help", COLUMNS="20")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    names = ["--" + name.replace("_", "-") for name in [*OPTIONS, *SWITCHES, "sandbox"]]
+    assert sorted(word for line in lines if line.startswith("  ") for word in line.split()) == sorted(names)
+    for text in (*GROUPS, *COMMANDS, "FAL_KEY", "--help=access", "--help-all", "--max-in-flight as FAL_PROXY_MAX_IN_"):
+        assert text in ended.stdout
+    assert shell("", "-h").stdout == ended.stdout
+
+
+def test_help_of_a_group() -> None:
+    """``--help=GROUP`` explains the options of that group and no other."""
+    ended = shell("", "--help=processes", COLUMNS="200")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    options = re.findall(r"^  (--[a-z-]+)", ended.stdout, re.MULTILINE)
+    assert options == ["--help-all", "--version", "--processes", "--drain-timeout-s", "--worker-timeout-s"]
+
+
+def test_help_explains_every_option() -> None:
+    """``--help-all`` has options in groups with unit or form and default, and tells of the key and the variables."""
+    ended = shell("", "--help-all", COLUMNS="200")
     assert (ended.returncode, ended.stderr) == (0, "")
     text = ended.stdout.replace("\n" + 24 * " ", " ")  # text that argparse put on a line of its own
-    assert [line for line in text.splitlines() if line.endswith(":")] == [
-        "options:",
-        "listening:",
-        "relaying:",
-        "access:",
-        "spending:",
-        "processes:",
-        "watching:",
-        "other:",
-    ]
+    assert [line for line in text.splitlines() if line.endswith(":")] == ["options:", *(f"{name}:" for name in GROUPS)]
     for name in [*OPTIONS, *SWITCHES, "sandbox"]:
         option = "--" + name.replace("_", "-")
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {option} ")]

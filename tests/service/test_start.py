@@ -16,8 +16,8 @@ from tests.support.service_process import COMMAND, WITH_KEY, Ended, environment,
 from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy import __version__
 
-# Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the packages trustme
-# and redis, {secret} a part of the key.
+# Starts that fail. In the texts {taken} is a port in use, {dir} a directory, {shim} one that hides the packages
+# trustme, redis and shtab, {secret} a part of the key.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,17 @@ FAILS = [
     start(KEY, match=r"unknown: an argument; "),
     # Options.
     start("--nope", match=r"unknown: --nope; --help shows"),
+    start("--help", KEY, match=r": argument -h/--help: must be one of listening, "),
+    start("chekc", match=r"unknown: an argument \(did you mean check\?\); "),
+    start("completion", KEY, match=r"completion: takes the name of a shell, one of bash, zsh, fish\Z"),
+    start(
+        *("completion", "bash"),
+        match=r"completion needs shtab: pip install 'tornado-fal-proxy\[completion\]'",
+        environ={"PYTHONPATH": "{shim}"},
+    ),
     start("--por=1", match=r"unknown: --por \(did you mean --port\?\); "),
     start("check", "--port=x", match=r"\Atornado-fal-proxy: --port: must be .*'x'\Z", environ=WITH_KEY),
-    start("check", match=r"no key: set FAL_KEY"),
     start("check", "--sandbox", match=r"--sandbox needs more packages", environ={"PYTHONPATH": "{shim}"}),
-    start("check", KEY, match=r"unknown: an argument; "),
     start("--port", match=r"argument --port: expected one argument"),
     start("--port=http", match=r"--port: must be a number from 0 to 65535, not 'http'", environ=WITH_KEY),
     start("--port=65536", match=r"--port: must be .*65536", environ=WITH_KEY),
@@ -119,7 +125,6 @@ FAILS = [
     # The file of variables; tests/unit/test_env_file.py has the rest.
     start("--env-file={dir}/none", match=r": --env-file: cannot read '.*/none': No such file or directory\Z"),
     start(match=r": FAL_PROXY_ENV_FILE: cannot read '.*': Is a dir", environ={"FAL_PROXY_ENV_FILE": "{dir}"}),
-    start("--env-file={dir}/fifo", match=r"--env-file: cannot read '.*/fifo': it is no regular file"),
     start("--env-file={dir}/key", match=r": /.*/key line 1: must be NAME=value, in one line"),
     start("usage", "--env-file={dir}/key", match=r": /.*/key line 1: must be NAME=value, in one line"),
     # Spending.
@@ -226,7 +231,7 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name in ("trustme", "redis"):
+        if name in ("trustme", "redis", "shtab"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())

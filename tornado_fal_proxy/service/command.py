@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["usage"]:
             return print_usage(argv[1:], os.environ)
+        if argv[:1] == ["completion"]:
+            from tornado_fal_proxy.service.completion import completion  # needs an extra
+
+            _print(completion(argv[1:]), sys.stdout, logging.INFO, as_json=False)
+            return EXIT_OK
         only_checks = argv[:1] == ["check"]
         settings = parse_settings(argv[only_checks:], os.environ)
         sandbox = _make_sandbox() if settings.sandbox else None

@@ -19,7 +19,7 @@ from tornado_fal_proxy.config import ENV_PREFIX, ProxyConfig, unknown_variables
 from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
-from tornado_fal_proxy.service.arguments import Parser, make_parser, unknown_arguments
+from tornado_fal_proxy.service.arguments import Parser, make_parser, option_name, unknown_arguments
 from tornado_fal_proxy.service.config_file import KEY_FILE, ConfigFile, read_config_file
 from tornado_fal_proxy.service.env_file import Environment, environment
 from tornado_fal_proxy.service.settings import DEFAULT_PROCESSES, Settings, all_options, service_options
@@ -126,25 +126,21 @@ def _texts(
     for name, argument in given.items():
         variable = ENV_PREFIX + name.upper()
         if argument is not None:
-            texts[name], places[name] = argument, _option_of(name)
+            texts[name], places[name] = argument, option_name(name)
         elif environ.variables.get(variable):
             texts[name], places[name] = environ.variables[variable], environ.places.get(variable, variable)
         else:
             texts[name] = file.texts.get(name)
             if name not in file.texts and name not in file.tables:
-                places[name] = _option_of(name)
+                places[name] = option_name(name)
     return texts, places
-
-
-def _option_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def log_format_of(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the format of the log, also where other options are wrong: an error is a line of the log too."""
     parser = Parser(add_help=False, allow_abbrev=False)
     for name in ("log_format", "config", "env_file"):
-        parser.add_argument(_option_of(name))
+        parser.add_argument(option_name(name))
     try:
         given = parser.parse_known_args(argv)[0]
     except ConfigError:  # an option without a value

@@ -25,7 +25,7 @@ from tornado_fal_proxy.service.settings import PROGRAM
 from tornado_fal_proxy.spending.account import DEFAULT_SINCE, DIMENSIONS, Report, first_day, make_report
 from tornado_fal_proxy.spending.store import Store, StoreFailed
 
-__all__ = ["print_usage"]
+__all__ = ["print_usage", "usage_parser"]
 
 FORMATS = ("table", "csv", "json")
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 def run_usage(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[int, str]:
     """Return the exit code and the text of the report, or of the error. Raise ConfigError for wrong arguments."""
-    given = _parser().parse_args(argv)
+    given = usage_parser().parse_args(argv)
     now = time.time()
     try:
         first_day(given.since, now)
@@ -56,8 +56,9 @@ def run_usage(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[int, str
     return EXIT_OK, shown(report, given.format)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog=f"{PROGRAM} usage", allow_abbrev=False, description="Show who has spent how much.")
+def usage_parser(**more: Any) -> _Parser:
+    """Return the parser of the arguments."""
+    parser = _Parser(prog=f"{PROGRAM} usage", allow_abbrev=False, description="Show who has spent how much.", **more)
     parser.add_argument("--since", default=DEFAULT_SINCE, metavar="PERIOD", help="days (7d) or a day (2026-11-01), UTC")
     parser.add_argument("--by", default="user", choices=DIMENSIONS, help="what to add up by (default: user)")
     parser.add_argument("--rows", type=_count, metavar="N", help="how many rows to show, of the highest cost (all)")
