@@ -1,6 +1,7 @@
 """docs/configuration.md is true: its file and function limit what users may do, and its problems are the command's."""
 
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -19,9 +20,13 @@ SCHNELL, DEV, VIDEO = (
 )
 
 
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
 def block(language: str) -> str:
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    return str(found)
+    (found,) = blocks(language)
+    return found
 
 
 @pytest.fixture
@@ -66,6 +71,9 @@ async def test_the_file(setup: Setup, directory: Path) -> None:
             assert response.status == status, (token, target, response.body)
     assert upstream.exchanges[0].header("authorization") == f"Key {KEY}".encode()
     assert (directory / "tornado-fal-proxy/spending.sqlite").is_file()
+    running.process.send_signal(signal.SIGHUP)
+    shown, _, _ = blocks("console")[1].partition("...")
+    assert shown in await running.log_line("reload")
     await running.end()
 
 
@@ -95,7 +103,7 @@ def test_check(directory: Path) -> None:
         text=True,
         check=True,
     )
-    assert ended.stdout == block("console")
+    assert ended.stdout == blocks("console")[0]
 
 
 def test_the_file_of_variables(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import shlex
 import socket
 import subprocess
@@ -136,7 +137,11 @@ async def test_the_service_as_the_unit_starts_it(setup: Setup, tmp_path: Path, m
         for pid in (running.pid, *running.workers()):
             for shows in ("cmdline", "environ"):
                 assert KEY.encode() not in Path(f"/proc/{pid}/{shows}").read_bytes()
-        output = await running.end()
+        assert service["Service.ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+        running.process.send_signal(signal.SIGHUP)
+        reloaded = await running.log_line("reload: ")
+        assert (await call(running.port, target="https://fal.run/short")).status == 402
+        output = (reloaded, *await running.end())
     assert KEY not in running.line + "".join(output)
 
     # Process ids are in a column, padded with spaces.

@@ -30,9 +30,11 @@ __all__ = [
     "BodyReceiver",
     "Slots",
     "backends_of",
+    "close_backend",
     "close_upstreams",
     "flush_spending",
     "make_store",
+    "renew_backend",
     "shared_backend",
 ]
 
@@ -97,6 +99,12 @@ class Backend:
             self.ledger_in_use = Ledger(self._config.spending, make_store(self._config))
         return self.ledger_in_use
 
+    def renew(self, config: ProxyConfig) -> None:
+        """Count by the prices of an equal configuration from now on."""
+        self._config = config
+        if self.ledger_in_use is not None and config.spending is not None:
+            self.ledger_in_use.rules = config.spending
+
     def watch(self, stream: IOStream) -> None:
         """Close a client's ``stream`` from now on as soon as its peer leaves, which also tells its handler."""
         fd = stream.socket.fileno()
@@ -153,7 +161,7 @@ def make_store(config: ProxyConfig) -> Store:
 
 _backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], Backend]] = weakref.WeakKeyDictionary()
 
-# Ledgers that close, until somebody waits for it.
+# Ledgers that close or have closed, until somebody waits for it.
 _closing: weakref.WeakKeyDictionary[Application, list[Ledger]] = weakref.WeakKeyDictionary()
 
 
@@ -172,6 +180,27 @@ def backends_of(application: Application) -> list[Backend]:
     return list(_backends.get(application, {}).values())
 
 
+def renew_backend(application: Application, config: ProxyConfig) -> None:
+    """Use ``config`` in place of an equal one, whose file of prices may have had other prices."""
+    backend = _backends.get(application, {}).get((config, asyncio.get_running_loop()))
+    if backend is not None:
+        backend.renew(config)
+
+
+def close_backend(application: Application, config: ProxyConfig) -> None:
+    """Close the connections of one configuration on the running loop, with which no call is served any more."""
+    backend = _backends.get(application, {}).pop((config, asyncio.get_running_loop()), None)
+    if backend is not None:
+        _close(application, backend)
+
+
+def _close(application: Application, backend: Backend) -> None:
+    backend.close()
+    if (ledger := backend.ledger_in_use) is not None:
+        others = [other for other in _closing.get(application, []) if not other.is_closed]
+        _closing[application] = [*others, ledger]
+
+
 def close_upstreams(application: Application) -> None:
     """Abort all upstream transfers of ``application`` and close its connections to fal.
 
@@ -179,9 +208,7 @@ def close_upstreams(application: Application) -> None:
     limits on spending ``await flush_spending(application)`` after it.
     """
     for backend in _backends.pop(application, {}).values():
-        backend.close()
-        if (ledger := backend.ledger_in_use) is not None:
-            _closing.setdefault(application, []).append(ledger)
+        _close(application, backend)
 
 
 async def flush_spending(application: Application) -> None:

@@ -2,7 +2,9 @@
 
 A map:
 
-* ``command`` starts the service and returns its exit code; ``options`` parses arguments and environment.
+* ``command`` starts the service and returns its exit code; ``options`` gathers what ``arguments``, environment,
+  ``env_file`` and ``config_file`` say to the ``settings``, and ``reload`` does it again on SIGHUP. ``describe`` tells
+  what they open and limit, and ``completion`` makes scripts for shells.
 * ``process`` is the life of a process that serves; ``application`` is the Tornado application in it.
 * ``server``, ``connection`` and ``limits`` accept, read and close clients' connections.
 * ``trimming`` gives memory back when a crowd has gone.

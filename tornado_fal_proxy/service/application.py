@@ -7,9 +7,11 @@ each call that is over to the access log and the metrics. The relaying is all do
 
 from __future__ import annotations
 
+import asyncio
 import json
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tornado.http1connection import HTTP1Connection
@@ -21,6 +23,7 @@ from tornado.web import Application, RequestHandler, stream_request_body
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import BodyTooLarge
 from tornado_fal_proxy.handler import FalProxyHandler
+from tornado_fal_proxy.relay.backend import close_backend, renew_backend
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
@@ -46,11 +49,16 @@ FULL = {"status": 503, "message": "The proxy has no room for another connection;
 NO_PROXIES = TrustedProxies()
 
 
+class Lease:
+    """A configuration in use: it lives as long as calls come that have it, or one that came is not over."""
+
+
 class LoggedHandler(FalProxyHandler):
     """The proxy's handler, which passes each call that is over to the application."""
 
     def initialize(self, config: ProxyConfig | None = None, **unknown: object) -> None:
-        """Take the configuration, and the faults of the request's body."""
+        """Take the configuration with its lease, and the faults of the request's body."""
+        self._lease = unknown.pop("lease", None)
         super().initialize(config, **unknown)
         if isinstance(self.request.connection, Request):
             self.request.connection.fault_handler = weakref.ref(self)
@@ -136,7 +144,32 @@ class ProxyApplication(Application):
     def __init__(self, config: ProxyConfig, route: str, trusted: TrustedProxies, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config, self.route, self._trusted = config, route, trusted
+        self._lease = Lease()
+        self._handler_arguments = {"config": config, "lease": self._lease}
+        self._leases: weakref.WeakValueDictionary[ProxyConfig, Lease] = weakref.WeakValueDictionary()
         self.shed: weakref.WeakSet[IOStream] = weakref.WeakSet()
+
+    def use(self, config: ProxyConfig, trusted: TrustedProxies) -> None:
+        """Serve requests that come from now on with this configuration. Needs a running loop.
+
+        The connections of the one before are closed when its last call is over.
+        """
+        before = self.config
+        self._trusted = trusted
+        if config == before:
+            renew_backend(self, config)
+        else:
+            self._leases[before] = self._lease
+            loop = asyncio.get_running_loop()
+            weakref.finalize(self._lease, _call_soon, loop, self._close_unused, before).atexit = False
+            self._lease = self._leases.get(config) or Lease()
+        self.config, self._handler_arguments = config, {"config": config, "lease": self._lease}
+        if self.metrics is not None:
+            self.metrics.use(config)
+
+    def _close_unused(self, config: ProxyConfig) -> None:
+        if config != self.config:
+            close_backend(self, config)
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Choose who responds, and set the request's ``remote_ip`` to the client's address."""
@@ -149,7 +182,7 @@ class ProxyApplication(Application):
         if request.path == self.route:
             if self.host_header is not None:
                 request.headers[self.host_header] = request.headers.get("Host", "")
-            return self.get_handler_delegate(request, LoggedHandler, {"config": self.config})
+            return self.get_handler_delegate(request, LoggedHandler, self._handler_arguments)
         if request.method not in RequestHandler.SUPPORTED_METHODS:
             return self.get_handler_delegate(request, MessageHandler, UNKNOWN_METHOD)
         return super().find_handler(request, **kwargs)
@@ -193,6 +226,12 @@ class ProxyApplication(Application):
             self.metrics.count(call)
         if self.trimmer is not None:
             self.trimmer.start()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    """Call a function in the loop, from whatever thread; not any more when the loop has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
 
 def make_application(

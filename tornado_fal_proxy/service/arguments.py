@@ -62,7 +62,7 @@ def _group(text: str) -> str:
 class _Help(argparse.Action):
     """Print the help of a group, of all groups, or the short one, and end."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Print it to stdout."""
         if isinstance(values, str):
             text = make_parser([values]).format_help()

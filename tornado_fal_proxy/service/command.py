@@ -31,6 +31,7 @@ from tornado_fal_proxy.service.limits import raise_open_files
 from tornado_fal_proxy.service.log_output import LogHandler, Output, log_crashes
 from tornado_fal_proxy.service.options import log_format_of, parse_settings
 from tornado_fal_proxy.service.process import ServiceContext, http_url, run_worker, serve, url_of
+from tornado_fal_proxy.service.reload import Reloader
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 from tornado_fal_proxy.service.server import CLOSE_GRACE_S, LISTEN_BACKLOG
 from tornado_fal_proxy.service.settings import PROGRAM, Settings
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory.map_large_blocks()
         memory.collect_rarely()
         with _shared_metrics(settings) as directory:
-            return _run(ServiceContext(settings, sockets, admin_sockets, directory, sandbox, notifier, log))
+            reloader = Reloader(argv, dict(os.environ), settings, [_address_of(listener) for listener in sockets])
+            return _run(ServiceContext(reloader, sockets, admin_sockets, directory, sandbox, notifier, log))
     except NotListening as exc:
         return _fail(str(exc), EXIT_CANNOT_LISTEN, as_json)
     except ConfigError as exc:
@@ -189,6 +191,7 @@ def _run(context: ServiceContext) -> int:
         worker_timeout_s=settings.worker_timeout_s,
         check_s=context.heartbeat_s,
         on_alive=on_alive,
+        on_hangup=context.reloader.read if context.reloader.has_files else None,
     )
     return EXIT_OK if supervisor.run() else EXIT_ABORTED
 
@@ -220,7 +223,7 @@ def _show_check(settings: Settings) -> int:
 
 def _address_of(listener: socket.socket) -> str:
     name = listener.getsockname()
-    return name if listener.family == socket.AF_UNIX else name[0]
+    return str(name if listener.family == socket.AF_UNIX else name[0])
 
 
 def _admin(url: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.service.arguments import COMMANDS, make_parser
@@ -27,7 +28,7 @@ def completion(argv: Sequence[str]) -> str:
     except ImportError:
         raise ConfigError(["completion needs shtab: pip install 'tornado-fal-proxy[completion]'"]) from None
     parser = make_parser()
-    commands = parser.add_subparsers()
+    commands: Any = parser.add_subparsers()
     about = {name: text for name, (_, text) in COMMANDS.items()}
     check = commands.add_parser("check", help=about["check"], parents=[make_parser()], add_help=False)
     usage = commands.add_parser("usage", help=about["usage"], parents=[usage_parser(add_help=False)])

@@ -79,7 +79,6 @@ class Metrics:
         self._failovers = counter("failovers", "Calls that went to fal's backup domain.")
         self._refusals = counter("spending_refusals", "Paid calls that a limit has refused.", "limit")
         self._store_failures = counter("store_failures", "Operations that the store failed to do.", "operation")
-        self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
         # The results of labels() are cached, because one takes as long as counting does.
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
@@ -96,8 +95,15 @@ class Metrics:
         if directory is not None:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-        registry.register(_ScoreboardCollector(scoreboard, config.max_in_flight))
+        self._on_scoreboard = _ScoreboardCollector(scoreboard)
+        registry.register(self._on_scoreboard)
         self._registry = registry
+        self.use(config)
+
+    def use(self, config: ProxyConfig) -> None:
+        """Take the labels of endpoints, and the most calls at once, from this configuration."""
+        self._label_of = lru_cache(1024)((config.spending or NO_RULES).label)
+        self._on_scoreboard.max_in_flight = config.max_in_flight
 
     def count(self, call: Call) -> None:
         """Count a call that is over."""
@@ -150,8 +156,10 @@ class Metrics:
 class _ScoreboardCollector(Collector):
     """The numbers of the moment, and the build."""
 
-    def __init__(self, scoreboard: Scoreboard, max_in_flight: int) -> None:
-        self._scoreboard, self._max_in_flight = scoreboard, max_in_flight
+    max_in_flight = 0
+
+    def __init__(self, scoreboard: Scoreboard) -> None:
+        self._scoreboard = scoreboard
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
@@ -169,7 +177,7 @@ class _ScoreboardCollector(Collector):
         yield gauge("workers", "Worker processes that accept calls.", len(accepting))
         yield gauge("workers_expected", "Worker processes that there should be.", len(workers))
         yield gauge("in_flight", "Calls that are being served.", sum(worker.in_flight for worker in workers))
-        yield gauge("max_in_flight", "Calls that can be served at once.", self._max_in_flight * len(accepting))
+        yield gauge("max_in_flight", "Calls that can be served at once.", self.max_in_flight * len(accepting))
         yield gauge("client_connections", "Connections of clients.", connections)
         yield gauge("upstream_connections", "Connections to fal.", upstream_connections)
         failed_over = GaugeMetricFamily(

@@ -50,15 +50,15 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     problems.extend(unknown_variables(environ))
     problems.extend(_problems_together(values, texts))
     more, relay = _more(file, values, texts), None
+    with_key = _with_key_file(variables.variables, file, places)
     try:
-        relay = _relay_config(
-            texts, more, _with_key_file(variables.variables, file, places), values.get("sandbox", False)
-        )
+        relay = _relay_config(texts, more, with_key, values.get("sandbox", False))
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems or file.problems:
         raise ConfigError([*file.problems, *(_in_place(problem, places, file) for problem in problems)])
-    return Settings(**values, relay=relay, texts=texts, more=more)
+    read = (variables.path, file.path, with_key.get("FAL_KEY_FILE"), texts["prices"])
+    return Settings(**values, relay=relay, texts=texts, more=more, files=tuple(filter(None, read)))
 
 
 def _with_key_file(environ: Mapping[str, str], file: ConfigFile, places: dict[str, str]) -> Mapping[str, str]:

@@ -15,8 +15,9 @@ import contextlib
 import logging
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
@@ -27,6 +28,7 @@ from tornado_fal_proxy.service.admin import admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.log_output import LogHandler
+from tornado_fal_proxy.service.reload import Reloader
 from tornado_fal_proxy.service.server import NoNeighbours, Server
 from tornado_fal_proxy.service.settings import Settings
 from tornado_fal_proxy.service.systemd import Notifier
@@ -59,13 +61,18 @@ class ServiceContext:
     ``metrics_directory`` is None unless several processes count together.
     """
 
-    settings: Settings
+    reloader: Reloader
     sockets: list[socket.socket]
     admin_sockets: list[socket.socket]
     metrics_directory: str | None
     sandbox: Sandbox | None
     notifier: Notifier
     log: LogHandler
+
+    @property
+    def settings(self) -> Settings:
+        """Return the latest settings."""
+        return self.reloader.settings
 
     @property
     def heartbeat_s(self) -> float | None:
@@ -100,7 +107,11 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     """Serve until a shutdown is requested, then drain and close. Return whether all calls were finished."""
     settings, sandbox = context.settings, context.sandbox
     shutdown = Shutdown()
-    process.handle_signals(shutdown)
+
+    def use_settings() -> None:
+        application.use(_with_buffer_share(context.settings), context.settings.trusted_proxies)
+
+    process.handle_signals(shutdown, _on_hangup(context.reloader, process, use_settings))
     _resume_log_when_read(context.log, process)
     application = _application(context)
     application.key_alarm = KeyAlarm(process.scoreboard)
@@ -129,6 +140,21 @@ async def serve(context: ServiceContext, process: SingleProcess | Worker) -> boo
     return all_finished
 
 
+def _on_hangup(
+    reloader: Reloader, process: SingleProcess | Worker, then: Callable[[], None]
+) -> Callable[[], None] | None:
+    """Return what SIGHUP does in this process; None where there is nothing to read again."""
+    if not reloader.has_files:
+        return None
+    read = reloader.follow if isinstance(process, Worker) else reloader.read
+
+    def on_hangup() -> None:
+        if read():
+            then()
+
+    return on_hangup
+
+
 def _resume_log_when_read(log: LogHandler, process: SingleProcess | Worker) -> None:
     """Finish the log, and write how many lines were lost, as soon as somebody reads it again. Count these lines."""
     loop, output = asyncio.get_running_loop(), log.output
@@ -155,7 +181,7 @@ def _resume_log_when_read(log: LogHandler, process: SingleProcess | Worker) -> N
 def _application(context: ServiceContext) -> ProxyApplication:
     """Make the application, in sandbox mode with the sandbox started behind it."""
     settings, sandbox = context.settings, context.sandbox
-    config, more = settings.relay, []
+    more = []
     if sandbox is not None:
         sandbox.start()
         sandbox.public_url = url_of(context.sockets[0])
@@ -164,12 +190,19 @@ def _application(context: ServiceContext) -> ProxyApplication:
         texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
         config = ProxyConfig.from_texts(texts, key=sandbox.key, more=settings.more)
         more = sandbox.page_rules(settings.route)
+        settings = replace(settings, relay=config)
+    application = make_application(_with_buffer_share(settings), settings.route, more, settings.trusted_proxies)
+    application.host_header = None if sandbox is None else sandbox.host_header
+    return application
+
+
+def _with_buffer_share(settings: Settings) -> ProxyConfig:
+    """Return the configuration with a limit of buffered bytes for one process, if the operator has set none."""
+    config = settings.relay
     assert config is not None
     if config.max_buffered_bytes is None:
         config = replace(config, max_buffered_bytes=buffer_share(settings.processes))
-    application = make_application(config, settings.route, more, settings.trusted_proxies)
-    application.host_header = None if sandbox is None else sandbox.host_header
-    return application
+    return config
 
 
 def buffer_share(processes: int) -> int:
@@ -207,8 +240,8 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
         down = {host for worker in workers for host in hosts_of(worker.down)}
         return any(worker.connections is not None for worker in workers), sorted(down)
 
-    ask = _usage_of(application)
-    pages = [("/usage", UsageHandler, {"ask": ask}), ("/usage.json", UsageJsonHandler, {"ask": ask})]
+    usage: dict[str, Any] = {"ask_of": lambda: _usage_of(application)}
+    pages = [("/usage", UsageHandler, usage), ("/usage.json", UsageJsonHandler, usage)]
     admin = Server(admin_application(metrics, is_ready, refresh, pages))
     admin.listen_on(context.admin_sockets, NoNeighbours(), set())
     return admin

@@ -52,7 +52,7 @@ class Settings:
 
     ``processes`` is how many serve, at least one. ``admin_port`` is None if there is none. ``relay`` is None in sandbox
     mode, where the sandbox decides it. ``texts`` has the text of every option, None where none was given, and ``more``
-    what else :meth:`ProxyConfig.from_texts` gets.
+    what else :meth:`ProxyConfig.from_texts` gets. ``files`` were read: those of variables, options, the key and prices.
     """
 
     address: str = option(DEFAULT_ADDRESS, "address or host name to listen on", "ADDRESS", group="listening")
@@ -131,6 +131,7 @@ class Settings:
     relay: ProxyConfig | None = None
     texts: Mapping[str, str | None] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
 def service_options() -> tuple[Any, ...]:

@@ -4,7 +4,8 @@ Strategy. The parent runs no loop, starts no thread and serves nothing: it forks
 a message from a child, and decides. Parent and workers exchange little:
 
 * Parent to worker: SIGTERM means drain and end, SIGQUIT means abort and end. Both may come more than once, because
-  service managers signal whole groups. SIGINT, which a terminal sends to all of them, only the parent obeys.
+  service managers signal whole groups. SIGINT, which a terminal sends to all of them, only the parent obeys. SIGHUP
+  means to read the options again, as the parent has just done.
 * The parent has ended, whatever the cause: a pipe, the lifeline, of which only the parent had the write end is at its
   end.
 * Worker to parent: its process id on another pipe, the ready pipe, once it accepts calls.
@@ -76,7 +77,8 @@ class Supervisor:
     """``size`` workers and the parent's life. ``worker_main`` runs in each worker and returns its exit code.
 
     ``on_ready`` is called when all workers are ready for the first time, unless the shutdown began before that.
-    ``on_stop`` is called when the shutdown begins.
+    ``on_stop`` is called when the shutdown begins. ``on_hangup`` is called at SIGHUP, which is passed on to the workers
+    where it returns True. Without it SIGHUP is a signal to stop.
 
     Every ``check_s`` seconds, which is also the time between a worker's heartbeats, the parent checks them and calls
     ``on_alive``. A worker without a heartbeat for ``worker_timeout_s`` is killed. If that is 0 nobody is, and
@@ -91,6 +93,7 @@ class Supervisor:
     worker_timeout_s: float
     check_s: float | None
     on_alive: Callable[[], None]
+    on_hangup: Callable[[], bool] | None = None
     _children: dict[int, _Child] = field(default_factory=dict)
     _due: dict[int, float] = field(default_factory=dict)  # slots without a worker, and when they get one
     _failed_starts: int = 0  # in a row
@@ -193,8 +196,9 @@ class Supervisor:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # One that comes before handle_signals() waits: the parent may have read new options since it forked.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if self.on_hangup is None else signal.SIG_DFL)
             for number in (signal.SIGTERM, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             for pipe in self._parents_pipes:
@@ -252,6 +256,10 @@ class Supervisor:
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGCHLD:
+            return
+        if number == signal.SIGHUP and self.on_hangup is not None:
+            if not self._stopping and self.on_hangup():
+                self._signal_all(signal.SIGHUP)
             return
         abort = self._stopping or number == signal.SIGQUIT
         self._stop()

@@ -45,9 +45,9 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
 
 
 class _UsageBase(AdminHandler):
-    def initialize(self, ask: Ask | None) -> None:
-        """Take the store's usage(), or None where nothing is counted."""
-        self._ask = ask
+    def initialize(self, ask_of: Callable[[], Ask | None]) -> None:
+        """Take what returns the store's usage() now, or None where nothing is counted."""
+        self._ask = ask_of()
 
     async def get(self) -> None:
         """Respond with the report that the query asks for: ``since`` and ``by``."""

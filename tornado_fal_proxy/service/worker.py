@@ -78,11 +78,16 @@ class SingleProcess(_Process):
     on_stop: Callable[[], None]
     on_alive: Callable[[], None]
 
-    def handle_signals(self, shutdown: Shutdown) -> None:
-        """Request a shutdown at the first signal, escalate at the second. Needs a running loop."""
+    def handle_signals(self, shutdown: Shutdown, on_hangup: Callable[[], object] | None) -> None:
+        """Request a shutdown at the first signal, escalate at the second. Needs a running loop.
+
+        SIGHUP calls ``on_hangup`` instead, if there is one.
+        """
         loop = asyncio.get_running_loop()
         for number in stop_signals():
             loop.add_signal_handler(number, shutdown.force if number == signal.SIGQUIT else shutdown.escalate)
+            if number == signal.SIGHUP and on_hangup is not None:
+                loop.add_signal_handler(number, on_hangup)
 
     def ready(self) -> None:
         """Report that calls are accepted."""
@@ -107,9 +112,14 @@ class Worker(_Process):
     lifeline: int
     ready_pipe: int
 
-    def handle_signals(self, shutdown: Shutdown) -> None:
-        """Obey the parent's signals from now on, and drain once the parent has ended. Needs a running loop."""
+    def handle_signals(self, shutdown: Shutdown, on_hangup: Callable[[], object] | None) -> None:
+        """Obey the parent's signals from now on, and drain once the parent has ended. Needs a running loop.
+
+        SIGHUP calls ``on_hangup``, if there is one.
+        """
         loop = asyncio.get_running_loop()
+        if on_hangup is not None:
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)
         loop.add_signal_handler(signal.SIGTERM, shutdown.request)
         loop.add_signal_handler(signal.SIGQUIT, shutdown.force)
 

@@ -200,6 +200,11 @@ class Ledger:
         if self._closing is None and not self._loop.is_closed():
             self._closing = self._loop.create_task(self._close())
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether nothing is left to wait for."""
+        return self._closing is not None and self._closing.done()
+
     async def closed(self) -> None:
         """Close, and wait until it is done: for CLOSE_TIMEOUT_S, and the time that the store needs."""
         self.close()

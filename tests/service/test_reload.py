@@ -1,0 +1,234 @@
+"""SIGHUP reads the files of the options again: no call is lost, and a file that is wrong changes nothing."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.proxy import KEY, SECRET, Setup
+from tests.support.raw_client import RawClient, Response, call
+from tests.support.scripted_upstream import Exchange
+from tests.support.service_process import ServiceProcess
+from tests.support.stub_handlers import Gate, fine
+from tests.support.waiting import TIMEOUT_S, arrived, eventually
+
+OPEN, CLOSED = "allowed_endpoints = ['fal-ai/flux/dev', 'fal-ai/other']\n", "allowed_endpoints = ['fal-ai/flux/dev']\n"
+OTHER = "https://fal.run/fal-ai/other"
+
+
+async def started(setup: Setup, upstream: object, path: Path, *argv: str) -> ServiceProcess:
+    return await ServiceProcess.in_front_of(setup, upstream, f"--config={path}", *argv)
+
+
+async def hangup(running: ServiceProcess, pattern: str = "INFO tornado_fal_proxy: reload: ") -> str:
+    """Send SIGHUP, and return the line of the log."""
+    running.process.send_signal(signal.SIGHUP)
+    return await running.log_line(pattern)
+
+
+async def until_status(running: ServiceProcess, status: int, times: int = 5) -> None:
+    """Wait until a call of the other endpoint is answered with that status several times in a row, by all workers."""
+    row = 0
+    async with asyncio.timeout(TIMEOUT_S):
+        while row < times:
+            row = row + 1 if (await call(running.port, target=OTHER)).status == status else 0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "options.toml"
+    path.write_text(OPEN)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.gen_test
+async def test_under_load(setup: Setup, processes: str, path: Path) -> None:
+    """With clients that call without a pause, three reloads lose no call, and each one's rules apply at once."""
+    upstream = await setup.upstream(fine)
+    running = await started(setup, upstream, path, processes, "--log-level=info")
+    responses: list[Response] = []
+    ends = False
+
+    async def call_again_and_again() -> None:
+        client = await RawClient.open(running.port)
+        while not ends:
+            await client.send()
+            responses.append(await client.response())
+        await client.close()
+
+    clients = [asyncio.create_task(call_again_and_again()) for _ in range(10)]
+    before = running.workers()
+    for text, status in ((CLOSED, 403), (OPEN, 200), (CLOSED, 403)):
+        count = len(responses)
+        await eventually(lambda count=count: len(responses) > count + 20)  # type: ignore[misc]
+        path.write_text(text)
+        await hangup(running)
+        await until_status(running, status)
+    ends = True
+    await asyncio.gather(*clients)
+    assert {response.status for response in responses} == {200}
+    assert {response.header("connection") for response in responses} == {None}
+    assert running.workers() == before
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_a_file_that_is_wrong(setup: Setup, processes: str, path: Path) -> None:
+    """One line names what is wrong, and the options stay; the next file that is right counts."""
+    running = await started(setup, await setup.upstream(fine), path, processes)
+    for text, problem in (
+        ("allowed_endpoints = [", "is no TOML"),
+        ("allowed_endpoint = ['a/b']", "line 1: allowed_endpoint: unknown, did you mean allowed_endpoints?"),
+        ("max_in_flight = 0", "line 1: max_in_flight: must be"),
+        (f"fal_key = '{SECRET}'", "the key for fal must not stand in this file"),
+    ):
+        path.write_text(text)
+        line = await hangup(running, "reload")
+        assert "ERROR tornado_fal_proxy: reload failed: nothing has changed: " in line
+        assert problem in line
+        await until_status(running, 200, 2)
+    path.unlink()
+    assert "cannot read" in await hangup(running, "reload failed")
+    path.write_text(CLOSED)
+    line = await hangup(running, "reload")
+    assert f"{path} read again; open: anyone on this machine may call fal-ai/flux/dev; closed: " in line
+    await until_status(running, 403)
+    _, stderr = await running.end()
+    assert "reload" not in stderr
+    assert SECRET not in stderr
+
+
+@pytest.mark.gen_test
+async def test_calls_in_flight_keep_their_options(setup: Setup, processes: str, path: Path) -> None:
+    """A stream goes on for as long as it likes, and the connections of its options are closed when it has ended."""
+    goes_on = asyncio.Event()
+
+    async def stream(exchange: Exchange) -> None:
+        if len(upstream.exchanges) > 1:  # of a worker that has not read the file yet
+            return await fine(exchange)
+        await exchange.start(200, [("content-type", "text/event-stream")])
+        await exchange.send(b"data: 1\n\n")
+        await goes_on.wait()
+        await exchange.send(b"data: 2\n\n")
+        return await exchange.end()
+
+    upstream = await setup.upstream(stream)
+    running = await started(setup, upstream, path, processes, "--drain-timeout-s=0")
+    client = await RawClient.open(running.port)
+    await client.send(target=OTHER)
+    await client.head()
+    assert await client.chunk() == b"data: 1\n\n"
+    path.write_text(CLOSED)
+    await hangup(running)
+    await until_status(running, 403)
+    assert upstream.open_connections
+    goes_on.set()
+    assert [await client.chunk() for _ in range(2)] == [b"data: 2\n\n", b""]
+    await client.close()
+    await eventually(lambda: not upstream.open_connections)
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_the_key(setup: Setup, processes: str, tmp_path: Path) -> None:
+    """A key file alone is reason enough: the next call has the new key, and calls in flight end with the old one."""
+    upstream = await setup.upstream(gate := Gate())
+    config = setup.config(upstream)
+    (tmp_path / "key").write_text(KEY)
+    running = await ServiceProcess.start(
+        processes,
+        FAL_KEY_FILE=str(tmp_path / "key"),
+        FAL_PROXY_CA_CERTS=str(config.ca_certs),
+        FAL_PROXY_CONNECT_TO=str(config.connect_to),
+    )
+    waiting = [asyncio.create_task(call(running.port)) for _ in range(4)]
+    await arrived(upstream, 4)
+    (tmp_path / "key").write_text("new:key")
+    await hangup(running)
+    gate.open.set()
+    assert [(await task).status for task in waiting] == [200] * 4
+    async with asyncio.timeout(TIMEOUT_S):
+        for _ in range(4):
+            while (await call(running.port)).status == 200:
+                if upstream.exchanges[-1].header("authorization") == b"Key new:key":
+                    break
+    assert {exchange.header("authorization") for exchange in upstream.exchanges[:4]} == {f"Key {KEY}".encode()}
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_variables_prices_and_what_needs_a_start(setup: Setup, processes: str, tmp_path: Path) -> None:
+    """A file of variables and one of prices count too, and the line names what waits for the next start."""
+    (tmp_path / "prices.toml").write_text('"**" = 1\n')
+    variables = f"FAL_PROXY_PRICES={tmp_path / 'prices.toml'}\nFAL_PROXY_BUDGET=4.00/day\n"
+    (tmp_path / "proxy.env").write_text(variables)
+    upstream = await setup.upstream(fine)
+    store = f"--store=sqlite:{tmp_path / 'spent.sqlite'}"
+    running = await ServiceProcess.in_front_of(
+        setup, upstream, processes, store, f"--env-file={tmp_path / 'proxy.env'}", "--allowed-endpoints=**"
+    )
+    assert [(await call(running.port)).status for _ in range(3)] == [200] * 3
+    (tmp_path / "prices.toml").write_text('"**" = 2\n')
+    line = await hangup(running)
+    assert f"reload: {tmp_path / 'proxy.env'}, {tmp_path / 'prices.toml'} read again; open: " in line
+    assert "at the next start" not in line
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await call(running.port)).status == 200:  # a worker that has not read them yet
+            pass
+    (tmp_path / "proxy.env").write_text(variables.replace("4.00", "90.00") + "FAL_PROXY_DRAIN_TIMEOUT_S=1\n")
+    line = await hangup(running)
+    assert "all together: $90.00 a day" in line
+    assert line.endswith("; at the next start only: drain_timeout_s\n")
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await call(running.port)).status == 402:
+            pass
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_a_worker_that_starts_later(setup: Setup, path: Path) -> None:
+    """A worker that replaces one after a reload has the options that were right last, whatever the file has now."""
+    running = await started(setup, await setup.upstream(fine), path, "--processes=2")
+    path.write_text(CLOSED)
+    await hangup(running)
+    path.write_text("broken")
+    for pid in (before := running.workers()):
+        os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: len(set(running.workers()) - set(before)) == 2)
+    await until_status(running, 403)
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_what_cannot_be_reloaded(setup: Setup, path: Path, tmp_path: Path) -> None:
+    """A store in memory would forget, and a pipe has its key once: the line says so, and the options stay."""
+    upstream = await setup.upstream(fine)
+    running = await started(setup, upstream, path, "--jobs-per-user=99/day", "--store=memory")
+    path.write_text(CLOSED)
+    assert "store: memory would forget what users have spent" in await hangup(running, "reload failed")
+    await until_status(running, 200, 1)
+    await running.end()
+    os.mkfifo(tmp_path / "pipe")
+    writer = asyncio.get_running_loop().run_in_executor(None, (tmp_path / "pipe").write_text, KEY)
+    running = await ServiceProcess.start(FAL_KEY_FILE=str(tmp_path / "pipe"))
+    await writer
+    assert "pipe' is a pipe, which cannot be read again" in await hangup(running, "reload failed")
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_during_a_drain(setup: Setup, processes: str, path: Path) -> None:
+    """SIGHUP in a drain aborts nothing."""
+    upstream = await setup.upstream(gate := Gate())
+    running = await started(setup, upstream, path, processes)
+    waiting = asyncio.create_task(call(running.port))
+    await arrived(upstream, 1)
+    running.process.terminate()
+    await running.log_line("drain: ")
+    running.process.send_signal(signal.SIGHUP)
+    gate.open.set()
+    assert (await waiting).status == 200
+    await running.ended()
