@@ -27,6 +27,7 @@ from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import parse_target
 from tornado_fal_proxy.service import main, usage
+from tornado_fal_proxy.service.arguments import COMMANDS
 from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 from tornado_fal_proxy.telemetry import Call
@@ -80,6 +81,11 @@ def test_options() -> None:
         if name.endswith("_s"):
             assert meaning.startswith("seconds ")
     assert {row[2].strip("`") for row in rows if row[2]} == set(fields)
+
+
+def test_commands() -> None:
+    """The table has every command."""
+    assert [row[0].strip("`") for row in table("Command", "What it does")] == list(COMMANDS)
 
 
 def test_statuses() -> None:

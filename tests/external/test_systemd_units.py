@@ -2,8 +2,8 @@
 
 import os
 import re
-import signal
 import shlex
+import signal
 import socket
 import subprocess
 import sys

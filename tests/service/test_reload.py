@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.proxy import KEY, SECRET, Setup
+from tests.support.proxy import KEY, ROUTE, SECRET, Setup
 from tests.support.raw_client import RawClient, Response, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
 from tests.support.stub_handlers import Gate, fine
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
+from tornado_fal_proxy import ProxyConfig, close_upstreams, flush_spending
+from tornado_fal_proxy.relay.backend import shared_backend
+from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
+from tornado_fal_proxy.service.application import make_application
 
 OPEN, CLOSED = "allowed_endpoints = ['fal-ai/flux/dev', 'fal-ai/other']\n", "allowed_endpoints = ['fal-ai/flux/dev']\n"
 OTHER = "https://fal.run/fal-ai/other"
@@ -186,6 +190,24 @@ async def test_variables_prices_and_what_needs_a_start(setup: Setup, processes: 
         while (await call(running.port)).status == 402:
             pass
     await running.end()
+
+
+@pytest.mark.gen_test
+async def test_prices_of_queued_jobs(tmp_path: Path) -> None:
+    """The bill of a job that was queued before is counted by the prices that the same file has now."""
+    file = tmp_path / "prices.toml"
+    fields = {"key": KEY, "prices": str(file), "budget": "9/day", "store": "memory"}
+    file.write_text('"**" = 1\n')
+    application = make_application(ProxyConfig(**fields), ROUTE)  # type: ignore[arg-type]
+    ledger = shared_backend(application, application.config).ledger
+    file.write_text('"**" = 2\n')
+    application.use(ProxyConfig(**fields), TrustedProxies())  # type: ignore[arg-type]
+    price = ledger.rules.price("a/b")
+    assert price is not None
+    assert price.cost(1_000_000) == 2_000_000
+    assert shared_backend(application, application.config).ledger is ledger
+    close_upstreams(application)
+    await flush_spending(application)
 
 
 @pytest.mark.gen_test
