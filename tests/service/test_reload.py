@@ -12,6 +12,7 @@ from tests.support.raw_client import RawClient, Response, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
 from tests.support.stub_handlers import Gate, fine
+from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy import ProxyConfig, close_upstreams, flush_spending
 from tornado_fal_proxy.relay.backend import shared_backend
@@ -210,16 +211,48 @@ async def test_prices_of_queued_jobs(tmp_path: Path) -> None:
     await flush_spending(application)
 
 
+# The second worker waits at its start while there is a file "wait".
+SECOND_WAITS = """
+import pathlib, time
+from tornado_fal_proxy.service import process
+serve = process.serve
+def wait(context, worker):
+    while worker.slot == 1 and pathlib.Path("wait").exists():
+        time.sleep(0.01)
+    return serve(context, worker)
+process.serve = wait
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.gen_test
-async def test_a_worker_that_starts_later(setup: Setup, path: Path) -> None:
-    """A worker that replaces one after a reload has the options that were right last, whatever the file has now."""
-    running = await started(setup, await setup.upstream(fine), path, "--processes=2")
+async def test_workers_that_start_meanwhile_or_later(setup: Setup, path: Path, tmp_path: Path) -> None:
+    """A worker that starts during the reload reads the file too, and one that starts later has what was right last."""
+    (tmp_path / "sitecustomize.py").write_text(SECOND_WAITS)
+    config = setup.config(await setup.upstream(fine))
+    running = await ServiceProcess.start(
+        *(f"--config={path}", "--processes=2"),
+        cwd=tmp_path,
+        FAL_KEY=KEY,
+        FAL_PROXY_CA_CERTS=str(config.ca_certs),
+        FAL_PROXY_CONNECT_TO=str(config.connect_to),
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+    )
+    first, second = running.workers()
+    (tmp_path / "wait").touch()
+    os.kill(second, signal.SIGKILL)
+    await eventually(lambda: len({*running.workers()} - {first, second}) == 1)
     path.write_text(CLOSED)
     await hangup(running)
+    (tmp_path / "wait").unlink()
+    os.kill(first, signal.SIGSTOP)
+    assert (await call(running.port, target=OTHER)).status == 403
+    os.kill(first, signal.SIGCONT)
     path.write_text("broken")
-    for pid in (before := running.workers()):
+    before = running.workers()
+    for pid in before:
         os.kill(pid, signal.SIGKILL)
-    await eventually(lambda: len(set(running.workers()) - set(before)) == 2)
+    await eventually(lambda: len({*running.workers()} - {*before}) == 2)
     await until_status(running, 403)
     await running.end()
 
