@@ -48,7 +48,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_under_load(setup: Setup, processes: str, path: Path) -> None:
     """With clients that call without a pause, three reloads lose no call, and each one's rules apply at once."""
@@ -224,7 +223,6 @@ process.serve = wait
 """
 
 
-@pytest.mark.slow
 @pytest.mark.gen_test
 async def test_workers_that_start_meanwhile_or_later(setup: Setup, path: Path, tmp_path: Path) -> None:
     """A worker that starts during the reload reads the file too, and one that starts later has what was right last."""
