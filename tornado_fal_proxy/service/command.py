@@ -75,38 +75,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["completion"]:
             from tornado_fal_proxy.service.completion import completion  # needs an extra
 
-            _print(completion(argv[1:]), sys.stdout, logging.INFO, as_json=False)
+            sys.stdout.write(completion(argv[1:]) + "\n")
             return EXIT_OK
-        only_checks = argv[:1] == ["check"]
-        settings = parse_settings(argv[only_checks:], os.environ)
-        sandbox = _make_sandbox() if settings.sandbox else None
-        if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
-            raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
-        if only_checks:
+        if argv[:1] == ["check"]:
+            settings, _ = _settings(argv[1:])
             return _show_check(settings)
-        sockets = activated_sockets(os.environ)
-        activated = bool(sockets)
-        sockets = sockets or _bind(settings.port, settings.address, "")
-        admin_sockets = _bind(settings.admin_port, settings.admin_address, "admin-")
-        log = _set_up_logging(settings)
-        if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
-            logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
-        if settings.relay is not None and is_open_to_all(settings.relay):
-            logger.warning("open to all: anyone who can reach this proxy may call every model (%s)", ADVICE)
-        # The sandbox, which has no configuration of its own yet, never has many clients.
-        raise_open_files(None if settings.relay is None else settings.relay.max_in_flight)
-        os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
-        memory.map_large_blocks()
-        memory.collect_rarely()
-        with _shared_metrics(settings) as directory:
-            reloader = Reloader(argv, dict(os.environ), settings, [_address_of(listener) for listener in sockets])
-            return _run(ServiceContext(reloader, sockets, admin_sockets, directory, sandbox, notifier, log))
+        return _start(argv, notifier)
     except NotListening as exc:
         return _fail(str(exc), EXIT_CANNOT_LISTEN, as_json)
     except ConfigError as exc:
         return _fail(str(exc), EXIT_USAGE, as_json)
     except CannotStartWorkers as exc:
         return _fail(f"{exc}; see the log for the reason", EXIT_WORKERS, as_json)
+
+
+def _settings(argv: Sequence[str]) -> tuple[Settings, Sandbox | None]:
+    """Return the settings, and the sandbox if there is to be one. Raise ConfigError, also for a missing package."""
+    settings = parse_settings(argv, os.environ)
+    if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
+    return settings, _make_sandbox() if settings.sandbox else None
+
+
+def _start(argv: Sequence[str], notifier: Notifier) -> int:
+    """Listen and serve, and return the exit code. Raise what :func:`main` reports."""
+    settings, sandbox = _settings(argv)
+    sockets = activated_sockets(os.environ)
+    activated = bool(sockets)
+    sockets = sockets or _bind(settings.port, settings.address, "")
+    admin_sockets = _bind(settings.admin_port, settings.admin_address, "admin-")
+    log = _set_up_logging(settings)
+    if activated and (ignored := [f"--{name}" for name in ("address", "port") if settings.texts[name]]):
+        logger.warning("%s not used: the listening sockets come from systemd", " and ".join(ignored))
+    if settings.relay is not None and is_open_to_all(settings.relay):
+        logger.warning("open to all: anyone who can reach this proxy may call every model (%s)", ADVICE)
+    # The sandbox, which has no configuration of its own yet, never has many clients.
+    raise_open_files(None if settings.relay is None else settings.relay.max_in_flight)
+    os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
+    memory.map_large_blocks()
+    memory.collect_rarely()
+    with _shared_metrics(settings) as directory:
+        reloader = Reloader(argv, dict(os.environ), settings, [_address_of(listener) for listener in sockets])
+        return _run(ServiceContext(reloader, sockets, admin_sockets, directory, sandbox, notifier, log))
 
 
 def _make_sandbox() -> Sandbox:
