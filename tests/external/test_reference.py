@@ -286,5 +286,5 @@ def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
         usage.run_usage(["--help"], {})
     rows = re.findall(r"^\| (`--.*?) \|", USAGE, re.MULTILINE)
-    options = re.findall(r"^  (--[a-z]+)", printed.getvalue(), re.MULTILINE)
-    assert re.findall(r"--[a-z]+", "".join(rows)) == options
+    options = re.findall(r"^  (--[a-z-]+)", printed.getvalue(), re.MULTILINE)
+    assert re.findall(r"--[a-z-]+", "".join(rows)) == options
