@@ -219,6 +219,8 @@ async def test_no_call_leaves_a_cycle(
     port = serve(setup, upstream, idle_timeout_s=0.3 if end == "stalled" else 900)
     if how == "failed":
         logs.expect("ConnectionLost")
+    if end == "stalled":
+        logs.allow("UpstreamTimeout")  # where time passes before all buffers on the way are full
 
     async def one() -> None:
         known = len(upstream.exchanges)
