@@ -204,6 +204,8 @@ CALLS: dict[str, tuple[Any, str]] = {
 # How much time must pass until no timer is left that would keep a handler, and how a refused call differs.
 PASSES: dict[str, float] = {"stalled": 1, "refused": LINGER_S}
 ARGUMENTS: dict[str, dict[str, Any]] = {"refused": {"target": None}}
+# On a busy machine the time passes before all buffers on the way are full.
+MAY_BE_LOGGED = {"stalled": "UpstreamTimeout"}
 
 
 @pytest.mark.slow
@@ -219,8 +221,7 @@ async def test_no_call_leaves_a_cycle(
     port = serve(setup, upstream, idle_timeout_s=0.3 if end == "stalled" else 900)
     if how == "failed":
         logs.expect("ConnectionLost")
-    if end == "stalled":
-        logs.allow("UpstreamTimeout")  # where time passes before all buffers on the way are full
+    logs.allow(MAY_BE_LOGGED.get(end, "^$"))
 
     async def one() -> None:
         known = len(upstream.exchanges)
