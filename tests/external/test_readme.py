@@ -1,44 +1,29 @@
-"""README.md is true: its commands, code and links, and its parts about nginx and the log."""
+"""README.md is true: its commands, code and pictures. The links and marks of all pages are right too."""
 
 import asyncio
 import contextlib
 import json
-import os
 import re
 import runpy
-import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tornado.web import Application, create_signed_value
 
 import tornado_fal_proxy
 from tests.support.certificates import Authority
+from tests.support.pages import MARKED, Page
 from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.raw_client import call
 from tests.support.scripted_upstream import Exchange
-from tests.support.stub_handlers import Gate
-from tests.support.tools import ROOT, tool, unused_port
+from tests.support.tools import ROOT, tool
 from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, handler
-from tornado_fal_proxy.sandbox import Sandbox
-from tornado_fal_proxy.service.access_log import access_logger
-from tornado_fal_proxy.telemetry import Call
 
-README = (ROOT / "README.md").read_text("utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    """Return the code blocks of that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-def command(name: str) -> str:
-    """Return the command that .ci/run finds by the same mark."""
-    (found,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*)\n```$", README, re.MULTILINE)
-    return str(found)
+README = Page("README.md")
+# The pages whose blocks of code all have a mark. Of the others a test of their own reads all blocks.
+MARKED_PAGES = ["README.md", *(f"docs/{name}.md" for name in ("start", "embed", "deploy", "secure", "troubleshoot"))]
 
 
 async def respond(exchange: Exchange) -> None:
@@ -49,18 +34,40 @@ async def respond(exchange: Exchange) -> None:
 
 def test_length() -> None:
     """It is short enough to be read to the end."""
-    assert len(README.splitlines()) <= 300
+    assert len(README.text.splitlines()) <= 130
+    assert len(README.text.split()) <= 1000
 
 
 def test_commands() -> None:
-    """There are two commands, each one line that needs only Python at first, and .ci/run takes them from here."""
-    assert re.findall(r"<!-- command: (\w+) -->", README) == ["sandbox", "test"]
+    """Two commands are one line that needs only Python at first, and .ci/run takes them from here."""
+    assert README.names("command") == ["sandbox", "nginx", "test"]
     script = (ROOT / ".ci/run").read_text("utf-8")
     assert "<!-- command: $1 -->" in script
     for name in ("sandbox", "test"):
-        assert command(name).startswith("python3 -m venv .venv && .venv/bin/pip install ")
+        assert re.fullmatch(r"python3 -m venv \.venv && \.venv/bin/pip install .*", README.command(name))
         assert f"$(readme {name})" in script
-        assert command(name) not in script
+        assert README.command(name) not in script
+
+
+@pytest.mark.parametrize("path", MARKED_PAGES)
+def test_marks(path: str) -> None:
+    """Each block of code has a mark, by which a test finds it: its name stands in a test."""
+    text = Page(path).text
+    assert len(MARKED.findall(text)) == len(re.findall(r"^ *```\w+$", text, re.MULTILINE))
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for _, name, _, _ in MARKED.findall(text) if f'"{name}"' not in tests]
+
+
+def test_pictures() -> None:
+    """The pictures are those that the script draws, and the labels of the sandbox's page are those of the page."""
+    script = runpy.run_path(str(ROOT / "docs/pictures/make.py"))
+    for name, draw in script["PICTURES"].items():
+        assert (ROOT / "docs/pictures" / name).read_text("utf-8") == draw()
+        assert f"](docs/pictures/{name})" in README.text
+    page = (ROOT / "tornado_fal_proxy/sandbox/page.html").read_text("utf-8")
+    for label in ("Make a picture through the queue", "A lighthouse in a snow storm", ">Run<", ">Cancel<"):
+        assert label in page
+        assert label.strip("<>") in script["sandbox"]()
 
 
 @pytest.mark.gen_test
@@ -74,8 +81,7 @@ async def test_curl() -> None:
         assert process.stdout is not None
         lines = [(await process.stdout.readline()).decode() for _ in range(3)]
         (port,) = re.findall(r"listens on http://127\.0\.0\.1:(\d+)/api/fal/proxy$", lines[0].strip())
-        (line,) = [block.strip() for block in blocks("sh") if block.startswith("curl ")]
-        assert lines[2].strip() == line.replace(":8080", f":{port}")
+        assert lines[2].strip() == README.part("curl").strip().replace(":8080", f":{port}")
         shown = await asyncio.create_subprocess_shell(
             f"{curl} --silent --noproxy '*'{lines[2].strip().removeprefix('curl')}", stdout=asyncio.subprocess.PIPE
         )
@@ -87,158 +93,45 @@ async def test_curl() -> None:
 
 @pytest.mark.gen_test
 async def test_embedding(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shortest example works."""
+    """The shortest application works."""
     monkeypatch.setattr(handler, "_DEFAULT_CONFIG", setup.config(await setup.upstream(respond)))
-    names = run_block(blocks("python")[0])
-    assert (await call(setup.serve(names["application"]))).status == 200
+    assert (await call(setup.serve(README.run("embed.py")["application"]))).status == 200
 
 
 @pytest.mark.gen_test
-async def test_embedding_with_rules(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second example serves signed-in users, even with xsrf_cookies, and answers others in JSON."""
+async def test_guard(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard lets signed-in users in, to the models that it names, for ten calls a day."""
     upstream = await setup.upstream(respond)
-    monkeypatch.setattr(
-        tornado_fal_proxy, "ProxyConfig", lambda **fields: setup.config(upstream, **fields), raising=True
-    )
-    names = run_block(blocks("python")[1])
-    assert names["config"].max_in_flight == 500
-    names["application"].settings["log_function"] = lambda handler: None
-    port = setup.serve(names["application"])
-    refused = await call(port)
-    assert (refused.status, refused.message) == (401, "Sign in first.")
-    assert not upstream.exchanges
-    not_allowed = await call(port, target="https://fal.run/fal-ai/other")
-    assert (not_allowed.status, "allowed_endpoints" in not_allowed.message) == (403, True)
-    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "somebody").decode()
-    assert (await call(port, headers=[f"cookie: user={cookie}"])).status == 200
-
-
-@pytest.mark.gen_test
-async def test_embedding_with_limits(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third example, of 15 lines, gives each signed-in user ten pictures a day of two models, and two at once."""
-    assert len([line for line in blocks("python")[2].splitlines() if line]) <= 15
-    upstream = await setup.upstream(respond)
-    store = f"sqlite:{tmp_path / 'spent.sqlite'}"
-    monkeypatch.setattr(
-        tornado_fal_proxy, "ProxyConfig", lambda **fields: setup.config(upstream, store=store, **fields), raising=True
-    )
-    names = run_block(blocks("python")[2])
-    names["application"].settings["log_function"] = lambda handler: None
-    port = setup.serve(names["application"])
+    fixed = partial(setup.config, upstream, store="memory")
+    monkeypatch.setattr(tornado_fal_proxy, "ProxyConfig", fixed)
+    application = README.run("guard.py")["application"]
+    application.settings["log_function"] = lambda handler: None
+    port = setup.serve(application)
     assert (await call(port)).status == 401
-    for user in ("ann", "bob"):
-        cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", user).decode()
-        seen = [(await call(port, headers=[f"cookie: user={cookie}"])).status for _ in range(11)]
-        assert seen == [200] * 10 + [402]
-    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "eve").decode()
-    headers = [f"cookie: user={cookie}"]
-    for body, status in (
-        (b'{"num_images": 3}', 200),
-        (b'{"num_images": "4"}', 200),
-        (b'{"num_images": 1e9}', 402),
-        (b'{"num_images": true}', 402),
-        (b'{"num_images": 2}', 200),
-        (b'{"num_images": 2}', 402),
-        (b"{}", 200),
-        (b"{}", 402),
-    ):
-        assert (await call(port, "POST", body, headers=headers)).status == status, body
-    assert (await call(port, target="https://fal.run/fal-ai/fast-sdxl", headers=headers)).status == 402
-    assert (await call(port, target="https://fal.run/fal-ai/flux/schnell", headers=headers)).status == 403
-    cookie = create_signed_value(names["application"].settings["cookie_secret"], "user", "max").decode()
-    gate = upstream.handler = Gate()
-    at_once = [asyncio.create_task(call(port, headers=[f"cookie: user={cookie}"])) for _ in range(3)]
-    (first,), _ = await asyncio.wait(at_once, return_when=asyncio.FIRST_COMPLETED)
-    assert first.result().status == 429
-    gate.open.set()
-    assert sorted([(await each).status for each in at_once]) == [200, 200, 429]
+    headers = [f"cookie: user={create_signed_value('change me', 'user', 'ann').decode()}"]
+    assert [(await call(port, headers=headers)).status for _ in range(11)] == [200] * 10 + [402]
+    assert (await call(port, target="https://fal.run/fal-ai/other", headers=headers)).status == 403
 
 
-def run_block(code: str) -> dict[str, Any]:
-    """Run a block as a program of its own would be run, and return its names."""
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
-
-
-LOGGING = """
-import logging, logging.config, sys
-import tornado_fal_proxy
-config = {"version": 1, "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}}}
-config |= {"root": {"level": "INFO", "handlers": ["out"]}, **eval(sys.argv[1])}
-logging.config.dictConfig(config)
-logging.getLogger("tornado_fal_proxy").error("seen")
-"""
-
-
-def test_logging() -> None:
-    """dictConfig silences the proxy's logger after the import, and does not with the setting that is shown."""
-    (setting,) = re.findall(r'give it\s+`("disable_existing_loggers": \w+)`', README)
-
-    def printed(more: str) -> str:
-        return subprocess.check_output([sys.executable, "-c", LOGGING, more], cwd=ROOT, text=True)
-
-    assert printed("{}") == ""
-    assert printed("{" + setting + "}") == "seen\n"
-
-
-@pytest.mark.gen_test
-async def test_example(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """examples/embed.py serves its page and the proxy, and ends at a signal."""
-    sandbox = Sandbox(pace=0.01)
-    sandbox.start()
-    port = unused_port()
-    loop = asyncio.get_running_loop()
-    try:
-        monkeypatch.setenv("FAL_KEY", sandbox.key)
-        monkeypatch.setenv("FAL_PROXY_CONNECT_TO", sandbox.address)
-        monkeypatch.setenv("FAL_PROXY_CA_CERTS", sandbox.ca_certs)
-        example = runpy.run_path(str(ROOT / "examples/embed.py"))
-        running = asyncio.create_task(example["main"](port))
-        await asyncio.sleep(0)  # by then it listens
-        page = await call(port, "GET", path="/")
-        assert page.status == 200
-        assert f'fetch("{ROUTE}"'.encode() in page.body
-        picture = await call(port)
-        assert picture.status == 200
-        assert json.loads(picture.body)["images"]
-        os.kill(os.getpid(), signal.SIGTERM)
-        await running
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        await sandbox.close()
-
-
-def test_nginx() -> None:
-    """README.md agrees with nginx's file: names to change, and limits."""
-    text = (ROOT / "deploy/nginx/tornado-fal-proxy.conf").read_text("utf-8")
-    section = README.partition("## Put it behind nginx")[2].partition("\n## ")[0]
-    (rate,), (burst,) = re.findall(r"rate=(\d+)r/s;", text), re.findall(r"burst=(\d+) nodelay;", text)
-    (at_once,) = re.findall(r"limit_conn \w+ (\d+);", text)
-    assert f"{rate} calls a second (bursts of {burst}) and have {at_once} calls open" in section
-    names = set(re.findall(r"[\w.-]+\.example\.com", text.partition("upstream ")[2]))
-    assert names == {"fal-proxy.example.com", "app.example.com"}
-
-
-def test_log_line() -> None:
-    """The line that is shown has the fields of the access log, in their order."""
-    (line,) = blocks("text")
-    logger, _, fields = line.partition(": ")
-    assert logger.endswith(f" INFO {access_logger.name}")
-    assert re.findall(r"(\w+)=\S+", fields) == list(Call("POST", None).fields(""))
+def slugs(document: Path) -> set[str]:
+    """Return the anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links() -> None:
-    """Every relative link of the documents leads to a file."""
+    """Every relative link of the documents leads to a file, and to a heading there where it names one."""
     for document in (
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
         *(ROOT / "docs").rglob("*.md"),
         *ROOT.glob("*/README.md"),
     ):
-        for link in re.findall(r"\]\((?!https://)([^)#]+)", document.read_text("utf-8")):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+        text = re.sub(r"\n *", " ", document.read_text("utf-8"))
+        for link, anchor in re.findall(r"\]\((?!https://)([^)#]*)#?([^)]*)\)", text):
+            target = document.parent / link if link else document
+            assert target.exists(), f"{document.name}: {link}"
+            assert not anchor or anchor in slugs(target), f"{document.name}: {link}#{anchor}"
 
 
 def test_threat_model() -> None:

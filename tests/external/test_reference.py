@@ -14,6 +14,7 @@ from tornado.web import create_signed_value
 
 import tornado_fal_proxy
 from tests.support.metrics import Scrape, started
+from tests.support.pages import Page
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.service_process import WITH_KEY
@@ -27,6 +28,7 @@ from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.policy import decide
 from tornado_fal_proxy.rules.target import parse_target
 from tornado_fal_proxy.service import main, usage
+from tornado_fal_proxy.service.access_log import access_logger
 from tornado_fal_proxy.service.arguments import COMMANDS
 from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
@@ -288,3 +290,17 @@ def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = re.findall(r"^\| (`--.*?) \|", USAGE, re.MULTILINE)
     options = re.findall(r"^  (--[a-z-]+)", printed.getvalue(), re.MULTILINE)
     assert re.findall(r"--[a-z-]+", "".join(rows)) == options
+
+
+def test_log_line() -> None:
+    """The line that is shown has the fields of a call that nobody pays for, in their order."""
+    logger, _, fields = Page("docs/reference.md").part("log-line").partition(": ")
+    assert logger.endswith(f" INFO {access_logger.name}")
+    assert re.findall(r"(\w+)=\S+", fields) == list(Call("POST", None).fields(""))
+
+
+def test_public_names() -> None:
+    """The table has each name that the package exports."""
+    named = {name for names, _ in table("Name", "For") for name in re.findall(r"`([\w.]+)`", names)}
+    modules = {f"tornado_fal_proxy.{name}" for name in ("webhooks", "errors", "logs")}
+    assert named == {*tornado_fal_proxy.__all__, *modules} - {"__version__"}
