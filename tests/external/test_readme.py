@@ -23,7 +23,10 @@ from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, han
 
 README = Page("README.md")
 # The pages whose blocks of code all have a mark. Of the others a test of their own reads all blocks.
-MARKED_PAGES = ["README.md", *(f"docs/{name}.md" for name in ("start", "embed", "deploy", "secure", "troubleshoot"))]
+MARKED_PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("start", "embed", "deploy", "secure", "troubleshoot", "migrate")),
+]
 
 
 async def respond(exchange: Exchange) -> None:
