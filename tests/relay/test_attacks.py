@@ -194,7 +194,7 @@ async def test_a_preflight_has_no_endless_body(setup: Setup, monkeypatch: pytest
 
 @pytest.mark.gen_test
 async def test_slow_heads(setup: Setup, clock: Clock) -> None:
-    """An HTTPServer's idle_connection_timeout limits the time of a head, as docs/embed.md states, and of no response."""
+    """An HTTPServer's idle_connection_timeout limits the time of a head, as docs/embed.md says, and of no response."""
 
     async def slow(exchange: Exchange) -> None:
         await exchange.body()
