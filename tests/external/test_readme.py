@@ -19,6 +19,7 @@ from tests.support.proxy import KEY, ROUTE, Setup
 from tests.support.raw_client import call
 from tests.support.scripted_upstream import Exchange
 from tests.support.tools import ROOT, tool
+from tests.unit.test_house import SUBJECT
 from tornado_fal_proxy import FalProxyHandler, ProxyConfig, close_upstreams, handler
 
 README = Page("README.md")
@@ -135,6 +136,14 @@ def test_links() -> None:
             target = document.parent / link if link else document
             assert target.exists(), f"{document.name}: {link}"
             assert not anchor or anchor in slugs(target), f"{document.name}: {link}#{anchor}"
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_subjects(path: Path) -> None:
+    """No sentence of a page begins with a relative word as its subject, as in the package."""
+    text = re.sub(r"^ *```.*?^ *```$|^#.*?$|^\|.*?$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = [match[1] for match in SUBJECT.finditer(re.sub(r"\n[\n\d. -]*\n*|\*\*", " . ", text))]
+    assert not [words for words in found if not words.startswith("How to")], found
 
 
 def test_threat_model() -> None:
