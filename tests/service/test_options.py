@@ -199,7 +199,7 @@ def test_with_resolve_key_no_key_is_needed() -> None:
 # to everyone.
 HERE, ADVICE = (
     "anyone on this machine",
-    " (restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it')",
+    " (restrict it with --allowed-endpoints or --authorize, see docs/secure.md)",
 )
 IF = "if authorize accepts them,"
 AT_ONCE = "20000 calls at once"

@@ -26,7 +26,7 @@ __all__ = ["COMMANDS", "GROUPS", "Parser", "make_parser", "option_name", "unknow
 GROUPS = {
     "listening": "where it listens",
     "relaying": "connections, sizes, times, and headers of calls to fal",
-    "access": "who may call what; lists are separated by commas; README.md, 'Secure it', explains them",
+    "access": "who may call what; lists are separated by commas; docs/secure.md explains them",
     "spending": "limits for paid calls; docs/spending.md explains them",
     "processes": "how many serve, and how they end",
     "watching": "the log, and the port for metrics",

@@ -20,7 +20,7 @@ from tornado_fal_proxy.spending.plans import Plan, SpendingRules
 __all__ = ["ADVICE", "describe", "is_open_to_all"]
 
 # How to close what is_open_to_all() finds open.
-ADVICE = "restrict it with --allowed-endpoints or --authorize, see README.md, 'Secure it'"
+ADVICE = "restrict it with --allowed-endpoints or --authorize, see docs/secure.md"
 
 
 def is_open_to_all(config: ProxyConfig) -> bool:
