@@ -124,7 +124,7 @@ async def test_account() -> None:
     async def ask(since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
         return added_up(ACCOUNT, by, most)
 
-    application = Application([("/usage", UsageHandler, {"ask": ask})], log_function=lambda handler: None)
+    application = Application([("/usage", UsageHandler, {"ask_of": lambda: ask})], log_function=lambda handler: None)
     listener, port = bind_unused_port()
     server = HTTPServer(application)
     server.add_sockets([listener])
