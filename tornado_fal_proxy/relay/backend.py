@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tornado.iostream import IOStream
 from tornado.web import Application
 
-from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy._sweep import Sweep, in_turns
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import TooManyCalls
 from tornado_fal_proxy.relay.hangup import HangupWatch
@@ -134,13 +134,13 @@ class Backend:
             self.ledger_in_use.close()
 
     def _close_left(self) -> None:
-        for fd in self._hangups.hung_up():
-            stream = self._watched.pop(fd)()
-            if stream is not None:
-                stream.close()
+        # The streams now, because another connection may have the descriptor in a later turn.
+        streams = [self._watched.pop(fd)() for fd in self._hangups.hung_up()]
+        in_turns((stream for stream in streams if stream is not None), IOStream.close)
 
     def _end_slow_bodies(self) -> bool:
         now = self._loop.time()
+        slow = []
         for receiver, (since, size) in list(self._arriving.items()):
             received = receiver.received_so_far()
             if received is None:
@@ -148,8 +148,13 @@ class Backend:
             elif now - since >= BODY_WINDOW_S:
                 self._arriving[receiver] = now, received
                 if received - size < BODY_WINDOW_BYTES:
-                    receiver.abort_body()
+                    slow.append(receiver)
+        in_turns(slow, self._end_slow_body)
         return bool(self._arriving)
+
+    def _end_slow_body(self, receiver: BodyReceiver) -> None:
+        if receiver in self._arriving and receiver.received_so_far() is not None:  # else it came, or has left
+            receiver.abort_body()
 
 
 def make_store(config: ProxyConfig) -> Store:
