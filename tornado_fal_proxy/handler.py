@@ -253,7 +253,7 @@ class FalProxyHandler(PayingResponse):
     def abort_body(self, error: ProxyError) -> None:
         """Answer a client whose body is waited for no longer, and release its slot."""
         self._drop_body()
-        self._refuse(error)
+        self._fail(error)
 
     # The relay.
 

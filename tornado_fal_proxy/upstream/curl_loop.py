@@ -36,6 +36,9 @@ logger = logging.getLogger("tornado_fal_proxy")
 # thousands of them wake together. Nothing that libcurl times (connecting, trying the next address) needs to be more
 # exact. Steps of 20 ms cost twice as much.
 TIMER_STEP_MS = 100
+# Limits how late libcurl notices that the bytes of an idle connection over HTTP/2 have ended it: libcurl answers a frame
+# that is wrong with GOAWAY, reads nothing more, and would look at the connection again after a second.
+SECOND_LOOK_S = 0.02
 # Limits how often the kernel is asked which idle connections were closed: less often than calls come under load.
 REFRESH_INTERVAL_S = 0.001
 
@@ -95,7 +98,13 @@ class CurlLoop(CurlAsyncHTTPClient):
         if self._poller is None:
             super()._handle_socket(event, fd, multi, data)
         else:
-            self._poller.register(event, fd)
+            if self._poller.register(event, fd):
+                self._loop.call_later(SECOND_LOOK_S, self._look_again, fd)
+
+    def _look_again(self, fd: int) -> None:
+        if not self._is_closed:
+            self._act(fd, pycurl.CSELECT_IN)
+            self._finish_pending_requests()
 
     def _serve_sockets(self) -> None:
         """Let libcurl act on the sockets that are ready, for MAX_TURN_S.
