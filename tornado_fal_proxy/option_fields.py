@@ -54,7 +54,7 @@ def as_function(text: str) -> Any:
         return attrgetter(name)(importlib.import_module(module))
     except (AttributeError, ImportError, SyntaxError) as exc:
         raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
-    except (Exception, SystemExit) as exc:  # raised by the module; its text may hold anything, a key too
+    except (Exception, SystemExit) as exc:  # noqa: BLE001  (the module may raise anything, with a key in its text)
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         place = f"in {frame.filename!r} line {frame.lineno}"
         raise ValueError(f"cannot import {text!r}: {type(exc).__name__} {place}") from None

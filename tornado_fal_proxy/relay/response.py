@@ -304,9 +304,7 @@ class RelayResponse(RequestHandler):
         try:
             type(self).on_connection_close(self)  # the application's, or Tornado's
         except Exception as exc:  # noqa: BLE001  (the call must be cancelled whatever the application does)
-            logger.error(
-                "on_connection_close: %s", describe_exception("on_connection_close", exc), extra=self._extra
-            )
+            logger.error("on_connection_close: %s", describe_exception("on_connection_close", exc), extra=self._extra)
         RequestHandler.on_connection_close(self)  # again, in case the application's did not call it
         self._end_disconnected()
 

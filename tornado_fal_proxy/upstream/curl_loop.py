@@ -36,8 +36,8 @@ logger = logging.getLogger("tornado_fal_proxy")
 # thousands of them wake together. Nothing that libcurl times (connecting, trying the next address) needs to be more
 # exact. Steps of 20 ms cost twice as much.
 TIMER_STEP_MS = 100
-# Limits how late libcurl notices that the bytes of an idle connection over HTTP/2 have ended it: libcurl answers a frame
-# that is wrong with GOAWAY, reads nothing more, and would look at the connection again after a second.
+# Limits how late libcurl notices that bytes have ended an idle connection over HTTP/2. It answers a wrong frame with
+# GOAWAY, reads nothing more, and would look at the connection again after a second.
 SECOND_LOOK_S = 0.02
 # Limits how often the kernel is asked which idle connections were closed: less often than calls come under load.
 REFRESH_INTERVAL_S = 0.001
