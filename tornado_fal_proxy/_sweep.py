@@ -1,15 +1,50 @@
-"""Run one function every few seconds while there is something for it to do.
+"""Run one function every few seconds while there is something for it to do, and end a crowd in turns.
 
 Strategy: a timer for each call would cost more than the call's other bookkeeping, so those who wait are kept in a set
 and one timer sweeps all of them. An empty set has no timer, which leaves nothing behind for the loop's end.
+
+A crowd whose time is over together, or that leaves together, would keep the loop for as long as all of it takes.
+:func:`in_turns` gives the loop back between two of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-__all__ = ["Sweep"]
+__all__ = ["MAX_TURN_S", "Sweep", "in_turns"]
+
+_Item = TypeVar("_Item")
+
+# Limits the work on a crowd between two turns of the loop: the others wait for this long, and the crowd takes hardly
+# longer.
+MAX_TURN_S = 0.004
+
+
+def in_turns(items: Iterable[_Item], function: Callable[[_Item], object]) -> None:
+    """Call ``function`` with each of ``items``, the first at once, and let the loop turn every MAX_TURN_S.
+
+    The function must check in its turn that the item still has to be handled. Needs a running loop.
+    """
+    loop, rest = asyncio.get_running_loop(), iter(items)
+
+    def turn() -> None:
+        ends = time.perf_counter() + MAX_TURN_S
+        try:
+            for item in rest:
+                function(item)
+                if time.perf_counter() >= ends:
+                    break
+            else:
+                return
+        except BaseException:
+            loop.call_soon(turn)  # one that fails must not spare the others
+            raise
+        loop.call_soon(turn)
+
+    turn()
 
 
 class Sweep:

@@ -22,12 +22,15 @@ __all__ = [
     "configured_key",
     "key_from_env",
     "key_from_file",
+    "looks_like_key",
 ]
 
 # The variables that have the key, or half of it, or the name of its file.
 KEY_VARIABLES = ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET", "FAL_KEY_FILE")
 # A key of fal's, and all that may stand in a header line without a second meaning: printable ASCII without spaces.
 KEY_CHARACTERS = re.compile(r"[!-~]+")
+# A key of fal's has an id of 36 characters and a secret of 32, and no slash. Few names of files look like that.
+_LIKE_KEY = re.compile(r"[^/\s]+:[^/\s]{16,}")
 # Limits how much of a key file is read: far more than any key has, and little when the path names the wrong file.
 _MAX_KEY_FILE_BYTES = 10_000
 # Limits how long a pipe may take to bring the key: a command that asks a vault takes a few seconds.
@@ -60,12 +63,19 @@ def key_from_file(environ: Mapping[str, str]) -> str | None:
         content = _read(path)
         key = content.decode("ascii").strip()
     except OSError as exc:
+        if looks_like_key(path):
+            raise ConfigError(["FAL_KEY_FILE: must name the file that has the key, and not be the key"]) from None
         raise ConfigError([f"FAL_KEY_FILE: cannot read {path!r}: {exc.strerror}"]) from exc
     except ValueError:  # a path with a NUL, or bytes that are not text: from None, because the exception may quote them
         raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"]) from None
     if len(content) > _MAX_KEY_FILE_BYTES or not KEY_CHARACTERS.fullmatch(key):
         raise ConfigError([f"FAL_KEY_FILE: {path!r} holds no key"])
     return key
+
+
+def looks_like_key(text: str) -> bool:
+    """Return whether a text may be a key, and must not be shown: an id, a colon, and a secret like those of fal."""
+    return _LIKE_KEY.fullmatch(text.strip()) is not None
 
 
 def _read(path: str) -> bytes:

@@ -30,9 +30,9 @@ from tornado_fal_proxy.credentials import authorization_line
 from tornado_fal_proxy.errors import (
     AccessRefused,
     BodyTooLarge,
-    BodyTooSlow,
     BuffersFull,
     ClientDisconnected,
+    ConnectionLost,
     KeyMissing,
     Misconfigured,
     OriginNotAllowed,
@@ -89,7 +89,8 @@ class FalProxyHandler(PayingResponse):
             self._misconfigured = f"FalProxyHandler's config must be a ProxyConfig, not {type(config).__name__}"
         self._target: Target | None = None
         self._lines: list[bytes] = []
-        self._backend: Backend | None = None
+        self._shared: Backend | None = None
+        self._backend: Backend | None = None  # as long as the call holds a slot there
         self._transfer: Transfer | None = None
         self._body = io.BytesIO()  # gives its bytes away without a copy
         self._body_size = 0
@@ -114,6 +115,9 @@ class FalProxyHandler(PayingResponse):
         """
         try:
             await execution
+        except BaseException as exc:
+            self._abort(exc)  # Tornado answers an Exception; with anything else the client would wait for ever
+            raise
         finally:
             self._end_call()
             self._release()
@@ -142,7 +146,7 @@ class FalProxyHandler(PayingResponse):
                 header_rules=config.headers,
             )
             self.call.target = target
-            backend = shared_backend(self.application, config)
+            backend = self._shared = shared_backend(self.application, config)
             if config.authorize is not None or type(self).authorize is not FalProxyHandler.authorize:
                 backend.watch(self._connection.stream)
                 await self._check_authorized(target)
@@ -246,10 +250,10 @@ class FalProxyHandler(PayingResponse):
         """Return how many bytes of the body have come; None when all of it has."""
         return None if self.request._body_future.done() else self._body_size
 
-    def abort_body(self) -> None:
-        """Answer a client whose body does not come, and release its slot."""
+    def abort_body(self, error: ProxyError) -> None:
+        """Answer a client whose body is waited for no longer, and release its slot."""
         self._drop_body()
-        self._refuse(BodyTooSlow())
+        self._fail(error)
 
     # The relay.
 
@@ -348,6 +352,11 @@ class FalProxyHandler(PayingResponse):
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
+
+    def _reason_to_disconnect(self) -> ProxyError:
+        if self._shared is not None and self._shared.is_closed:
+            return ConnectionLost("the proxy is closing")
+        return super()._reason_to_disconnect()
 
     def _release(self) -> None:
         backend, self._backend = self._backend, None

@@ -8,6 +8,7 @@ refuses by name.
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
@@ -51,8 +52,12 @@ def as_function(text: str) -> Any:
         raise ValueError(f"must be package.module:function, not {text!r}")
     try:
         return attrgetter(name)(importlib.import_module(module))
-    except Exception as exc:
+    except (AttributeError, ImportError, SyntaxError) as exc:
         raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
+    except (Exception, SystemExit) as exc:  # noqa: BLE001  (the module may raise anything, with a key in its text)
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        place = f"in {frame.filename!r} line {frame.lineno}"
+        raise ValueError(f"cannot import {text!r}: {type(exc).__name__} {place}") from None
 
 
 def as_number(text: str, kind: Callable[[str], Any]) -> Any:

@@ -173,6 +173,13 @@ def finishing_by_exception(handler: FalProxyHandler, target: Target) -> Any:
     raise Finish({"message": "Pay first."})
 
 
+class Undecided:
+    """Be neither true nor false, as an array is."""
+
+    def __bool__(self) -> bool:
+        raise ValueError(SECRET)
+
+
 # The field, its function, and the response.
 ENDS: list[tuple[str, User, int, str]] = [
     ("authorize", raising(HTTPError(403, reason="Members only")), 403, "Members only"),
@@ -182,6 +189,8 @@ ENDS: list[tuple[str, User, int, str]] = [
     ("authorize", finishing_by_exception, 402, "Pay first."),
     ("authorize", lambda handler, target: None, 401, "This proxy does not let you in."),
     ("authorize", lambda handler, target: "", 401, "This proxy does not let you in."),
+    ("authorize", lambda handler, target: Undecided(), 500, "The proxy is not configured correctly."),
+    ("resolve_key", lambda handler, target: Undecided(), 500, "The proxy is not configured correctly."),
     ("authorize", lambda: True, 500, "The proxy is not configured correctly."),  # type: ignore[list-item,misc]
     ("resolve_key", raising(HTTPError(403, reason="No plan")), 403, "No plan"),
     ("resolve_key", raising(KeyError(SECRET)), 500, "The proxy is not configured correctly."),
@@ -215,6 +224,27 @@ async def test_other_ends(setup: Setup, logs: Logs, name: str, function: User, s
         assert (response.status, content) == (status, {"message": message})
     for text in (*logs.lines, *(str(record.exc_info) for record in logs.records)):
         assert "tenants-secret" not in text
+
+
+def writing(result: Any) -> User:
+    def function(handler: FalProxyHandler, *_: Any) -> Any:
+        handler.write("Hello.")
+        return result
+
+    return function
+
+
+@pytest.mark.parametrize(("name", "result"), [("authorize", True), ("identify", "ann"), ("check_input", None)])
+@pytest.mark.gen_test
+async def test_a_function_that_writes(setup: Setup, name: str, result: Any) -> None:
+    """A response has nothing of what a function of the operator's has written, because it could break a paid one."""
+    handler = type("Writing", (FalProxyHandler,), {name: writing(result)})
+    limits = {"jobs_per_user": "9/day", "store": "memory"}
+    port = serve(setup, handler, await setup.upstream(echo), **limits)
+    for target, status in (("https://fal.run/fal-ai/flux/dev", 200), ("https://evil.example/", 412)):
+        response = await call(port, target=target)
+        assert response.status == status
+        assert b"Hello." not in response.body
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -89,6 +89,58 @@ async def test_a_client_that_leaves(setup: Setup, protocol: str, when: str) -> N
 
 
 @pytest.mark.gen_test
+async def test_a_hook_that_raises(setup: Setup, protocol: str, logs: Logs) -> None:
+    """The call of a client that left is cancelled also where the application's hook fails; the log has its place."""
+    begun, left, secret = asyncio.Event(), asyncio.Event(), "very-secret"
+
+    async def respond(exchange: Exchange) -> None:
+        begun.set()
+        await exchange.gone.wait()
+        left.set()
+
+    class Raising(FalProxyHandler):
+        def on_connection_close(self) -> None:
+            raise ValueError(secret)
+
+    rule = (ROUTE, Raising, {"config": setup.config(await setup.upstream(respond, protocol), max_in_flight=1)})
+    application = Application([rule], log_function=lambda handler: None)
+    client = await RawClient.open(setup.serve(application))
+    await client.send()
+    await begun.wait()
+    logs.expect("ERROR tornado_fal_proxy: on_connection_close: on_connection_close raised ValueError")
+    client.leave()
+    await left.wait()
+    [backend] = backends_of(application)
+    await eventually(lambda: backend.slots.in_use == 0)
+    assert secret not in str(logs.lines)
+
+
+class Leap(BaseException):
+    """Be no Exception, as what some libraries leave a task with."""
+
+
+@pytest.mark.gen_test
+async def test_a_function_that_raises_no_exception(setup: Setup, logs: Logs) -> None:
+    """A client never waits for a response that nobody will write."""
+    ended: list[Call] = []
+
+    class Leaping(FalProxyHandler):
+        async def authorize(self, target: object) -> bool:
+            raise Leap
+
+        def on_call_end(self, call: Call) -> None:
+            ended.append(call)
+
+    rule = (ROUTE, Leaping, {"config": setup.config(await setup.upstream(fine))})
+    client = await RawClient.open(setup.serve(Application([rule], log_function=lambda handler: None)))
+    logs.expect("ERROR asyncio: Exception in callback")
+    await client.send()
+    assert await client.reader.read() == b""
+    assert [(each.outcome, each.error) for each in ended] == [("failed", "Leap")]
+    await client.close()
+
+
+@pytest.mark.gen_test
 async def test_a_client_that_has_left_before_its_head_is_read(setup: Setup, logs: Logs) -> None:
     """A client that is gone when authorize would be asked is no error, and authorize is not asked."""
     asked: list[object] = []

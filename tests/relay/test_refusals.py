@@ -13,8 +13,10 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.raw_client import RawClient, Response, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.stub_handlers import EVENT_STREAM, JSON, fine, must_not_be_called
+from tests.support.waiting import eventually
 from tornado_fal_proxy import FalProxyHandler, close_upstreams
 from tornado_fal_proxy.relay.backend import backends_of
+from tornado_fal_proxy.telemetry import Call
 
 # Refusals: fal's proxy formula over the wire. Each call is answered before its body was read.
 
@@ -274,18 +276,45 @@ async def test_nothing_stays(setup: Setup, protocol: str) -> None:
 
 @pytest.mark.gen_test
 async def test_close_upstreams_while_a_body_arrives(setup: Setup, logs: Logs) -> None:
-    """A call whose body is still arriving gets a response that it may repeat, because nothing was sent."""
+    """A call whose body is still arriving gets a response at once, and may repeat it, because nothing was sent."""
     upstream = await setup.upstream(must_not_be_called)
     application = Application(
         [(ROUTE, FalProxyHandler, {"config": setup.config(upstream)})], log_function=lambda handler: None
     )
     client = await RawClient.open(setup.serve(application))
     client.writer.write(raw("POST", *POST_LINES, "content-length: 2") + b"[")
-    while not backends_of(application):
-        await asyncio.sleep(0.001)
-    close_upstreams(application)
+    await eventually(lambda: bool(backends_of(application)) and bool(backends_of(application)[0]._arriving))
     logs.expect("upstream error: 502 POST .*: the proxy is closing")
-    client.writer.write(b"]")
+    close_upstreams(application)
     response = await client.response()
     assert (response.status, "may have run" in response.message) == (502, False)
+    await client.close()
+
+
+@pytest.mark.gen_test
+async def test_close_upstreams_while_authorize_waits(setup: Setup) -> None:
+    """The call of a client whose connection is closed at the end is no call that the client has left."""
+    asked: list[FalProxyHandler] = []
+    closed = asyncio.Event()
+    ended: list[tuple[str, str, str]] = []
+
+    class Waiting(FalProxyHandler):
+        async def authorize(self, target: object) -> bool:
+            asked.append(self)
+            await closed.wait()
+            return True
+
+        def on_call_end(self, call: Call) -> None:
+            ended.append((call.outcome, call.error, call.detail))
+
+    rule = (ROUTE, Waiting, {"config": setup.config(await setup.upstream(must_not_be_called))})
+    application = Application([rule], log_function=lambda handler: None)
+    client = await RawClient.open(setup.serve(application))
+    await client.send()
+    await eventually(lambda: bool(asked))
+    close_upstreams(application)
+    asked[0]._connection.stream.close()  # as a server does that closes its connections
+    closed.set()
+    await eventually(lambda: bool(ended))
+    assert ended == [("upstream_error", "ConnectionLost", "the proxy is closing")]
     await client.close()

@@ -519,7 +519,9 @@ IMPORTS = [
     ("no.such.module:f", "cannot import 'no.such.module:f': ModuleNotFoundError"),
     (".relative:f", "cannot import '.relative:f': TypeError"),
     ("os:nothing", "cannot import 'os:nothing': AttributeError"),
-    ("broken_module:f", "cannot import 'broken_module:f': ZeroDivisionError"),
+    ("broken_module:f", "cannot import 'broken_module:f': ZeroDivisionError in '"),
+    ("leaving_module:f", "cannot import 'leaving_module:f': SystemExit in '"),
+    ("telling_module:f", "cannot import 'telling_module:f': ValueError in '"),
     ("os:sep", "must be a function, not '/'"),
 ]
 
@@ -528,8 +530,13 @@ IMPORTS = [
 def test_a_function_that_cannot_be_found_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
-    """A function that cannot be found is a problem beside all others, whatever its module does on import."""
+    """A function that cannot be found is a problem beside all others, whatever its module does on import.
+
+    The text of an exception that the module raises is not shown, because it might hold a key.
+    """
     (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "telling_module.py").write_text("raise ValueError('very-secret')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError) as caught:
         ProxyConfig.from_texts({"authorize": text, "resolve_key": text, "max_in_flight": "0"}, key=None)
@@ -537,6 +544,7 @@ def test_a_function_that_cannot_be_found_is_a_problem(
     assert [problem.partition(":")[0] for problem in problems] == ["authorize", "max_in_flight", "resolve_key"]
     assert problems[0].startswith(f"authorize: {reason}")
     assert problems[2].startswith(f"resolve_key: {reason}")
+    assert "very-secret" not in str(problems)
 
 
 def test_an_empty_text_is_the_default() -> None:

@@ -303,6 +303,18 @@ UNREADABLE: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+def test_a_key_instead_of_a_name_is_not_shown() -> None:
+    """A key that is set where the name of its file belongs is in no problem."""
+    for argv, environ in (
+        ([f"--config={KEY}"], WITH_KEY),
+        ([], WITH_KEY | {"FAL_PROXY_CONFIG": KEY}),
+        ([], {"FAL_KEY_FILE": KEY}),
+    ):
+        with pytest.raises(ConfigError, match=r"must (be the name of|name) (a|the) file") as caught:
+            parse_settings(argv, environ)
+        assert KEY.partition(":")[2] not in str(caught.value)
+
+
 @pytest.mark.parametrize(("make", "problem"), UNREADABLE)
 def test_unreadable(path: Path, make: Callable[[Path], object], problem: str) -> None:
     """A file that cannot be read is named, with the option or the variable, and nothing hangs."""

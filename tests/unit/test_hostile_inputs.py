@@ -14,7 +14,7 @@ from tests.support.access_rules import rules
 from tests.support.backtracking import TooManySteps, growth
 from tests.support.work import lines_run
 from tornado_fal_proxy.errors import EndpointNotAllowed, TargetRefused
-from tornado_fal_proxy.rules.headers import parse_response_head
+from tornado_fal_proxy.rules.headers import list_members, parse_response_head
 from tornado_fal_proxy.rules.paths import MAX_PATH_CHARS, MAX_SEGMENTS
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.rules.target import MAX_URL_CHARS, Target, parse_target
@@ -131,6 +131,12 @@ def test_many_stars_are_not_tried_in_all_ways() -> None:
 
     check(2)
     assert lines_run(lambda: check(MAX_SEGMENTS)) <= MAX_GROWTH * lines_run(lambda: check(MAX_SEGMENTS // 2))
+
+
+def test_a_list_of_commas_is_no_work() -> None:
+    """Each different member of a list is looked at once, however often it is there."""
+    assert list_members("a, B ,,b,\tA" + ", ,a" * 1000) == {"a", "b", ""}
+    assert lines_run(lambda: list_members(", ,a" * 10_000)) < 20
 
 
 @pytest.mark.parametrize("url", ["https://{}.fal.run", "https://{}", "https://fal.run/{} "])

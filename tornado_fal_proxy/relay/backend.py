@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from tornado.iostream import IOStream
 from tornado.web import Application
 
-from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy._sweep import Sweep, in_turns
 from tornado_fal_proxy.config import ProxyConfig
-from tornado_fal_proxy.errors import TooManyCalls
+from tornado_fal_proxy.errors import BodyTooSlow, ConnectionLost, ProxyError, TooManyCalls
 from tornado_fal_proxy.relay.hangup import HangupWatch
 from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.store import Store
@@ -52,8 +52,8 @@ class BodyReceiver(Protocol):
     def received_so_far(self) -> int | None:
         """Return how many bytes of the body have come; None when all of it has."""
 
-    def abort_body(self) -> None:
-        """Answer a client whose body does not come."""
+    def abort_body(self, error: ProxyError) -> None:
+        """Answer a client whose body is waited for no longer."""
 
 
 class Slots:
@@ -80,6 +80,7 @@ class Backend:
     def __init__(self, config: ProxyConfig) -> None:
         self.client = UpstreamClient(force_instance=True, config=config)
         self.slots = Slots(config.max_in_flight)
+        self.is_closed = False
         self._config = config
         self.ledger_in_use: Ledger | None = None  # None until a call needs one
         self._loop = asyncio.get_running_loop()
@@ -123,8 +124,12 @@ class Backend:
         self._arriving.pop(receiver, None)
 
     def close(self) -> None:
-        """Stop both watches and abort all calls."""
+        """Stop both watches and abort all calls, with a response where a body is waited for."""
+        self.is_closed = True
         self._sweep.stop()
+        for receiver in list(self._arriving):
+            if receiver.received_so_far() is not None:
+                receiver.abort_body(ConnectionLost("the proxy is closing"))
         self._arriving.clear()
         if (fd := self._hangups.fileno()) is not None:
             self._loop.remove_reader(fd)
@@ -134,13 +139,13 @@ class Backend:
             self.ledger_in_use.close()
 
     def _close_left(self) -> None:
-        for fd in self._hangups.hung_up():
-            stream = self._watched.pop(fd)()
-            if stream is not None:
-                stream.close()
+        # The streams now, because another connection may have the descriptor in a later turn.
+        streams = [self._watched.pop(fd)() for fd in self._hangups.hung_up()]
+        in_turns((stream for stream in streams if stream is not None), IOStream.close)
 
     def _end_slow_bodies(self) -> bool:
         now = self._loop.time()
+        slow = []
         for receiver, (since, size) in list(self._arriving.items()):
             received = receiver.received_so_far()
             if received is None:
@@ -148,8 +153,13 @@ class Backend:
             elif now - since >= BODY_WINDOW_S:
                 self._arriving[receiver] = now, received
                 if received - size < BODY_WINDOW_BYTES:
-                    receiver.abort_body()
+                    slow.append(receiver)
+        in_turns(slow, self._end_slow_body)
         return bool(self._arriving)
+
+    def _end_slow_body(self, receiver: BodyReceiver) -> None:
+        if receiver in self._arriving and receiver.received_so_far() is not None:  # else it came, or has left
+            receiver.abort_body(BodyTooSlow())
 
 
 def make_store(config: ProxyConfig) -> Store:

@@ -28,6 +28,7 @@ class HookedResponse(RelayResponse):
         """
         try:
             result = await result_of(function(*args))
+            bool(result)  # raises here what the operator's object raises when somebody asks whether it is true
         except (HTTPError, Finish, ProxyError):
             raise
         except Exception as exc:  # noqa: BLE001  (the operator's code may raise anything; it is logged)

@@ -101,6 +101,7 @@ class RelayResponse(RequestHandler):
         self._status_code, self._reason = 200, responses[200]
 
     def _copy_head(self, head: ResponseHead) -> None:
+        self._write_buffer = []  # what a function of the operator's has written is no part of the target's response
         self.set_status(head.status, responses.get(head.status, "Unknown"))
         # parse_response_head has checked names and values. The target's headers win over the application's.
         headers = self._headers
@@ -228,6 +229,7 @@ class RelayResponse(RequestHandler):
 
     def _send(self, body: bytes) -> None:
         """Finish a response of the proxy's own, while the request may still be arriving."""
+        self._write_buffer = []
         if self.request._body_future.done() or "Expect" in self.request.headers:
             self.finish(body or None)
             return
@@ -301,9 +303,10 @@ class RelayResponse(RequestHandler):
         """Handle that the client has left. A subclass extends it."""
         try:
             type(self).on_connection_close(self)  # the application's, or Tornado's
-        finally:
-            RequestHandler.on_connection_close(self)  # again, in case the application's did not call it
-            self._end_disconnected()
+        except Exception as exc:  # noqa: BLE001  (the call must be cancelled whatever the application does)
+            logger.error("on_connection_close: %s", describe_exception("on_connection_close", exc), extra=self._extra)
+        RequestHandler.on_connection_close(self)  # again, in case the application's did not call it
+        self._end_disconnected()
 
     def _abort(self, error: BaseException | None) -> None:
         """Close the connection in a way that the client cannot take what it has for a complete response."""
@@ -316,8 +319,13 @@ class RelayResponse(RequestHandler):
 
     def _end_disconnected(self) -> None:
         """End the call of a client that has left."""
-        self.set_status(ClientDisconnected.status)  # for logs; the client never receives it
-        self._end_call(ClientDisconnected())
+        error = self._reason_to_disconnect()
+        self.set_status(error.status)  # for logs; the client never receives it
+        self._end_call(error)
+
+    def _reason_to_disconnect(self) -> ProxyError:
+        """Return why the client's connection is closed. A subclass may override it."""
+        return ClientDisconnected()
 
     def _end_call(self, error: BaseException | None = None) -> None:
         if self._ended:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.fal_headers import header_names
+from tornado_fal_proxy.rules.headers import list_members
 
 __all__ = ["CORS_PREFIX", "CorsRules", "cors_rules", "origin_problem", "vary"]
 
@@ -112,7 +113,7 @@ class CorsRules:
 def vary(values: Iterable[str], *names: str) -> list[str]:
     """Return the lines of a Vary field, with those of ``names`` added that it has not (RFC 9110 section 12.5.5)."""
     lines = [value for value in values if value.strip()]
-    listed = {name.strip(" \t").lower() for line in lines for name in line.split(",")}
+    listed = {name for line in lines for name in list_members(line)}
     missing = [name for name in names if name.lower() not in listed]
     return lines if "*" in listed or not missing else [*lines, ", ".join(missing)]
 

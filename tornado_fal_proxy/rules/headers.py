@@ -32,6 +32,7 @@ __all__ = [
     "ResponseHead",
     "content_length",
     "is_fals_own",
+    "list_members",
     "parse_response_head",
     "request_headers",
 ]
@@ -173,7 +174,8 @@ def parse_response_head(lines: Sequence[bytes]) -> ResponseHead:
             lengths.append(value)
         elif name == "content-encoding":
             encoded = True
-            codings += [coding for part in value.split(",") if (coding := part.strip(" \t").lower()) not in _NO_CODING]
+            parts = value.lower().split(",")
+            codings += [coding for part in parts if part and (coding := part.strip(" \t")) not in _NO_CODING]
         elif name == "transfer-encoding":
             encoded, transferred = True, f"{transferred},{value}"  # it voids a length too (RFC 9112 section 6.3)
     status = int(status_line[2])
@@ -200,7 +202,7 @@ def _declared_length(values: list[str]) -> int:
     """
     length = content_length(values[0])
     if length is None or len(values) > 1:
-        lengths = {content_length(value.strip(" \t")) for value in ",".join(values).split(",")}
+        lengths = {content_length(value.strip(" \t")) for value in set(",".join(values).split(","))}
         length = lengths.pop()
         if lengths or length is None:
             raise MalformedResponse(f"content-length {', '.join(values)[:80]!r}")
@@ -212,11 +214,14 @@ def _is_chunked(codings: str) -> bool:
     return codings.rpartition(",")[2].strip(" \t").lower() == "chunked"
 
 
+def list_members(value: str) -> set[str]:
+    """Return the different members of a list, in lower case: a flood of commas costs no more than its length."""
+    return {member.strip(" \t") for member in set(value.lower().split(","))}
+
+
 def _listed_by_connection(fields: Pairs) -> set[str]:
     """Return the names that concern this hop only because a Connection field lists them (RFC 9110 section 7.6.1)."""
-    return {
-        option.strip(" \t").lower() for name, value in fields if name == "connection" for option in value.split(",")
-    }
+    return {option for name, value in fields if name == "connection" for option in list_members(value)}
 
 
 def _unfolded(lines: Sequence[bytes]) -> list[bytes]:

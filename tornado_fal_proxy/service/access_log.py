@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 
+from tornado_fal_proxy._sweep import MAX_TURN_S
 from tornado_fal_proxy.logs import Fields, Lines
 from tornado_fal_proxy.telemetry import Call
 
@@ -30,19 +32,32 @@ class AccessLog:
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._waiting: list[tuple[float, Call, str]] = []
+        self._waiting: deque[tuple[float, Call, str]] = deque()
+        self._is_due = False
 
     def add(self, call: Call, client: str) -> None:
         """Write the call's line soon. Needs a running loop."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_later(DELAY_S, self.write)
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(DELAY_S, self._write_for_a_turn)
         self._waiting.append((time.time(), call, client))
 
     def write(self) -> None:
         """Write the lines that wait."""
-        waiting, self._waiting = self._waiting, []
-        for n in range(0, len(waiting), LINES_AT_ONCE):
-            some = waiting[n : n + LINES_AT_ONCE]
-            lines = Lines((at, Fields(call.fields(client))) for at, call, client in some)
-            # The same as logger.info(lines), without its search for the line of code that called it.
-            self._logger.handle(self._logger.makeRecord(self._logger.name, logging.INFO, "", 0, lines, (), None))
+        while self._waiting:
+            self._write_some()
+
+    def _write_for_a_turn(self) -> None:
+        ends = time.perf_counter() + MAX_TURN_S
+        while self._waiting:
+            self._write_some()
+            if time.perf_counter() >= ends:
+                asyncio.get_running_loop().call_soon(self._write_for_a_turn)
+                return
+        self._is_due = False
+
+    def _write_some(self) -> None:
+        some = [self._waiting.popleft() for _ in range(min(LINES_AT_ONCE, len(self._waiting)))]
+        lines = Lines((at, Fields(call.fields(client))) for at, call, client in some)
+        # The same as logger.info(lines), without its search for the line of code that called it.
+        self._logger.handle(self._logger.makeRecord(self._logger.name, logging.INFO, "", 0, lines, (), None))

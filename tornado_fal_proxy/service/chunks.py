@@ -23,6 +23,9 @@ __all__ = ["MAX_EXTENSION_BYTES", "MAX_TRAILER_BYTES", "ChunkSource", "read_chun
 MAX_EXTENSION_BYTES = MAX_TRAILER_BYTES = 8192
 # Limits the work between two turns of the loop, with a chunk as much work as 1 kB. Tornado's own values.
 _YIELD_BYTES, _CHUNK_COST = 256 * 1024, 1024
+# Limits the work on a body whose request is answered: 1 MB or 1024 chunks are read to keep the connection. Each chunk
+# takes processor time, and a client could send a million of them while it gets its response.
+MAX_NEEDLESS_TURNS = 4
 # Limits a piece that goes to the handler: as many bytes as are read at once.
 _PIECE_BYTES = 16 * 1024
 
@@ -44,9 +47,17 @@ class ChunkSource(Protocol):
         """Return up to that many bytes, and exactly that many unless ``partial``."""
 
 
-async def read_chunks(stream: ChunkSource, max_bytes: int, deliver: Callable[[bytes], Awaitable[None]]) -> None:
-    """Read a body to its end, and pass it on in pieces. Raise RequestFault."""
-    pieces = _Pieces(deliver)
+async def read_chunks(
+    stream: ChunkSource,
+    max_bytes: int,
+    deliver: Callable[[bytes], Awaitable[None]],
+    is_answered: Callable[[], bool],
+) -> None:
+    """Read a body to its end, and pass it on in pieces. Raise RequestFault.
+
+    The rest of a body whose request is answered already is read to keep the connection, but not for long.
+    """
+    pieces = _Pieces(deliver, is_answered)
     size = extensions = 0
     while True:
         text = await pieces.read(stream.read_line())
@@ -79,8 +90,9 @@ async def read_chunks(stream: ChunkSource, max_bytes: int, deliver: Callable[[by
 class _Pieces:
     """The part of a body that was not delivered yet, and the work since the loop has turned."""
 
-    def __init__(self, deliver: Callable[[bytes], Awaitable[None]]) -> None:
-        self._deliver, self._pending, self._work = deliver, bytearray(), 0
+    def __init__(self, deliver: Callable[[bytes], Awaitable[None]], is_answered: Callable[[], bool]) -> None:
+        self._deliver, self._is_answered = deliver, is_answered
+        self._pending, self._work, self._needless_turns = bytearray(), 0, 0
 
     async def read(self, reading: Awaitable[bytes]) -> bytes:
         """Return what is read, and deliver what is here before the network is waited for."""
@@ -101,6 +113,10 @@ class _Pieces:
         if self._work >= _YIELD_BYTES:
             self._work = 0
             await asyncio.sleep(0)
+            if self._is_answered():
+                self._needless_turns += 1
+                if self._needless_turns > MAX_NEEDLESS_TURNS:
+                    raise RequestTooLarge(413, "The rest of a refused request has too many chunks.")
 
     async def deliver(self) -> None:
         """Deliver what is here."""

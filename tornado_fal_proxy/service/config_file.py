@@ -22,6 +22,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, BinaryIO
 
+from tornado_fal_proxy.credentials import looks_like_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.option_fields import EMPTY_LIST, LIST, NUMBER, SWITCH, TEXT
 from tornado_fal_proxy.rules.excerpt import excerpt
@@ -125,6 +126,8 @@ def read_text(path: str) -> str:
         line = exc.object.count(b"\n", 0, exc.start) + 1
         raise ValueError(f"{path!r} is not UTF-8 in line {line}") from None
     except (OSError, ValueError) as exc:  # ValueError: a NUL
+        if looks_like_key(path):
+            raise ValueError("must be the name of a file, and no key") from None
         raise ValueError(f"cannot read {path!r}: {getattr(exc, 'strerror', None) or exc}") from None
     if len(source) > MAX_BYTES:
         raise ValueError(f"{path!r} is longer than {MAX_BYTES} bytes")

@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import responses
 from typing import Any, Protocol
 
@@ -73,6 +73,8 @@ MAX_SKIPPED_BYTES = 1024
 MAX_LINE_BYTES = 4096
 # Limits the work between two turns of the loop while a body is thrown away, as Tornado does for bodies that it keeps.
 _YIELD_BYTES = 256 * 1024
+# Limits the rest of a request that is thrown away to 25 MB a second: a client in a hurry only costs others time.
+_DISCARD_PAUSE_S = 0.01
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 # Marks for reads whose end ClientStream finds by itself; they are compared by identity.
@@ -258,7 +260,8 @@ class Request(HTTP1Connection):
         self._body_checked = asyncio.get_running_loop().time(), 0
         try:
             if length is None:
-                await read_chunks(stream, self._max_body_size, lambda data: self._deliver_body(delegate, data))
+                deliver = partial(self._deliver_body, delegate)
+                await read_chunks(stream, self._max_body_size, deliver, self._is_answered)
             else:
                 await self._read_fixed_body(length, delegate)
         finally:
@@ -270,6 +273,9 @@ class Request(HTTP1Connection):
             waiting = delegate.data_received(data)
             if waiting is not None:
                 await waiting
+
+    def _is_answered(self) -> bool:
+        return self._response_start_line is not None
 
     def check_body(self, now: float, window_s: float, window_bytes: int) -> None:
         """Answer a client of which less than ``window_bytes`` of a body have come in ``window_s``."""
@@ -353,7 +359,7 @@ class Request(HTTP1Connection):
             work += len(await self.stream.read_bytes(_YIELD_BYTES, partial=True))
             if work >= _YIELD_BYTES:
                 work = 0
-                await asyncio.sleep(0)
+                await asyncio.sleep(_DISCARD_PAUSE_S)
 
     def close(self) -> None:
         """Close the connection."""

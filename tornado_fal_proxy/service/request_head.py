@@ -20,6 +20,7 @@ from ipaddress import IPv6Address
 from tornado.httputil import HTTPHeaders, RequestStartLine
 
 from tornado_fal_proxy.errors import ProxyError
+from tornado_fal_proxy.rules.headers import list_members
 
 __all__ = [
     "MAX_CACHED_LINE_CHARS",
@@ -214,7 +215,7 @@ def keeps_alive(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
     """Return whether the client wants the connection kept (RFC 9112 section 9.3)."""
     if "Connection" not in headers:
         return start_line.version != "HTTP/1.0"
-    options = {option.strip(" \t").lower() for option in headers["Connection"].split(",")}
+    options = list_members(headers["Connection"])
     return "close" not in options and (start_line.version != "HTTP/1.0" or "keep-alive" in options)
 
 
@@ -228,6 +229,6 @@ def continues(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
     if start_line.version == "HTTP/1.0":
         del headers["Expect"]
         return False
-    if {each.strip(" \t").lower() for each in headers["Expect"].split(",")} != {"100-continue"}:
+    if list_members(headers["Expect"]) != {"100-continue"}:
         raise UnsupportedRequest(417, "This server meets no expectation except 100-continue.")
     return True

@@ -27,12 +27,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterable, MutableSet
+from functools import partial
 from typing import Any, Protocol, cast
 
 from tornado.httpserver import HTTPServer, _HTTPRequestContext
 from tornado.iostream import IOStream
 
-from tornado_fal_proxy._sweep import Sweep
+from tornado_fal_proxy._sweep import Sweep, in_turns
 from tornado_fal_proxy.relay.backend import BODY_WINDOW_BYTES, BODY_WINDOW_S
 from tornado_fal_proxy.service.connection import ClientConnection, ClientStream, Request, close_after
 from tornado_fal_proxy.service.limits import max_open_files, reserved_files
@@ -222,20 +223,7 @@ class Server(HTTPServer):
 
     def _end_silent(self) -> bool:
         """End connections whose client sends nothing, or a request too slowly. Return whether any are open."""
-        now = asyncio.get_running_loop().time()
-        for connection in list(self._clients):
-            request = connection.request
-            if connection.waiting_since is None:
-                if request is not None:
-                    request.check_body(now, BODY_WINDOW_S, BODY_WINDOW_BYTES)
-                continue
-            if connection.has_part_of_head and connection.head_since is None:
-                connection.head_since = now
-            if connection.head_since is not None and request is not None:
-                if now - connection.head_since > HEAD_TIMEOUT_S:
-                    request.fail(RequestTooSlow("The head of the request took too long to arrive."))
-            elif now - connection.waiting_since > (KEEP_ALIVE_TIMEOUT_S if connection.has_served else HEAD_TIMEOUT_S):
-                connection.stream.close()
+        in_turns(list(self._clients), partial(_end_if_silent, asyncio.get_running_loop().time()))
         return self._open > 0
 
     @property
@@ -300,6 +288,22 @@ class Server(HTTPServer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.drain(), CLOSE_GRACE_S)
         await self.close_all_connections()
+
+
+def _end_if_silent(now: float, connection: ClientConnection) -> None:
+    """End a connection whose client sends nothing, or a request too slowly."""
+    request = connection.request
+    if connection.waiting_since is None:
+        if request is not None:
+            request.check_body(now, BODY_WINDOW_S, BODY_WINDOW_BYTES)
+        return
+    if connection.has_part_of_head and connection.head_since is None:
+        connection.head_since = now
+    if connection.head_since is not None and request is not None:
+        if now - connection.head_since > HEAD_TIMEOUT_S:
+            request.fail(RequestTooSlow("The head of the request took too long to arrive."))
+    elif now - connection.waiting_since > (KEEP_ALIVE_TIMEOUT_S if connection.has_served else HEAD_TIMEOUT_S):
+        connection.stream.close()
 
 
 def fair_share(mine: int, fewest: int | None) -> int:

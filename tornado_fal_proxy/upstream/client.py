@@ -22,6 +22,7 @@ Only ``connected``, ``protocol_known`` and ``open_window_soon`` run inside libcu
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable
 
 import pycurl
@@ -62,6 +63,9 @@ MAX_ENDED_AT_ONCE, ENDING_INTERVAL_S = 16, 0.02
 # Limits all buffered bytes, where max_buffered_bytes is not set, to this part of the memory that the process may have:
 # interpreter, connections and the copies of the moment need room beside them.
 DEFAULT_BUFFERED_PART = 4
+# Limits the connections that are made in one turn of the loop, because each takes some milliseconds of processor time
+# for TLS, and libcurl works on all that it has been given without a pause.
+MAX_NEW_CONNECTIONS = 2
 # Limits how rarely idle transfers are swept.
 MAX_SWEEP_INTERVAL_S = 5.0
 # Limits which part of a key is searched for in heads: fewer characters may be there by chance. fal's keys have 32 of
@@ -91,6 +95,7 @@ class UpstreamClient(CurlLoop):
         self._running: dict[pycurl.Curl, Transfer] = {}
         self._ports: dict[int, str] = {}  # the host of the connection that leaves from this port
         self._to_open: list[Transfer] = []
+        self._to_add: deque[Transfer] = deque()
         self.failover = Failover(self._loop, self._probe) if config.failover else None
         self._probes: dict[pycurl.Curl, str] = {}
         interval_s = min(max(config.idle_timeout_s / 20, 0.02), config.connect_timeout_s, MAX_SWEEP_INTERVAL_S)
@@ -220,12 +225,30 @@ class UpstreamClient(CurlLoop):
             self._add(transfer)
 
     def _add(self, transfer: Transfer) -> None:
+        """Give the transfer to libcurl: at once, or with others that need a connection, a few in each turn."""
+        if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
+            transfer.fresh_connect = True
+        shares = self._hosts.speaks_http2(transfer.host) and not transfer.http1_only
+        if shares and not transfer.fresh_connect:
+            self._add_now(transfer)
+        else:
+            self._to_add.append(transfer)
+            self.run_soon()
+
+    def _run(self) -> None:
+        for _ in range(min(len(self._to_add), MAX_NEW_CONNECTIONS)):
+            transfer = self._to_add.popleft()
+            if transfer.curl is not None:  # else it has ended meanwhile
+                self._add_now(transfer)
+        super()._run()
+        if self._to_add:
+            self.run_soon()
+
+    def _add_now(self, transfer: Transfer) -> None:
         curl = transfer.curl
         assert curl is not None
         if transfer.leads:
             self._loop.call_later(HANDSHAKE_WAIT_S, self._on_lead_timeout, transfer)
-        if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
-            transfer.fresh_connect = True
         http2 = self._hosts.speaks_http2(transfer.host)
         transfer.forbids_reuse = transfer.http1_only or http2 is False
         set_connection(curl, transfer, shares=bool(http2) and not transfer.http1_only)

@@ -18,12 +18,14 @@ import logging
 import os
 import select
 import socket
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import pycurl
 from tornado.curl_httpclient import CurlAsyncHTTPClient
 
+from tornado_fal_proxy._sweep import MAX_TURN_S
 from tornado_fal_proxy.upstream.poller import Poller
 
 __all__ = ["CurlLoop"]
@@ -34,6 +36,9 @@ logger = logging.getLogger("tornado_fal_proxy")
 # thousands of them wake together. Nothing that libcurl times (connecting, trying the next address) needs to be more
 # exact. Steps of 20 ms cost twice as much.
 TIMER_STEP_MS = 100
+# Limits how late libcurl notices that bytes have ended an idle connection over HTTP/2. It answers a wrong frame with
+# GOAWAY, reads nothing more, and would look at the connection again after a second.
+SECOND_LOOK_S = 0.02
 # Limits how often the kernel is asked which idle connections were closed: less often than calls come under load.
 REFRESH_INTERVAL_S = 0.001
 
@@ -48,6 +53,7 @@ class CurlLoop(CurlAsyncHTTPClient):
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._refresh_at = 0.0
+        self._unserved: set[int] = set()  # sockets that were ready when a turn was over
         self._poller = Poller() if hasattr(select, "epoll") else None
         if self._poller is not None:
             self._loop.add_reader(self._poller.fileno(), self._serve_sockets)
@@ -92,13 +98,29 @@ class CurlLoop(CurlAsyncHTTPClient):
         if self._poller is None:
             super()._handle_socket(event, fd, multi, data)
         else:
-            self._poller.register(event, fd)
+            if self._poller.register(event, fd):
+                self._loop.call_later(SECOND_LOOK_S, self._look_again, fd)
+
+    def _look_again(self, fd: int) -> None:
+        if not self._is_closed:
+            self._act(fd, pycurl.CSELECT_IN)
+            self._finish_pending_requests()
 
     def _serve_sockets(self) -> None:
-        """Let libcurl act on the sockets that are ready."""
+        """Let libcurl act on the sockets that are ready, for MAX_TURN_S.
+
+        The kernel reports the others again in the loop's next turn. They come first then.
+        """
         active = self._ready_sockets()
-        for fd, action in active:
+        if self._unserved:
+            active.sort(key=lambda item: item[0] not in self._unserved)
+            self._unserved = set()
+        ends = time.perf_counter() + MAX_TURN_S
+        for n, (fd, action) in enumerate(active, 1):
             self._act(fd, action)
+            if n < len(active) and time.perf_counter() >= ends:
+                self._unserved = {fd for fd, _ in active[n:]}
+                break
         if active:
             self._finish_pending_requests()
 

@@ -43,20 +43,27 @@ class Poller:
         """Return a descriptor that becomes readable when :meth:`ready` has something to return."""
         return self._epoll.fileno()
 
-    def register(self, what: int, fd: int) -> None:
-        """Wait for ``what`` on ``fd``: a POLL constant of libcurl's, of which POLL_REMOVE ends the waiting."""
+    def register(self, what: int, fd: int) -> bool:
+        """Wait for ``what`` on ``fd``: a POLL constant of libcurl's, of which POLL_REMOVE ends the waiting.
+
+        Return whether bytes came while the socket was idle, which libcurl has to read before anything else.
+        """
         if what == pycurl.POLL_REMOVE:
             self._active.discard(fd)
-            return
+            return False
         events = _EVENTS[what]
         self._active.add(fd)
         try:
             self._epoll.register(fd, events)
         except FileExistsError:
             if self._events.get(fd) == events:
-                return
+                return False
             self._epoll.modify(fd, events)
+            if self._events.get(fd) == _CLOSING_ONLY:
+                self._events[fd] = events
+                return True
         self._events[fd] = events
+        return False
 
     def ready(self) -> tuple[list[tuple[int, int]], list[int], list[int]]:
         """Return the sockets on which libcurl must act, with their CSELECT bits, and the idle ones with an event.

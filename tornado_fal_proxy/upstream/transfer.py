@@ -17,6 +17,7 @@ from typing import Protocol
 
 import pycurl
 
+from tornado_fal_proxy._sweep import MAX_TURN_S
 from tornado_fal_proxy.errors import (
     ClientDisconnected,
     ConnectionLost,
@@ -36,8 +37,6 @@ __all__ = ["Transfer", "TransferDelegate"]
 logger = logging.getLogger("tornado_fal_proxy")
 
 _ALPN = b"ALPN: server "
-# Limits how long one transfer decodes before the other calls get their turn: a fraction of what a client may notice.
-MAX_TURN_S = 0.004
 # Limits how often a call that may be repeated is sent, with what libcurl repeats by itself. A server that refuses would
 # refuse more of them too.
 MAX_SENDS = 3
