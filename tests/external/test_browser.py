@@ -4,7 +4,9 @@ A page of another origin may call the proxy only if allowed_origins has that ori
 """
 
 import asyncio
+import json
 import re
+import sys
 from collections.abc import Collection
 from http.client import responses
 from itertools import pairwise
@@ -16,10 +18,11 @@ from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
 from tests.support.certificates import Authority
-from tests.support.node import run_script, serve_sandbox
+from tests.support.node import SCRIPTS, run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
 from tests.support.spending_model import added_up
 from tests.support.tools import tool
+from tests.support.waiting import TIMEOUT_S
 from tornado_fal_proxy.service.usage_page import UsageHandler
 from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Usage
 
@@ -36,6 +39,27 @@ ERRORS = [(422, "422: body.prompt: This error was asked for")]
 ERRORS += [(status, f"{status}: This error was asked for: {responses[status]}") for status in (429, 500)]
 
 
+# How each language of the page is run.
+COMMANDS = {
+    "JavaScript": ("node", "--input-type=module", "-e"),
+    "curl": ("bash", "-c"),
+    "Python": (sys.executable, "-c"),
+}
+
+
+async def run_code(language: str, code: str) -> str:
+    """Run code of the page, and return what it printed."""
+    program, *arguments = COMMANDS[language]
+    output, error = asyncio.subprocess.PIPE, asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(tool(program), *arguments, code), cwd=SCRIPTS, stdout=output, stderr=error
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        printed, complaint = await process.communicate()
+    assert (process.returncode, complaint) == (0, b""), f"{language}: {complaint.decode()}"
+    return printed.decode()
+
+
 @pytest.fixture(scope="module")
 def page(authority: Authority) -> Any:
     """Run ``page.mjs`` once, and return its outcome for the tests below."""
@@ -44,7 +68,12 @@ def page(authority: Authority) -> Any:
     async def make() -> Any:
         async with serve_sandbox(Setup(authority), PACE, allow_cancel=True) as sandbox:
             page = await run_script("page.mjs", sandbox.public_url, chromium)
-            return page | {"cancelled": [job.prompt for job in sandbox.jobs.values() if job.cancelled]}
+            cancelled = [job.prompt for job in sandbox.jobs.values() if job.cancelled]
+            sandbox.pace = 0.01
+            own = len(sandbox.jobs)
+            ran = [await asyncio.gather(*(run_code(*code) for code in codes)) for codes in page["code"]]
+            prompts = [job.prompt for job in sandbox.jobs.values()][own:]
+            return page | {"cancelled": cancelled, "ran": ran, "prompts": prompts}
 
     return asyncio.run(make())
 
@@ -194,6 +223,42 @@ def test_the_focus_stays(page: Any) -> None:
     assert page["seen"]["run_by_enter"]["executions"] == 1
     assert page["seen"]["run_cancelled"]["focus"][-1] == "run"
     assert page["seen"]["stream_cancelled"]["focus"][-1] == "stream"
+
+
+def test_the_code_of_a_call(page: Any) -> None:
+    """Each form shows its call in three languages, and each of them makes that call again, whatever the prompt has."""
+    prompts = page["code"]
+    assert [[language for language, _ in codes] for codes in prompts] == [list(COMMANDS)] * 2
+    run, stream = page["ran"]
+    assert len(set(page["prompts"])) == 1
+    assert len(page["prompts"]) == 3
+    assert page["prompts"][0] == page["seen"]["odd_run"]["picture"][2]
+    for printed in run:
+        assert re.search(r"COMPLETED(?s:.*)http://127.0.0.1:[0-9]+/sandbox/files/[0-9a-f-]+\.png", printed)
+    shown = page["seen"]["odd_stream"]["stream-output"][-1]
+    java_script, curl, python = stream
+    assert java_script.splitlines()[-1] == python.splitlines()[-1] == shown
+    assert json.loads(curl.split("data: ")[-1])["output"] == shown
+
+
+def test_the_code_is_copied(page: Any) -> None:
+    """A button copies it. Where a page has no clipboard, its text is selected."""
+    (run, _, _), (_, stream, _) = page["code"]
+    assert page["copied"] == [run[1], stream[1].rstrip("\n")]
+
+
+def test_the_page_can_be_read_and_used(page: Any) -> None:
+    """axe-core finds nothing, on two screens, in the light and in the dark; and borders have a contrast of 3."""
+    assert page["found"] == []
+
+
+@pytest.mark.parametrize("form", ["run", "stream"])
+def test_a_connection_that_fails(page: Any, form: str) -> None:
+    """The page says what to check, in place of the words of the browser."""
+    offline, cut = page["seen"][f"{form}_offline"], page["seen"][f"{form}_cut"]
+    assert re.fullmatch(r"The proxy at 127\.0\.0\.1:[0-9]+ does not respond\. Check that .*", offline["error"])
+    assert cut["error"].startswith("The connection to the proxy was lost before the response was complete.")
+    assert (offline["idle"], cut["idle"]) == (True, True)
 
 
 def test_the_page_calls_no_other_origin(page: Any) -> None:

@@ -143,13 +143,13 @@ class StatusSources:
         assert rules is not None
         found: list[tuple[str, float, float]] = []
         today = datetime.fromtimestamp(now, UTC).date().isoformat()
-        for period, since in (("day", today), ("month", f"{today[:8]}01")):
+        for period, when, since in (("day", "today", today), ("month", "this month", f"{today[:8]}01")):
             jobs = [] if rules.counts_units else [limit.amount for limit in rules.jobs if limit.period == period]
             budgets = [limit.amount / MILLION for limit in rules.budget if limit.period == period]
             if jobs or budgets:
                 total = (await make_report(ask, since, "day", now)).as_json()["total"]
-                found += [(f"jobs of all users, this {period}", total["jobs"], amount) for amount in jobs]
-                found += [(f"dollars of all users, this {period}", total["cost"], amount) for amount in budgets]
+                found += [(f"jobs of all users, {when}", total["jobs"], amount) for amount in jobs]
+                found += [(f"dollars of all users, {when}", total["cost"], amount) for amount in budgets]
         return found
 
 
@@ -168,8 +168,8 @@ def _totals(samples: Samples, metric: str, *labels: str) -> Counter[tuple[str, .
 def _summary(workers: list[WorkerStats], recent: dict[tuple[str, str], int]) -> str:
     connections = sum(worker.connections or 0 for worker in workers)
     return (
-        f"{sum(worker.in_flight for worker in workers)} calls in flight, {connections} connections of clients, "
-        f"{sum(recent.values())} calls over in the last {RECENT_S // 60} minutes"
+        f"Calls in flight: {sum(worker.in_flight for worker in workers)}. Connections of clients: {connections}. "
+        f"Calls that ended in the last {RECENT_S // 60} minutes: {sum(recent.values())}."
     )
 
 
@@ -251,7 +251,7 @@ def _limits(limits: list[tuple[str, float, float]]) -> Section:
         (name, f"{_number(used)} of {_number(limit)}", Share(used / limit if limit else 1.0))
         for name, used, limit in limits
     ]
-    return Section("Limits", ("limit", "in use", "part"), rows)
+    return Section("Limits", ("limit", "in use", "share"), rows)
 
 
 def _errors(faults: list[Fault], now: float) -> Section:

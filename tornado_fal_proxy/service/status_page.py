@@ -23,7 +23,9 @@ STYLE = """
         --accent: light-dark(#2f5bd0, #86a8ff); --alarm: light-dark(#a8071a, #ff9c94); }
 body { max-width: 64rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
        color: var(--text); background: var(--back); }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; }
 h1 { margin: 0; font-size: 1.3rem; }
+#stale { width: 100%; }
 h2 { margin: 1.75rem 0 .25rem; font-size: 1.1rem; }
 p { margin: .25rem 0; color: var(--muted); }
 a { color: var(--accent); }
@@ -33,13 +35,15 @@ button { padding: .3rem .9rem; font: inherit; color: var(--accent); background: 
 #attention, #stale:not(:empty) { color: var(--alarm); }
 #fine { margin: .75rem 0; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .4rem; color: inherit; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem .3rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere;
-         border-bottom: 1px solid var(--line); }
-thead th { color: var(--muted); font-weight: normal; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .3rem .5rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+.wide th, .wide td { overflow-wrap: anywhere; }
+thead th { color: var(--muted); font-weight: normal; font-size: .9rem; }
 tbody th { font-weight: 600; }
 meter { width: 6rem; max-width: 100%; }
 [hidden] { display: none; }
 @media (max-width: 640px) {
+  table { font-size: .9rem; }
+  meter { width: 2.5rem; }
   .wide thead { display: none; }
   .wide tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
   .wide th, .wide td { display: block; padding: 0; border: 0; }
@@ -118,7 +122,7 @@ def page(status: Status) -> str:
         f'<title>tornado-fal-proxy: status</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>'
         '<header><h1>tornado-fal-proxy: status</h1><button id="pause" type="button" hidden>Pause</button>'
         '<p id="stale" role="status"></p></header>'
-        f"<main><p>{xhtml_escape(status.at)}: {xhtml_escape(status.summary)}.</p>{attention}"
+        f"<main><p>{xhtml_escape(status.at)}. {xhtml_escape(status.summary)}</p>{attention}"
         f"{''.join(map(_section, status.sections))}{account}"
         '<p>For tools: <a href="metrics">metrics</a>, <a href="readyz">readyz</a>, <a href="healthz">healthz</a>.</p>'
         f"</main><script>{SCRIPT}</script></body></html>"
@@ -148,4 +152,4 @@ def _cell(cell: str | Share) -> str:
     if not isinstance(cell, Share):
         return xhtml_escape(cell)
     value, text = min(cell, 1.0), f"{cell * 100:.0f} %"
-    return f'<meter aria-label="part" value="{value:.3f}" high="{CLOSE_TO_FULL}" optimum="0">{text}</meter> {text}'
+    return f'<meter aria-label="share" value="{value:.3f}" high="{CLOSE_TO_FULL}" optimum="0">{text}</meter> {text}'
