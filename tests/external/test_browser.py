@@ -23,6 +23,8 @@ from tests.support.proxy import ROUTE, Setup
 from tests.support.spending_model import added_up
 from tests.support.tools import tool
 from tests.support.waiting import TIMEOUT_S
+from tornado_fal_proxy.service.status import Section, Share, Status
+from tornado_fal_proxy.service.status_page import StatusHandler
 from tornado_fal_proxy.service.usage_page import UsageHandler
 from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Usage
 
@@ -176,6 +178,62 @@ async def test_account() -> None:
         assert look["bars"][0] > look["bars"][1] > look["bars"][2]
         assert look["total"] == ["total", "13", "2", "13.5", "0.375"]
         assert look["endpoints"] == 2
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> \u202e" + "x" * 100
+
+
+class Sources:
+    """The state of a service, with a call more each time that it is read."""
+
+    read_times = 0
+
+    async def read(self) -> Status:
+        self.read_times += 1
+        rows: list[tuple[str | Share, ...]] = [("run", HOSTILE, "2,000,000,000", str(self.read_times))]
+        limits: list[tuple[str | Share, ...]] = [
+            ("max_buffered_bytes (fullest process)", "6,319,128,576 of 6,319,128,576", Share(part)) for part in (0, 1.5)
+        ]
+        errors: list[tuple[str | Share, ...]] = [(HOSTILE, HOSTILE, "1", HOSTILE, HOSTILE)]
+        return Status(
+            at="2026-11-27 03:00:00 UTC",
+            attention=[HOSTILE, "fal responded 401"],
+            summary=f"Calls in flight: {self.read_times}.",
+            sections=[
+                Section("Calls", ("kind", "outcome", "last 5 minutes", "since the start"), rows),
+                Section("Limits", ("limit", "in use", "share"), limits, note=HOSTILE),
+                Section("Errors", ("error", "last", "count", "outcome, kind, status", "detail"), errors),
+                Section("Empty", ("none",), [], HOSTILE),
+            ],
+            has_account=True,
+        )
+
+
+@pytest.mark.gen_test
+async def test_status() -> None:
+    """The state of the service can be read on each screen and refreshes by itself; texts are text; nothing else loads.
+
+    A refresh leaves the focus where it is, can be paused, and says when it fails.
+    """
+    application = Application([("/", StatusHandler, {"sources": Sources()})], log_function=lambda handler: None)
+    listener, port = bind_unused_port()
+    server = HTTPServer(application)
+    server.add_sockets([listener])
+    url = f"http://127.0.0.1:{port}/"
+    seen = await run_script("status.mjs", url, tool("chromium"))
+    server.stop()
+    await server.close_all_connections()
+    assert (seen["problems"], seen["found"]) == ([], [])
+    assert set(seen["requests"]) == {url}
+    first, refreshed = seen["first"], seen["refreshed"]
+    assert first["attention"] == [HOSTILE, "fal responded 401"]
+    assert first["rows"][0] == ["run", HOSTILE, "2,000,000,000", "1"]
+    assert [row[2] for row in first["rows"][1:3]] == ["0 % 0 %", "150 % 150 %"]
+    assert (first["scripts"], first["stale"]) == (1, "")
+    assert refreshed["rows"][0][3] == "3"
+    assert refreshed["rows"][1:] == first["rows"][1:]
+    assert (seen["focus"], seen["while_paused"]) == ("usage", 0)
+    assert seen["offline"]["stale"] == "The service does not respond: the numbers below are old."
 
 
 @pytest.mark.parametrize("form", ["run", "stream"])

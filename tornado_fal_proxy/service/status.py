@@ -134,7 +134,7 @@ class StatusSources:
                 async with asyncio.timeout(STORE_TIMEOUT_S):
                     found: list[tuple[str, float, float]] | str = await self._ask_budgets(self.ask, now)
             except (StoreFailed, StoreUnavailable, TimeoutError) as exc:
-                found = f"The store does not tell: {exc or 'it does not respond in time'}."
+                found = f"The store does not tell: {str(exc) or 'it does not respond in time'}."
             self._account = time.monotonic(), found
         return [] if isinstance(self._account[1], str) else self._account[1]
 

@@ -36,7 +36,7 @@ button { padding: .3rem .9rem; font: inherit; color: var(--accent); background: 
 #fine { margin: .75rem 0; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .4rem; color: inherit; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-.wide th, .wide td { overflow-wrap: anywhere; }
+td, p, li, .wide th { overflow-wrap: anywhere; }
 thead th { color: var(--muted); font-weight: normal; font-size: .9rem; }
 tbody th { font-weight: 600; }
 meter { width: 6rem; max-width: 100%; }
