@@ -50,7 +50,7 @@ COMMANDS = {
 
 
 async def run_code(language: str, code: str) -> str:
-    """Run code of the page, and return what it printed."""
+    """Run code of the page, and return what it printed, or that it failed."""
     program, *arguments = COMMANDS[language]
     output, error = asyncio.subprocess.PIPE, asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -58,8 +58,7 @@ async def run_code(language: str, code: str) -> str:
     )
     async with asyncio.timeout(TIMEOUT_S):
         printed, complaint = await process.communicate()
-    assert (process.returncode, complaint) == (0, b""), f"{language}: {complaint.decode()}"
-    return printed.decode()
+    return f"failed: {complaint.decode()}" if process.returncode or complaint else printed.decode()
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +287,7 @@ def test_the_code_of_a_call(page: Any) -> None:
     prompts = page["code"]
     assert [[language for language, _ in codes] for codes in prompts] == [list(COMMANDS)] * 2
     run, stream = page["ran"]
+    assert not [printed for printed in (*run, *stream) if printed.startswith("failed: ")]
     assert len(set(page["prompts"])) == 1
     assert len(page["prompts"]) == 3
     assert page["prompts"][0] == page["seen"]["odd_run"]["picture"][2]
