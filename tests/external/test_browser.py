@@ -189,11 +189,13 @@ class Sources:
 
     async def read(self) -> Status:
         self.read_times += 1
-        rows: list[tuple[str | Share, ...]] = [("run", HOSTILE, "2,000,000,000", str(self.read_times))]
+        rows: list[tuple[str | Share, ...]] = [
+            ("queue_submit", "client_disconnected", "2000000000", str(self.read_times))
+        ]
         limits: list[tuple[str | Share, ...]] = [
             ("max_buffered_bytes (fullest process)", "6,319,128,576 of 6,319,128,576", Share(part)) for part in (0, 1.5)
         ]
-        errors: list[tuple[str | Share, ...]] = [(HOSTILE, HOSTILE, "1", HOSTILE, HOSTILE)]
+        errors: list[tuple[str | Share, ...]] = [(HOSTILE[:64], "-", "1", "-", HOSTILE)]
         return Status(
             at="2026-11-27 03:00:00 UTC",
             attention=[HOSTILE, "fal responded 401"],
@@ -226,7 +228,8 @@ async def test_status() -> None:
     assert set(seen["requests"]) == {url}
     first, refreshed = seen["first"], seen["refreshed"]
     assert first["attention"] == [HOSTILE, "fal responded 401"]
-    assert first["rows"][0] == ["run", HOSTILE, "2,000,000,000", "1"]
+    assert first["rows"][0] == ["queue_submit", "client_disconnected", "2000000000", "1"]
+    assert first["rows"][3] == [HOSTILE[:64], "-", "1", "-", HOSTILE]
     assert [row[2] for row in first["rows"][1:3]] == ["0 % 0 %", "150 % 150 %"]
     assert (first["scripts"], first["stale"]) == (1, "")
     assert refreshed["rows"][0][3] == "3"

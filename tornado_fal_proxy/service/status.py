@@ -269,7 +269,7 @@ def _spending(samples: Samples, account: object) -> Section:
     billed = sum(value for name, _, value in samples if name == "fal_proxy_billed_dollars_total")
     rows: list[tuple[str | Share, ...]] = [
         ("paid calls that went to fal", str(sum(_totals(samples, "fal_proxy_jobs_total").values()))),
-        ("dollars that fal has billed", _number(billed)),
+        ("dollars that fal has billed", _number(float(billed))),
     ]
     refusals = _totals(samples, "fal_proxy_spending_refusals_total", "limit")
     rows += [(f"refused by {limit}", str(count)) for (limit,), count in sorted(refusals.items())]

@@ -36,7 +36,8 @@ button { padding: .3rem .9rem; font: inherit; color: var(--accent); background: 
 #fine { margin: .75rem 0; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .4rem; color: inherit; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-td, p, li, .wide th { overflow-wrap: anywhere; }
+th, td { overflow-wrap: break-word; }
+p, li, .wide td:last-child { overflow-wrap: anywhere; }
 thead th { color: var(--muted); font-weight: normal; font-size: .9rem; }
 tbody th { font-weight: 600; }
 meter { width: 6rem; max-width: 100%; }
@@ -46,7 +47,7 @@ meter { width: 6rem; max-width: 100%; }
   meter { width: 2.5rem; }
   .wide thead { display: none; }
   .wide tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
-  .wide th, .wide td { display: block; padding: 0; border: 0; }
+  .wide th, .wide td { display: block; padding: 0; border: 0; overflow-wrap: anywhere; }
   .wide td::before { content: attr(data-name) ": "; color: var(--muted); }
 }
 """
@@ -150,6 +151,6 @@ def _row(names: tuple[str, ...], row: tuple[str | Share, ...]) -> str:
 
 def _cell(cell: str | Share) -> str:
     if not isinstance(cell, Share):
-        return xhtml_escape(cell)
+        return xhtml_escape(cell).replace("_", "_<wbr>")  # long names fit on a small screen
     value, text = min(cell, 1.0), f"{cell * 100:.0f} %"
     return f'<meter aria-label="share" value="{value:.3f}" high="{CLOSE_TO_FULL}" optimum="0">{text}</meter> {text}'
