@@ -58,14 +58,15 @@ class Page:
 
 async def until(admin: int, condition: Callable[[Page], bool]) -> Page:
     """Return the first page of which ``condition`` is true."""
-    page = None
+    page = await Page.of(admin)
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            while not condition(page := await Page.of(admin)):
+            while not condition(page):
                 await asyncio.sleep(0.05)
-            return page
+                page = await Page.of(admin)
     except TimeoutError:
-        raise AssertionError(page and page.text) from None
+        raise AssertionError(page.text) from None
+    return page
 
 
 async def by_segment(exchange: Exchange) -> None:
@@ -87,11 +88,11 @@ async def test_status_page(setup: Setup, processes: str) -> None:
     assert "Nothing needs attention." in fresh.text
     assert (fresh.tables["Calls"], fresh.tables["Last errors"]) == ([], [])
     run = "https://fal.run/a/b/"
-    secret = {"headers": ["x-fal-note: HEADER-", "cookie: USER-"], "body": b'{"prompt": "PROMPT-"}'}
+    secret: dict[str, Any] = {"headers": ["x-fal-note: HEADER-", "cookie: USER-"], "body": b'{"prompt": "PROMPT-"}'}
     for last in ("200?q=QUERY-", "200", "401", "503", "resets"):
-        await call(running.port, target=run + last, **secret)  # type: ignore[arg-type]
+        await call(running.port, target=run + last, **secret)
     for number in range(6):
-        await call(running.port, target=f"https://evil.example/<script>alert({number})</script>", **secret)  # type: ignore[arg-type]
+        await call(running.port, target=f"https://evil.example/<script>alert({number})</script>", **secret)
     page = await until(admin, lambda page: sum(int(row[2]) for row in page.tables["Calls"]) == 11)
     assert page.tables["Calls"] == [
         ["run", "ok", "4", "4"],
@@ -176,6 +177,7 @@ async def test_spending(setup: Setup, processes: str, tmp_path: Path) -> None:
         "paid calls that went to fal": "5",
         "dollars that fal has billed": "0.25",
         "refused by jobs": "1",
+        "failures of the store": "0",
     }
     assert 'href="usage"' in page.text
     await running.end()
@@ -199,7 +201,9 @@ async def state(scoreboard: Scoreboard, ready: bool, down: list[str], ask: Any) 
     config = ProxyConfig(key=KEY, jobs="5/day", store="memory")
     recent: Any = RecentCalls(len(scoreboard.workers()))
     metrics: Any = NoMetrics()
-    return await StatusSources(metrics, scoreboard, recent, config, lambda: (ready, down), ask).read()
+    return await StatusSources(
+        metrics, scoreboard, recent, lambda: (ready, down), config_of=lambda: config, ask_of=lambda: ask
+    ).read()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from tornado_fal_proxy.service.recent import KINDS, OUTCOMES, RECENT_S, Fault, R
 from tornado_fal_proxy.service.scoreboard import Scoreboard, WorkerLife, WorkerStats
 from tornado_fal_proxy.spending.account import Ask, make_report
 from tornado_fal_proxy.spending.limits import MILLION, dollars
+from tornado_fal_proxy.spending.plans import SpendingRules
 from tornado_fal_proxy.spending.store import StoreFailed
 from tornado_fal_proxy.upstream.failover import hosts_of
 
@@ -82,75 +83,80 @@ class Status:
 
 @dataclass
 class StatusSources:
-    """Everything from which the state is read. ``is_ready`` brings the scoreboard up to date."""
+    """Everything from which the state is read.
+
+    ``is_ready`` brings the scoreboard up to date. ``config_of`` and ``ask_of`` return the configuration of the moment,
+    and what asks the store for the account; None where nothing is counted.
+    """
 
     metrics: Metrics
     scoreboard: Scoreboard
     recent: RecentCalls
-    config: ProxyConfig
     is_ready: Callable[[], tuple[bool, list[str]]]
-    ask: Ask | None
+    config_of: Callable[[], ProxyConfig]
+    ask_of: Callable[[], Ask | None]
     _account: tuple[float, list[tuple[str, float, float]] | str] = field(default=(float("-inf"), []), init=False)
 
     async def read(self) -> Status:
         """Return the state as it is now."""
         ready, down = self.is_ready()
-        now = time.time()
+        now, config, ask = time.time(), self.config_of(), self.ask_of()
         workers, lives, faults = self.scoreboard.workers(), self.scoreboard.lives(), self.recent.faults()
         recent = self.recent.counts()
         samples = list(self.metrics.samples())
-        limits = [*self._process_limits(workers), *(await self._budgets(now))]
+        limits = [*_process_limits(workers, config), *(await self._budgets(config, ask, now))]
         sections = [
             _calls(recent, _totals(samples, "fal_proxy_calls_total", "kind", "outcome")),
             _upstream(workers, down, samples),
-            _workers(workers, lives, self.config.max_in_flight, samples),
+            _workers(workers, lives, config.max_in_flight, samples),
             _limits(limits),
             _errors(faults, now),
         ]
-        if self.ask is not None:
+        if ask is not None:
             sections.append(_spending(samples, self._account[1]))
         return Status(
             at=_clock(now),
             attention=list(_attention(ready, down, recent, lives, limits, faults, now)),
             summary=_summary(workers, recent),
             sections=sections,
-            has_account=self.ask is not None,
+            has_account=ask is not None,
         )
 
-    def _process_limits(self, workers: list[WorkerStats]) -> Iterator[tuple[str, float, float]]:
-        """Yield the limits that each process has for itself, with the number of the process that is closest to it."""
-        fullest = " (fullest process)" if len(workers) > 1 else ""
-        yield f"max_in_flight{fullest}", max(worker.in_flight for worker in workers), self.config.max_in_flight
-        if self.config.max_buffered_bytes is not None:
-            used = max(worker.buffered_bytes for worker in workers)
-            yield f"max_buffered_bytes{fullest}", used, self.config.max_buffered_bytes
-
-    async def _budgets(self, now: float) -> list[tuple[str, float, float]]:
+    async def _budgets(self, config: ProxyConfig, ask: Ask | None, now: float) -> list[tuple[str, float, float]]:
         """Return the limits of all users together that the account can tell of: those of a day or a month."""
-        if self.ask is None:
+        if ask is None or config.spending is None:
             return []
         if time.monotonic() - self._account[0] > ACCOUNT_KEPT_S or isinstance(self._account[1], str):
             try:
                 async with asyncio.timeout(STORE_TIMEOUT_S):
-                    found: list[tuple[str, float, float]] | str = await self._ask_budgets(self.ask, now)
+                    found: list[tuple[str, float, float]] | str = await _ask_budgets(config.spending, ask, now)
             except (StoreFailed, StoreUnavailable, TimeoutError) as exc:
                 found = f"The store does not tell: {str(exc) or 'it does not respond in time'}."
             self._account = time.monotonic(), found
         return [] if isinstance(self._account[1], str) else self._account[1]
 
-    async def _ask_budgets(self, ask: Ask, now: float) -> list[tuple[str, float, float]]:
-        rules = self.config.spending
-        assert rules is not None
-        found: list[tuple[str, float, float]] = []
-        today = datetime.fromtimestamp(now, UTC).date().isoformat()
-        for period, when, since in (("day", "today", today), ("month", "this month", f"{today[:8]}01")):
-            jobs = [] if rules.counts_units else [limit.amount for limit in rules.jobs if limit.period == period]
-            budgets = [limit.amount / MILLION for limit in rules.budget if limit.period == period]
-            if jobs or budgets:
-                total = (await make_report(ask, since, "day", now)).as_json()["total"]
-                found += [(f"jobs of all users, {when}", total["jobs"], amount) for amount in jobs]
-                found += [(f"dollars of all users, {when}", total["cost"], amount) for amount in budgets]
-        return found
+
+def _process_limits(workers: list[WorkerStats], config: ProxyConfig) -> Iterator[tuple[str, float, float]]:
+    """Yield the limits that each process has for itself, with the number of the process that is closest to it."""
+    fullest = " (fullest process)" if len(workers) > 1 else ""
+    yield f"max_in_flight{fullest}", max(worker.in_flight for worker in workers), config.max_in_flight
+    if config.max_buffered_bytes is not None:
+        used = max(worker.buffered_bytes for worker in workers)
+        yield f"max_buffered_bytes{fullest}", used, config.max_buffered_bytes
+
+
+async def _ask_budgets(rules: SpendingRules, ask: Ask, now: float) -> list[tuple[str, float, float]]:
+    """Return the limits of all users of a day or a month, with what is used up."""
+    found: list[tuple[str, float, float]] = []
+    today = datetime.fromtimestamp(now, UTC).date().isoformat()
+    for period, when, since in (("day", "today", today), ("month", "this month", f"{today[:8]}01")):
+        jobs = [] if rules.counts_units else [limit.amount for limit in rules.jobs if limit.period == period]
+        budgets = [limit.amount / MILLION for limit in rules.budget if limit.period == period]
+        if jobs or budgets:
+            total = (await make_report(ask, since, "day", now)).as_json()["total"]
+            found += [(f"jobs of all users, {when}", total["jobs"], amount) for amount in jobs]
+            found += [(f"dollars of all users, {when}", total["cost"], amount) for amount in budgets]
+    return found
 
 
 Samples = list[tuple[str, dict[str, str], float]]
@@ -272,7 +278,8 @@ def _spending(samples: Samples, account: object) -> Section:
         ("dollars that fal has billed", _number(float(billed))),
     ]
     refusals = _totals(samples, "fal_proxy_spending_refusals_total", "limit")
-    rows += [(f"refused by {limit}", str(count)) for (limit,), count in sorted(refusals.items())]
+    rows += [(f"refused by {limit}", str(count)) for (limit,), count in sorted(refusals.items()) if count]
+    rows.append(("failures of the store", str(_totals(samples, "fal_proxy_store_failures_total")[()])))
     return Section("Spending", ("fact", "since the start"), rows, note=account if isinstance(account, str) else "")
 
 
