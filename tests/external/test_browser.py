@@ -18,7 +18,7 @@ from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
 from tests.support.certificates import Authority
-from tests.support.node import SCRIPTS, run_script, serve_sandbox
+from tests.support.node import SCRIPTS, find_node, run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
 from tests.support.spending_model import added_up
 from tests.support.tools import tool
@@ -154,12 +154,13 @@ async def test_account() -> None:
     async def ask(since: str, until: str, by: Collection[str] = DIMENSIONS, most: int | None = None) -> Account:
         return added_up(ACCOUNT, by, most)
 
-    application = Application([("/usage", UsageHandler, {"ask": ask})], log_function=lambda handler: None)
+    application = Application([("/usage", UsageHandler, {"ask_of": lambda: ask})], log_function=lambda handler: None)
+    chromium, _ = tool("chromium"), find_node()
     listener, port = bind_unused_port()
     server = HTTPServer(application)
     server.add_sockets([listener])
     url = f"http://127.0.0.1:{port}/usage"
-    seen = await run_script("usage.mjs", url, tool("chromium"))
+    seen = await run_script("usage.mjs", url, chromium)
     server.stop()
     await server.close_all_connections()
     assert seen["problems"] == []
@@ -217,11 +218,12 @@ async def test_status() -> None:
     A refresh leaves the focus where it is, can be paused, and says when it fails.
     """
     application = Application([("/", StatusHandler, {"sources": Sources()})], log_function=lambda handler: None)
+    chromium, _ = tool("chromium"), find_node()
     listener, port = bind_unused_port()
     server = HTTPServer(application)
     server.add_sockets([listener])
     url = f"http://127.0.0.1:{port}/"
-    seen = await run_script("status.mjs", url, tool("chromium"))
+    seen = await run_script("status.mjs", url, chromium)
     server.stop()
     await server.close_all_connections()
     assert (seen["problems"], seen["found"]) == ([], [])
