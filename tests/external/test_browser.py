@@ -4,7 +4,9 @@ A page of another origin may call the proxy only if allowed_origins has that ori
 """
 
 import asyncio
+import json
 import re
+import sys
 from collections.abc import Collection
 from http.client import responses
 from itertools import pairwise
@@ -16,10 +18,13 @@ from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
 from tests.support.certificates import Authority
-from tests.support.node import run_script, serve_sandbox
+from tests.support.node import SCRIPTS, find_node, run_script, serve_sandbox
 from tests.support.proxy import ROUTE, Setup
 from tests.support.spending_model import added_up
 from tests.support.tools import tool
+from tests.support.waiting import TIMEOUT_S
+from tornado_fal_proxy.service.status import Section, Share, Status
+from tornado_fal_proxy.service.status_page import StatusHandler
 from tornado_fal_proxy.service.usage_page import UsageHandler
 from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Usage
 
@@ -36,6 +41,26 @@ ERRORS = [(422, "422: body.prompt: This error was asked for")]
 ERRORS += [(status, f"{status}: This error was asked for: {responses[status]}") for status in (429, 500)]
 
 
+# How each language of the page is run.
+COMMANDS = {
+    "JavaScript": ("node", "--input-type=module", "-e"),
+    "curl": ("bash", "-c"),
+    "Python": (sys.executable, "-c"),
+}
+
+
+async def run_code(language: str, code: str) -> str:
+    """Run code of the page, and return what it printed, or that it failed."""
+    program, *arguments = COMMANDS[language]
+    output, error = asyncio.subprocess.PIPE, asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(tool(program), *arguments, code), cwd=SCRIPTS, stdout=output, stderr=error
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        printed, complaint = await process.communicate()
+    return f"failed: {complaint.decode()}" if process.returncode or complaint else printed.decode()
+
+
 @pytest.fixture(scope="module")
 def page(authority: Authority) -> Any:
     """Run ``page.mjs`` once, and return its outcome for the tests below."""
@@ -44,7 +69,12 @@ def page(authority: Authority) -> Any:
     async def make() -> Any:
         async with serve_sandbox(Setup(authority), PACE, allow_cancel=True) as sandbox:
             page = await run_script("page.mjs", sandbox.public_url, chromium)
-            return page | {"cancelled": [job.prompt for job in sandbox.jobs.values() if job.cancelled]}
+            cancelled = [job.prompt for job in sandbox.jobs.values() if job.cancelled]
+            sandbox.pace = 0.01
+            own = len(sandbox.jobs)
+            ran = [await asyncio.gather(*(run_code(*code) for code in codes)) for codes in page["code"]]
+            prompts = [job.prompt for job in sandbox.jobs.values()][own:]
+            return page | {"cancelled": cancelled, "ran": ran, "prompts": prompts}
 
     return asyncio.run(make())
 
@@ -125,11 +155,12 @@ async def test_account() -> None:
         return added_up(ACCOUNT, by, most)
 
     application = Application([("/usage", UsageHandler, {"ask_of": lambda: ask})], log_function=lambda handler: None)
+    chromium, _ = tool("chromium"), find_node()
     listener, port = bind_unused_port()
     server = HTTPServer(application)
     server.add_sockets([listener])
     url = f"http://127.0.0.1:{port}/usage"
-    seen = await run_script("usage.mjs", url, tool("chromium"))
+    seen = await run_script("usage.mjs", url, chromium)
     server.stop()
     await server.close_all_connections()
     assert seen["problems"] == []
@@ -147,6 +178,66 @@ async def test_account() -> None:
         assert look["bars"][0] > look["bars"][1] > look["bars"][2]
         assert look["total"] == ["total", "13", "2", "13.5", "0.375"]
         assert look["endpoints"] == 2
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> \u202e" + "x" * 100
+
+
+class Sources:
+    """The state of a service, with a call more each time that it is read."""
+
+    read_times = 0
+
+    async def read(self) -> Status:
+        self.read_times += 1
+        rows: list[tuple[str | Share, ...]] = [
+            ("queue_submit", "client_disconnected", "2000000000", str(self.read_times))
+        ]
+        limits: list[tuple[str | Share, ...]] = [
+            ("max_buffered_bytes (fullest process)", "6,319,128,576 of 6,319,128,576", Share(part)) for part in (0, 1.5)
+        ]
+        errors: list[tuple[str | Share, ...]] = [(HOSTILE[:64], "-", "1", "-", HOSTILE)]
+        return Status(
+            at="2026-11-27 03:00:00 UTC",
+            attention=[HOSTILE, "fal responded 401"],
+            summary=f"Calls in flight: {self.read_times}.",
+            sections=[
+                Section("Calls", ("kind", "outcome", "last 5 minutes", "since the start"), rows),
+                Section("Limits", ("limit", "in use", "share"), limits, note=HOSTILE),
+                Section("Errors", ("error", "last", "count", "outcome, kind, status", "detail"), errors),
+                Section("Empty", ("none",), [], HOSTILE),
+            ],
+            has_account=True,
+        )
+
+
+@pytest.mark.gen_test
+async def test_status() -> None:
+    """The state of the service can be read on each screen and refreshes by itself; texts are text; nothing else loads.
+
+    A refresh leaves the focus where it is, can be paused, and says when it fails.
+    """
+    application = Application([("/", StatusHandler, {"sources": Sources()})], log_function=lambda handler: None)
+    chromium, _ = tool("chromium"), find_node()
+    listener, port = bind_unused_port()
+    server = HTTPServer(application)
+    server.add_sockets([listener])
+    url = f"http://127.0.0.1:{port}/"
+    seen = await run_script("status.mjs", url, chromium)
+    server.stop()
+    await server.close_all_connections()
+    assert (seen["problems"], seen["found"]) == ([], [])
+    assert set(seen["requests"]) == {url}
+    first, refreshed = seen["first"], seen["refreshed"]
+    assert first["attention"] == [HOSTILE, "fal responded 401"]
+    assert first["rows"][0] == ["queue_submit", "client_disconnected", "2000000000", "1"]
+    assert first["rows"][3] == [HOSTILE[:64], "-", "1", "-", HOSTILE]
+    assert [row[2] for row in first["rows"][1:3]] == ["0 % 0 %", "150 % 150 %"]
+    assert (first["scripts"], first["stale"]) == (1, "")
+    assert refreshed["rows"][0][3] == "3"
+    assert refreshed["rows"][1:] == first["rows"][1:]
+    assert (seen["focus"], seen["while_paused"]) == ("usage", 0)
+    assert seen["offline"]["stale"] == "The service does not respond: the numbers below are old."
 
 
 @pytest.mark.parametrize("form", ["run", "stream"])
@@ -194,6 +285,43 @@ def test_the_focus_stays(page: Any) -> None:
     assert page["seen"]["run_by_enter"]["executions"] == 1
     assert page["seen"]["run_cancelled"]["focus"][-1] == "run"
     assert page["seen"]["stream_cancelled"]["focus"][-1] == "stream"
+
+
+def test_the_code_of_a_call(page: Any) -> None:
+    """Each form shows its call in three languages, and each of them makes that call again, whatever the prompt has."""
+    prompts = page["code"]
+    assert [[language for language, _ in codes] for codes in prompts] == [list(COMMANDS)] * 2
+    run, stream = page["ran"]
+    assert not [printed for printed in (*run, *stream) if printed.startswith("failed: ")]
+    assert len(set(page["prompts"])) == 1
+    assert len(page["prompts"]) == 3
+    assert page["prompts"][0] == page["seen"]["odd_run"]["picture"][2]
+    for printed in run:
+        assert re.search(r"COMPLETED(?s:.*)http://127.0.0.1:[0-9]+/sandbox/files/[0-9a-f-]+\.png", printed)
+    shown = page["seen"]["odd_stream"]["stream-output"][-1]
+    java_script, curl, python = stream
+    assert java_script.splitlines()[-1] == python.splitlines()[-1] == shown
+    assert json.loads(curl.split("data: ")[-1])["output"] == shown
+
+
+def test_the_code_is_copied(page: Any) -> None:
+    """A button copies it. Where a page has no clipboard, its text is selected."""
+    (run, _, _), (_, stream, _) = page["code"]
+    assert page["copied"] == [run[1], stream[1].rstrip("\n")]
+
+
+def test_the_page_can_be_read_and_used(page: Any) -> None:
+    """axe-core finds nothing, on two screens, in the light and in the dark; and borders have a contrast of 3."""
+    assert page["found"] == []
+
+
+@pytest.mark.parametrize("form", ["run", "stream"])
+def test_a_connection_that_fails(page: Any, form: str) -> None:
+    """The page says what to check, in place of the words of the browser."""
+    offline, cut = page["seen"][f"{form}_offline"], page["seen"][f"{form}_cut"]
+    assert re.fullmatch(r"The proxy at 127\.0\.0\.1:[0-9]+ does not respond\. Check that .*", offline["error"])
+    assert cut["error"].startswith("The connection to the proxy was lost before the response was complete.")
+    assert (offline["idle"], cut["idle"]) == (True, True)
 
 
 def test_the_page_calls_no_other_origin(page: Any) -> None:

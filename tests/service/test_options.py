@@ -292,7 +292,7 @@ def test_check(tmp_path: Path) -> None:
     assert lines[0] == f"tornado-fal-proxy {__version__} would listen on http://[::]:1/x"
     assert lines[1].startswith("open: anyone who can reach this machine may call every model and upload files (")
     assert [line.partition(": ")[0] for line in lines[1:]] == ["open", "closed", "limited", "admin"]
-    assert lines[-1].startswith("admin: http://127.0.0.1:9464 has /metrics, ")
+    assert lines[-1].startswith("admin: http://127.0.0.1:9464 has a status page, /metrics, ")
     assert list(tmp_path.iterdir()) == []
     in_json = shell("", *argv, "--log-format=json", **WITH_KEY)
     entry = json.loads(in_json.stdout)

@@ -30,7 +30,8 @@ RULES: dict[str, Any] = {"allow_cancel": True, "allowed_endpoints": ("fal-ai/flu
 
 def find_node() -> str:
     """Return the path of Node. Skip the test without it, or without the packages of the scripts (``npm ci``)."""
-    tool("@fal-ai/client", path=SCRIPTS / "node_modules" / "@fal-ai" / "client")
+    for package in ("@fal-ai/client", "axe-core"):
+        tool(package, path=SCRIPTS / "node_modules" / package)
     return tool("node")
 
 

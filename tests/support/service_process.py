@@ -140,7 +140,7 @@ class ServiceProcess:
             assert self.process.stdout is not None
             line = (await self.process.stdout.readline()).decode()
             assert line
-        (port,) = re.findall(r"http://127\.0\.0\.1:([0-9]+) has /metrics", line)
+        (port,) = re.findall(r"http://127\.0\.0\.1:([0-9]+) has a status page", line)
         return int(port)
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:

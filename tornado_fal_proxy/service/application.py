@@ -30,6 +30,7 @@ from tornado_fal_proxy.service.access_log import AccessLog
 from tornado_fal_proxy.service.admin import HealthHandler
 from tornado_fal_proxy.service.connection import Request, close_after, peer_of
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
+from tornado_fal_proxy.service.recent import RecentWriter
 from tornado_fal_proxy.service.request_head import RequestFault
 from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.telemetry import Call
@@ -137,6 +138,7 @@ class ProxyApplication(Application):
     closing = False
     access_log: AccessLog | None = None
     metrics: Metrics | None = None
+    recent: RecentWriter | None = None
     key_alarm: KeyAlarm | None = None
     host_header: str | None = None
     trimmer: Trimmer | None = None
@@ -224,6 +226,8 @@ class ProxyApplication(Application):
             self.access_log.add(call, client)
         if self.metrics is not None:
             self.metrics.count(call)
+        if self.recent is not None:
+            self.recent.note(call)
         if self.trimmer is not None:
             self.trimmer.start()
 

@@ -237,7 +237,7 @@ def _address_of(listener: socket.socket) -> str:
 
 
 def _admin(url: str) -> str:
-    return f"{url} has /metrics, /usage, /readyz and /healthz, for all who can reach it"
+    return f"{url} has a status page, /metrics, /usage, /readyz and /healthz, for all who can reach it"
 
 
 def _print_block(title: str, lines: dict[str, str], settings: Settings) -> None:

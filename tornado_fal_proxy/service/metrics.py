@@ -147,6 +147,11 @@ class Metrics:
         code = str(status) if status in CODES else "other"
         return self._responses.labels(protocol, f"{status // 100}xx", code)
 
+    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield all workers' metrics: name, labels and value of each."""
+        for family in self._registry.collect():
+            yield from ((sample.name, sample.labels, sample.value) for sample in family.samples)
+
     def text(self, accept: str) -> tuple[bytes, str]:
         """Return all workers' metrics, in the format that ``accept`` asks for, and their content type."""
         encode, content_type = prometheus_client.exposition.choose_encoder(accept)

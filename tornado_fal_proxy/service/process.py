@@ -16,7 +16,7 @@ import logging
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tornado_fal_proxy import memory
@@ -24,13 +24,16 @@ from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
 from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending, shared_backend
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
-from tornado_fal_proxy.service.admin import admin_application
+from tornado_fal_proxy.service.admin import AdminHandler, admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
 from tornado_fal_proxy.service.key_alarm import KeyAlarm
 from tornado_fal_proxy.service.log_output import LogHandler
+from tornado_fal_proxy.service.recent import RecentCalls
 from tornado_fal_proxy.service.reload import Reloader
 from tornado_fal_proxy.service.server import NoNeighbours, Server
 from tornado_fal_proxy.service.settings import Settings
+from tornado_fal_proxy.service.status import StatusSources
+from tornado_fal_proxy.service.status_page import StatusHandler
 from tornado_fal_proxy.service.systemd import Notifier
 from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler
@@ -58,7 +61,7 @@ HEARTBEATS_PER_WATCHDOG, HEARTBEATS_PER_TIMEOUT = 4, 10
 class ServiceContext:
     """The settings and open resources that all processes of the service share.
 
-    ``metrics_directory`` is None unless several processes count together.
+    ``metrics_directory`` is None unless several processes count together, and ``recent`` unless there is an admin port.
     """
 
     reloader: Reloader
@@ -68,6 +71,11 @@ class ServiceContext:
     sandbox: Sandbox | None
     notifier: Notifier
     log: LogHandler
+    recent: RecentCalls | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.admin_sockets:
+            object.__setattr__(self, "recent", RecentCalls(self.settings.processes))
 
     @property
     def settings(self) -> Settings:
@@ -223,6 +231,7 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             in_flight=sum(backend.slots.in_use for backend in backends),
             upstream_connections=sum(backend.client.connections() for backend in backends),
             down=bits_of([host for backend in backends for host in backend.client.down]),
+            buffered_bytes=sum(backend.client.budget.used for backend in backends),
         )
         for backend in backends:
             if (ledger := backend.ledger_in_use) is not None and ledger.failures:
@@ -240,8 +249,19 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
         down = {host for worker in workers for host in hosts_of(worker.down)}
         return any(worker.connections is not None for worker in workers), sorted(down)
 
+    assert context.recent is not None
+    application.recent = context.recent.writer(process.slot)
+    sources = StatusSources(
+        *(metrics, scoreboard, context.recent, is_ready),
+        config_of=lambda: application.config,
+        ask_of=lambda: _usage_of(application),
+    )
     usage: dict[str, Any] = {"ask_of": lambda: _usage_of(application)}
-    pages = [("/usage", UsageHandler, usage), ("/usage.json", UsageJsonHandler, usage)]
+    pages: list[tuple[str, type[AdminHandler], dict[str, Any]]] = [
+        ("/", StatusHandler, {"sources": sources}),
+        ("/usage", UsageHandler, usage),
+        ("/usage.json", UsageJsonHandler, usage),
+    ]
     admin = Server(admin_application(metrics, is_ready, refresh, pages))
     admin.listen_on(context.admin_sockets, NoNeighbours(), set())
     return admin

@@ -12,7 +12,7 @@ import mmap
 import time
 from dataclasses import dataclass
 
-__all__ = ["Scoreboard", "WorkerStats"]
+__all__ = ["Scoreboard", "WorkerLife", "WorkerStats"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,21 @@ class WorkerStats:
     in_flight: int
     upstream_connections: int
     down: int = 0
+    buffered_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerLife:
+    """The life of one worker's slot. ``age_s`` is the time since its worker started, None for a single process.
+
+    ``restarts`` counts the workers that replaced one that ended, and ``hangs`` those that were killed because they
+    hung. A worker is ``silent`` while its last heartbeat is too old.
+    """
+
+    age_s: float | None
+    restarts: int
+    hangs: int
+    silent: bool
 
 
 class Scoreboard:
@@ -34,7 +49,8 @@ class Scoreboard:
     A worker whose last heartbeat is older than ``silent_after_s`` is silent; with None there are no heartbeats.
     """
 
-    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _DOWN, _STARTS, _HANGS, _LOST_LINES, _COLUMNS = range(9)
+    _CONNECTIONS, _HEARTBEAT, _IN_FLIGHT, _UPSTREAM, _DOWN, _BUFFERED = range(6)  # of the worker in the slot
+    _STARTS, _STARTED_AT, _HANGS, _LOST_LINES, _COLUMNS = range(6, 11)  # of all that were there
 
     def __init__(self, size: int, silent_after_s: float | None = None) -> None:
         self._silent_after_s = silent_after_s
@@ -47,12 +63,13 @@ class Scoreboard:
     def clear(self, slot: int) -> None:
         """Forget the numbers of a worker that has ended."""
         self._cells[self._offsets[slot] + self._CONNECTIONS] = -1
-        for column in (self._HEARTBEAT, self._IN_FLIGHT, self._UPSTREAM, self._DOWN):
+        for column in (self._HEARTBEAT, self._IN_FLIGHT, self._UPSTREAM, self._DOWN, self._BUFFERED):
             self._cells[self._offsets[slot] + column] = 0
 
     def count_start(self, slot: int) -> None:
         """Count one more worker that is started in this slot."""
         self._cells[self._offsets[slot] + self._STARTS] += 1
+        self._cells[self._offsets[slot] + self._STARTED_AT] = time.monotonic_ns()
 
     def restarts(self) -> int:
         """Return how many workers were started in place of one that ended."""
@@ -78,11 +95,14 @@ class Scoreboard:
         """Set how many connections of clients a worker has; None means that it accepts no more."""
         self._cells[self._offsets[slot] + self._CONNECTIONS] = -1 if connections is None else connections
 
-    def update(self, slot: int, *, in_flight: int, upstream_connections: int, down: int = 0) -> None:
-        """Set how many calls and connections to fal a worker has, and which hosts are down for it."""
+    def update(
+        self, slot: int, *, in_flight: int, upstream_connections: int, down: int = 0, buffered_bytes: int = 0
+    ) -> None:
+        """Set how many calls, connections to fal and buffered bytes a worker has, and which hosts are down for it."""
         self._cells[self._offsets[slot] + self._IN_FLIGHT] = in_flight
         self._cells[self._offsets[slot] + self._UPSTREAM] = upstream_connections
         self._cells[self._offsets[slot] + self._DOWN] = down
+        self._cells[self._offsets[slot] + self._BUFFERED] = buffered_bytes
 
     def fewest_connections(self, slot: int) -> int | None:
         """Return the least number of connections that a worker in another slot has; None if no other accepts any."""
@@ -110,6 +130,20 @@ class Scoreboard:
                 self._cells[offset + self._IN_FLIGHT],
                 self._cells[offset + self._UPSTREAM],
                 self._cells[offset + self._DOWN],
+                self._cells[offset + self._BUFFERED],
+            )
+            for offset in self._offsets
+        ]
+
+    def lives(self) -> list[WorkerLife]:
+        """Return what became of each slot's workers."""
+        now_ns = time.monotonic_ns()
+        return [
+            WorkerLife(
+                (now_ns - started) / 1e9 if (started := self._cells[offset + self._STARTED_AT]) else None,
+                max(self._cells[offset + self._STARTS] - 1, 0),
+                self._cells[offset + self._HANGS],
+                self._is_silent(offset),
             )
             for offset in self._offsets
         ]

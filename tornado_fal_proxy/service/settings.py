@@ -102,7 +102,7 @@ class Settings:
     )
     admin_port: int | None = option(
         None,
-        f"port for /metrics, /readyz and /healthz; 0 takes a free one (default: {option_texts.NO_PORT})",
+        f"port for a status page, /metrics, /readyz and /healthz; 0 takes a free one (default: {option_texts.NO_PORT})",
         "PORT",
         option_texts.admin_port,
         group="watching",

@@ -3,10 +3,14 @@
 
 import { chromium } from "playwright-core";
 import { report } from "./common.mjs";
+import { look } from "./look.mjs";
 
 const [url, executablePath] = process.argv.slice(2);
 const OFFLINE = ["--disable-quic", "--no-first-run", "--disable-sync"];
 OFFLINE.push("--disable-background-networking", "--disable-component-update");
+
+/** Prompts with everything that means something to a shell, to Python or to JavaScript. */
+const ODD = `It's "$HOME" \`id\` \\n \${1} $(id) {'a': "b"} <b> #1 🐱`;
 
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", ...OFFLINE] });
 const page = await browser.newPage({ viewport: { width: 500, height: 500 } }); // a small screen
@@ -87,5 +91,50 @@ seen.run_again = await use("run");
 await page.selectOption("#scenario", "500");
 seen.stream_after_picture = await use("stream");
 const left = await page.locator("#left").isHidden();
+
+// The code of each form's call, which the test runs.
+await page.selectOption("#scenario", "");
+await page.fill("#prompt", `${ODD}\nand a second line`);
+seen.odd_run = await use("run");
+await page.fill("#stream-prompt", ODD);
+seen.odd_stream = await use("stream", async () => {}, () => page.press("#stream-prompt", "Enter"));
+const code = await page.evaluate(() =>
+  ["run", "stream"].map((form) =>
+    [...document.querySelectorAll(`#${form}-code .code`)].map((block) => [
+      block.querySelector("span").textContent,
+      block.querySelector("pre").textContent,
+    ]),
+  ),
+);
+const found = [];
+await page.click("#run-code summary");
+await page.click("#stream-code summary");
+for (const colorScheme of ["light", "dark"]) {
+  await page.emulateMedia({ colorScheme });
+  for (const width of [390, 1200]) {
+    await page.setViewportSize({ width, height: 844 });
+    found.push(...(await look(page, `${colorScheme}, ${width} pixels`)));
+  }
+}
+await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+const copied = [];
+await page.click("text=Copy >> nth=0");
+await page.waitForSelector("text=Copied");
+copied.push(await page.evaluate(() => navigator.clipboard.readText()));
+await page.evaluate(() => Object.defineProperty(navigator, "clipboard", { value: undefined })); // as on a phone without TLS
+await page.click("[aria-label='Copy curl'] >> nth=1");
+copied.push(await page.evaluate(() => String(getSelection())));
+
+// The connection fails: before a call, and behind its first bytes.
+await page.context().setOffline(true);
+seen.run_offline = await use("run");
+seen.stream_offline = await use("stream");
+await page.context().setOffline(false);
+await page.evaluate(() => {
+  const broken = { start: (it) => it.enqueue(new Uint8Array(1)), pull: (it) => it.error(new TypeError("network error")) };
+  window.fetch = async () => new Response(new ReadableStream(broken));
+});
+seen.run_cut = await use("run");
+seen.stream_cut = await use("stream");
 await browser.close();
-report({ seen, origins: [...origins], problems, left });
+report({ seen, origins: [...origins], problems, left, code, found, copied });
