@@ -31,6 +31,7 @@ from tornado_fal_proxy.service.settings import DEFAULT_ADDRESS, DEFAULT_PORT
 def test_all_files_are_known() -> None:
     """Every file of deploy/ is one that a test reads."""
     known = {NGINX, NGINX.with_name("auth-request.conf"), UNIT, SOCKET, DOCKERFILE, COMPOSE, KUBERNETES}
+    known |= {DOCKERFILE.with_name("healthcheck.py"), *DOCKERFILE.parent.glob("requirements*.txt")}
     known |= {PROMETHEUS, PROMETHEUS.with_name("alerts.yaml"), PROMETHEUS.with_name("alerts_test.yaml"), GRAFANA}
     assert {file for file in DEPLOY.rglob("*") if file.is_file() and file.name != "fal_key"} == known
 
