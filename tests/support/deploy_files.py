@@ -21,6 +21,9 @@ NGINX = DEPLOY / "nginx/tornado-fal-proxy.conf"
 UNIT, SOCKET = (DEPLOY / f"systemd/tornado-fal-proxy.{kind}" for kind in ("service", "socket"))
 DOCKERFILE, COMPOSE = DEPLOY / "docker/Dockerfile", DEPLOY / "docker/compose.yaml"
 KUBERNETES = DEPLOY / "kubernetes/tornado-fal-proxy.yaml"
+INGRESS, KUSTOMIZATION, VALUES = (
+    KUBERNETES.with_name(f"{name}.yaml") for name in ("ingress", "kustomization", "values")
+)
 PROMETHEUS, GRAFANA = DEPLOY / "prometheus/prometheus.yaml", DEPLOY / "grafana/dashboard.json"
 
 INSTALLED = "/opt/tornado-fal-proxy"
