@@ -80,6 +80,7 @@ def test_dockerfile_agrees() -> None:
     assert f"COPY --from=build --chown={the('USER')} /src/state {the('VOLUME')}\n" in DOCKERFILE.read_text()
     assert int(the("USER").split(":")[0]) > 0
     assert the("STOPSIGNAL") == "SIGTERM"
+    assert f"[{','.join(LOCKED[''])}]" in DOCKERFILE.read_text()
     assert [name for name, _ in instructions()][-1] == "ENTRYPOINT"
     assert not re.findall(r"^(?:ENV|ARG|    ).*KEY.*", DOCKERFILE.read_text(), re.MULTILINE)
 
