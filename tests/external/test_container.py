@@ -4,6 +4,7 @@ Docker does not run here. The files are validated, and their commands are run wi
 """
 
 import asyncio
+import configparser
 import os
 import re
 import shlex
@@ -16,9 +17,12 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support.deploy_files import (
     ADMIN_PORT,
@@ -50,7 +54,7 @@ def argv(text: str) -> list[str]:
 
 def image_environment() -> dict[str, str]:
     """Return the variables that the image sets."""
-    return dict(pair.split("=") for pair in the("ENV").split())
+    return dict(pair.split("=") for name, rest in instructions() if name == "ENV" for pair in rest.split())
 
 
 def compose() -> dict[str, Any]:
@@ -66,8 +70,9 @@ def test_dockerfile_is_right() -> None:
 
 def test_dockerfile_agrees() -> None:
     """It has a Python that the suite runs on, the proxy's port, no root, and no key."""
-    (image,) = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
-    assert f"NEWEST_PYTHON={image.removeprefix('python:').removesuffix('-slim')}\n" in (ROOT / ".ci/run").read_text()
+    (python,) = re.findall(r"^ARG PYTHON=python:(3\.\d+)\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert f"NEWEST_PYTHON={python}\n" in (ROOT / ".ci/run").read_text()
+    assert {rest.split()[0] for name, rest in instructions() if name == "FROM"} == {"${PYTHON}", "base"}
     assert the("EXPOSE") == str(DEFAULT_PORT)
     assert list(image_environment()) == ["FAL_PROXY_ADDRESS", "FAL_PROXY_WITHHOLD_HEADERS", "STATE_DIRECTORY"]
     # The user may write to the volume, because it starts as a copy of a directory of theirs.
@@ -75,23 +80,67 @@ def test_dockerfile_agrees() -> None:
     assert f"COPY --from=build --chown={the('USER')} /src/state {the('VOLUME')}\n" in DOCKERFILE.read_text()
     assert int(the("USER").split(":")[0]) > 0
     assert the("STOPSIGNAL") == "SIGTERM"
+    assert f"[{','.join(LOCKED[''])}]" in DOCKERFILE.read_text()
     assert [name for name, _ in instructions()][-1] == "ENTRYPOINT"
-    assert not [rest for name, rest in instructions() if name in ("ENV", "ARG") and "KEY" in rest]
+    assert not re.findall(r"^(?:ENV|ARG|    ).*KEY.*", DOCKERFILE.read_text(), re.MULTILINE)
+
+
+def test_sandbox_image() -> None:
+    """It is the same proxy with the sandbox's packages, and its command is one that runs."""
+    (command,) = [argv(rest) for name, rest in instructions("sandbox") if name == "ENTRYPOINT"]
+    assert command == [*argv(the("ENTRYPOINT")), "--sandbox"]
+    variables = {pair for name, rest in instructions("sandbox") if name == "ENV" for pair in rest.split()}
+    settings = parse_settings(command[1:], dict(pair.split("=") for pair in variables))
+    assert (settings.sandbox, settings.address, settings.port) == (True, "0.0.0.0", DEFAULT_PORT)
+    installed = [rest for name, rest in instructions("sandbox") if name == "RUN"]
+    assert installed[:-1] == [rest for name, rest in instructions() if name == "RUN"]
+    assert installed[-1].endswith("--require-hashes -r requirements-sandbox.txt")
+
+
+# The extras of each file of requirements.
+LOCKED = {"": ["br", "metrics", "redis"], "-sandbox": ["br", "metrics", "redis", "sandbox"]}
+
+
+@pytest.mark.parametrize("suffix", LOCKED)
+def test_requirements(suffix: str) -> None:
+    """Each package that setup.cfg names is pinned to a version that setup.cfg allows, and everything has a hash."""
+    text = DOCKERFILE.with_name(f"requirements{suffix}.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE))
+    assert len(pins) == len(re.findall(r"^[^ #]", text, re.MULTILINE))
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    wanted = setup["options"]["install_requires"]
+    wanted += "".join(setup["options.extras_require"][extra] for extra in LOCKED[suffix])
+    for requirement in map(Requirement, wanted.split()):
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: scripts/lock takes another than {version}"
 
 
 def test_dockerignore() -> None:
     """The engine gets the files that the Dockerfile copies, and neither git's files nor a key beside them."""
     rules = (ROOT / ".dockerignore").read_text().split()
     assert rules[0] == "*"
-    sent = {rule[1:] for rule in rules if rule.startswith("!")}
-    copied = [rest.split()[:-1] for name, rest in instructions() if name == "COPY" and not rest.startswith("--from")]
-    assert {source for sources in copied for source in sources} == sent
-    assert all((ROOT / name).exists() for name in sent)
+    sent = [rule[1:] for rule in rules if rule.startswith("!")]
+    copied = {source for _, sources in copies() for source in sources}
+    assert {rule for rule in sent if any(fnmatch(source, rule) for source in copied)} == set(sent)
+    assert all(any(fnmatch(source, rule) for rule in sent) for source in copied)
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def copies() -> Iterator[tuple[str, list[str]]]:
+    """Yield where the Dockerfile copies files of the project to, and which."""
+    for name, rest in instructions():
+        if name == "COPY" and not rest.startswith("--from"):
+            *sources, target = rest.split()
+            yield target, sources
 
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Path]:
-    """Yield the result of the Dockerfile's first stage, below a directory that all may read."""
+    """Yield the result of the Dockerfile's first stage, below a directory that all may read.
+
+    The packages with hashes are left out, because those of the tests' Python are used.
+    """
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         os.chmod(root, 0o755)
@@ -102,15 +151,20 @@ def image() -> Iterator[Path]:
         python = root / "bin/python"
         python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).resolve()))} "$@"\n')
         python.chmod(0o755)
-        for name, rest in instructions():
-            if name == "COPY" and not rest.startswith("--from"):
-                for source in rest.split()[:-1]:
-                    copy(ROOT / source, workdir / source)
+        (root / "bin/pip").write_text(f'#!/bin/sh\nexec {python} -m pip "$@"\n')
+        (root / "bin/pip").chmod(0o755)
+        (root / "opt").mkdir()
+        for target, sources in copies():
+            for source in sources:
+                name = Path(source).name if target == "./" else target
+                copy(ROOT / source, root / name[1:] if name.startswith("/") else workdir / name)
         borrowed = sysconfig.get_path("purelib")
         environ = {"PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": borrowed, "HOME": directory}
-        # Its requirements and its build tools are installed here already.
-        environ |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_WARN_SCRIPT": "1"}
-        run("sh", "-ec", the("RUN").replace(INSTALLED, f"{root}{INSTALLED}"), cwd=workdir, env=environ)
+        requirements, project = (rest for name, rest in instructions() if name == "RUN")
+        environment, *installed = requirements.split(" && ")
+        assert all("pip install --no-cache-dir --require-hashes -r requirements" in command for command in installed)
+        for command in (environment, project):
+            run("sh", "-ec", command.replace(INSTALLED, f"{root}{INSTALLED}"), cwd=workdir, env=environ)
         (site,) = (root / INSTALLED[1:]).glob("lib/python*/site-packages")
         (site / "borrowed.pth").write_text(borrowed + "\n")
         yield root
@@ -150,7 +204,8 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
     if os.geteuid() == 0:
         os.chown(state, *map(int, the("USER").split(":")))
     upstream = await setup.upstream(respond)
-    environ = image_environment() | service["environment"] | {"FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
+    given = {name: text for name, text in service["environment"].items() if not text.startswith("$")}
+    environ = image_environment() | given | {"FAL_KEY_FILE": str(secret), "HOME": "/nonexistent"}
     environ |= {"STATE_DIRECTORY": str(state), "FAL_PROXY_JOBS_PER_USER": "1/day"}
     environ |= {"FAL_PROXY_ADMIN_PORT": "0", "TMPDIR": str(temporary), "PYTHONPATH": ""}
     running = await start(setup, upstream, *service["command"], cwd=image, **environ)
@@ -168,16 +223,34 @@ async def test_container(setup: Setup, image: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def healthy(image: Path, port: int) -> bool:
-    """Return whether the Dockerfile's health check passes for the proxy on that port."""
+    """Return whether the health check passes for a proxy on that port, which is named in each of three ways."""
     options, _, command = the("HEALTHCHECK").partition("CMD ")
     (seconds,) = re.findall(r"--timeout=(\d+)s", options)
-    text = command.replace(INSTALLED, f"{image}{INSTALLED}")
-    assert str(DEFAULT_PORT) in text
-    process = await asyncio.create_subprocess_exec(
-        *argv(text.replace(str(DEFAULT_PORT), str(port))), stderr=subprocess.DEVNULL
-    )
-    async with asyncio.timeout(float(seconds)):
-        return await process.wait() == 0
+    program, *check = argv(command)
+    (script,) = [target for target, sources in copies() if sources == ["deploy/docker/healthcheck.py"]]
+    assert check[-1] == script
+    found = set()
+    for named, variable in (([], str(port)), (["--port", str(port)], "1"), ([f"--port={port}"], "")):
+        # A process that waits, with the arguments of the proxy.
+        proxy = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", *named, stdin=subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *(f"{image}/bin/{program}", *check[:-1], f"{image}{script}", str(proxy.pid)),
+            env={"FAL_PROXY_PORT": variable},
+            stderr=subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(float(seconds)):
+            found.add(await process.wait())
+        await proxy.communicate(b"\n")
+    assert len(found) == 1
+    return found == {0}
+
+
+def test_health_check_agrees() -> None:
+    """Without a port among arguments and variables it asks at the proxy's own default, and waits less than Docker."""
+    script = DOCKERFILE.with_name("healthcheck.py").read_text()
+    assert f"\nDEFAULT_PORT = {DEFAULT_PORT}\n" in script
+    (waits,) = re.findall(r"^TIMEOUT_S = (\d+)$", script, re.MULTILINE)
+    assert f"--timeout={int(waits) + 1}s" in the("HEALTHCHECK")
 
 
 def test_compose_is_right() -> None:
@@ -188,8 +261,10 @@ def test_compose_is_right() -> None:
 def test_compose_restarts_one_at_a_time() -> None:
     """Both share the loopback of a third service, so a restart of the proxy takes neither nginx nor its port away."""
     services = compose()["services"]
-    network, proxy, nginx = (services.pop(name) for name in ("network", "proxy", "nginx"))
+    network, proxy, nginx, redis = (services.pop(name) for name in ("network", "proxy", "nginx", "redis"))
     assert not services
+    assert (redis["network_mode"], redis["profiles"]) == ("service:network", ["redis"])
+    assert (["--bind", DEFAULT_ADDRESS], "ports" in redis) == (redis["command"][1:3], False)
     assert proxy["network_mode"] == nginx["network_mode"] == "service:network"
     assert (network["ports"], "ports" in proxy, "ports" in nginx) == (["443:443"], False, False)
     assert nginx["depends_on"] == {"proxy": {"condition": "service_healthy"}}  # once, at the start
@@ -215,10 +290,22 @@ def test_compose_agrees() -> None:
         assert service["cap_drop"] == ["ALL"]
         assert service["restart"] == "unless-stopped"
     assert proxy["environment"]["FAL_PROXY_ADDRESS"] == DEFAULT_ADDRESS
-    settings = parse_settings(proxy["command"], proxy["environment"] | {"FAL_KEY_FILE": "", "FAL_KEY": KEY})
+    environ = {name: text for name, text in proxy["environment"].items() if not text.startswith("$")}
+    substituted = {name: text for name, text in proxy["environment"].items() if name not in environ}
+    assert substituted == {name: f"${{{name}:-}}" for name in substituted}
+    environ |= {"FAL_KEY_FILE": "", "FAL_KEY": KEY}
+    settings = parse_settings(proxy["command"], environ | dict.fromkeys(substituted, ""))
+    assert settings.relay is not None
+    assert settings.relay.jobs_per_user is None
+    shown = dict(re.findall(r"^#   (FAL_\w+)=(.*)$", COMPOSE.read_text(), re.MULTILINE))
+    assert shown.keys() < substituted.keys()
+    limited = parse_settings(proxy["command"], environ | shown).relay
+    assert limited is not None
+    assert urlsplit(limited.store or "").netloc == f"{DEFAULT_ADDRESS}:6379"
     assert (settings.admin_address, settings.admin_port) == (DEFAULT_ADDRESS, ADMIN_PORT)
     assert settings.trusted_proxies.texts == (DEFAULT_ADDRESS,)
     assert proxy["tmpfs"] == ["/tmp"]
-    (volume,) = proxy["volumes"]
-    assert volume.split(":") == [*content["volumes"], image_environment()["STATE_DIRECTORY"]]
+    (volume,), (counts,) = proxy["volumes"], content["services"]["redis"]["volumes"]
+    assert volume.split(":") == ["state", image_environment()["STATE_DIRECTORY"]]
+    assert [*content["volumes"]] == ["state", counts.partition(":")[0]]
     assert content["secrets"].keys() == set(proxy["secrets"])

@@ -10,11 +10,14 @@ from tests.support.deploy_files import (
     DEPLOY,
     DOCKERFILE,
     GRAFANA,
+    INGRESS,
     KUBERNETES,
+    KUSTOMIZATION,
     NGINX,
     PROMETHEUS,
     SOCKET,
     UNIT,
+    VALUES,
 )
 from tests.unit.test_endpoints import CALLS
 from tornado_fal_proxy.config import (
@@ -31,6 +34,8 @@ from tornado_fal_proxy.service.settings import DEFAULT_ADDRESS, DEFAULT_PORT
 def test_all_files_are_known() -> None:
     """Every file of deploy/ is one that a test reads."""
     known = {NGINX, NGINX.with_name("auth-request.conf"), UNIT, SOCKET, DOCKERFILE, COMPOSE, KUBERNETES}
+    known |= {INGRESS, KUSTOMIZATION, VALUES}
+    known |= {DOCKERFILE.with_name("healthcheck.py"), *DOCKERFILE.parent.glob("requirements*.txt")}
     known |= {PROMETHEUS, PROMETHEUS.with_name("alerts.yaml"), PROMETHEUS.with_name("alerts_test.yaml"), GRAFANA}
     assert {file for file in DEPLOY.rglob("*") if file.is_file() and file.name != "fal_key"} == known
 

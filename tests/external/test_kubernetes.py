@@ -13,12 +13,24 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from tests.support.deploy_files import ADMIN_PORT, KUBERNETES, LONGEST_END_S, run, start, the
+from tests.support.deploy_files import (
+    ADMIN_PORT,
+    INGRESS,
+    KUBERNETES,
+    KUSTOMIZATION,
+    LONGEST_END_S,
+    NGINX,
+    VALUES,
+    run,
+    start,
+    the,
+)
 from tests.support.load import respond
 from tests.support.proxy import KEY, Setup
 from tests.support.raw_client import call
 from tests.support.tools import tool
 from tests.support.waiting import eventually
+from tornado_fal_proxy.config import DEFAULT_ROUTE
 from tornado_fal_proxy.service.options import parse_settings
 from tornado_fal_proxy.service.settings import DEFAULT_DRAIN_TIMEOUT_S
 
@@ -29,13 +41,74 @@ KUBERNETES_VERSIONS = ("1.29", "1.34")
 @pytest.fixture
 def kubernetes() -> dict[str, Any]:
     """Return the objects by kind."""
-    return {found["kind"]: found for found in yaml.safe_load_all(KUBERNETES.read_text())}
+    return {found["kind"]: found for file in (KUBERNETES, INGRESS) for found in yaml.safe_load_all(file.read_text())}
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_kubernetes_is_right(version: str) -> None:
     """Each object conforms to the schemas of Kubernetes, and has no field beyond them."""
-    run(tool("kubernetes-validate"), "--strict", "--quiet", f"--kubernetes-version={version}", KUBERNETES)
+    program = tool("kubernetes-validate")
+    run(program, "--strict", "--quiet", f"--kubernetes-version={version}", KUBERNETES, INGRESS, VALUES)
+
+
+def field_at(found: Any, path: str) -> tuple[Any, Any]:
+    """Return where kustomize puts a value by that path, as a list or an object, and an index or a name of it."""
+    *way, last = [name.replace("\\", "") for name in re.split(r"(?<!\\)\.", path)]
+    for name in way:
+        if match := re.fullmatch(r"\[(\w+)=(\w+)\]", name):
+            (found,) = [each for each in found if each[match[1]] == match[2]]
+        else:
+            found = found[int(name) if isinstance(found, list) else name]
+    return found, int(last) if isinstance(found, list) else last
+
+
+def test_values(kubernetes: dict[str, Any]) -> None:
+    """Each value has a place where the objects have the same value, and all that differs between clusters is one."""
+    kustomization, values = (yaml.safe_load(file.read_text()) for file in (KUSTOMIZATION, VALUES))
+    assert kustomization["resources"] == [KUBERNETES.name, INGRESS.name, VALUES.name]
+    assert values["metadata"]["annotations"] == {"config.kubernetes.io/local-config": "true"}
+    placed = {}
+    for replacement in kustomization["replacements"]:
+        source = replacement["source"]
+        name = source["fieldPath"].removeprefix("data.")
+        assert (source["kind"], source["name"]) == (values["kind"], values["metadata"]["name"])
+        for target in replacement["targets"]:
+            found = kubernetes[target["select"]["kind"]]
+            assert found["metadata"]["name"] == target["select"]["name"]
+            for path in target["fieldPaths"]:
+                inside, key = field_at(found, path)
+                text = values["data"][name]
+                if "options" in target:
+                    assert target["options"] == {"delimiter": "=", "index": 1}
+                    text = f"--trusted-proxies={text}"
+                assert inside[key] == text
+                inside[key] = placed[name] = f"<{name}>"
+    assert placed.keys() == values["data"].keys()
+    # No value stands in a place beside those.
+    assert not [text for text in values["data"].values() if re.search(rf"\b{re.escape(text)}\b(?!\.)", str(kubernetes))]
+
+
+def test_ingress(kubernetes: dict[str, Any]) -> None:
+    """The ingress has the route, the Service, and the sizes, limits and times of nginx's file."""
+    ingress = kubernetes["Ingress"]
+    name = {key.rpartition("/")[2]: text for key, text in ingress["metadata"]["annotations"].items()}
+    nginx = NGINX.read_text()
+
+    def of_nginx(pattern: str) -> str:
+        (text,) = re.findall(pattern, nginx, re.MULTILINE)
+        return str(text)
+
+    assert name["proxy-body-size"] == of_nginx(r"^ *client_max_body_size (\w+);")
+    assert {name["proxy-read-timeout"], name["proxy-send-timeout"]} == {of_nginx(r"^ *proxy_read_timeout (\d+)s;")}
+    assert name["limit-rps"] == of_nginx(r" rate=(\d+)r/s;")
+    assert int(name["limit-rps"]) * int(name["limit-burst-multiplier"]) == int(of_nginx(r" burst=(\d+) nodelay;"))
+    assert name["limit-connections"] == of_nginx(r"^ *limit_conn \w+ (\d+);")
+    assert (name["proxy-buffering"], name["proxy-next-upstream"]) == ("off", "off")
+    (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+    assert (path["path"], path["pathType"]) == (DEFAULT_ROUTE, "Exact")
+    service = kubernetes["Service"]
+    assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+    assert path["backend"]["service"]["port"] == {"name": service["spec"]["ports"][0]["name"]}
 
 
 def test_kubernetes_agrees(kubernetes: dict[str, Any]) -> None:
@@ -126,6 +199,10 @@ EGRESS = [
     ("dns", 53, "UDP", True),
     ("169.254.20.10", 53, "UDP", True),
     ("169.254.20.10", 53, "TCP", True),
+    ("10.96.0.10", 53, "UDP", True),
+    ("10.96.0.10", 53, "TCP", True),
+    ("10.96.0.10", 443, "TCP", False),
+    ("10.96.0.11", 53, "UDP", False),
     ("203.0.113.7", 443, "TCP", True),
     ("2001:db8::7", 443, "TCP", True),
     ("redis", 6379, "TCP", True),

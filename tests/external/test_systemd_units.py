@@ -56,6 +56,8 @@ def test_units_agree() -> None:
     assert service["Service.SuccessExitStatus"] == [str(EXIT_ABORTED)]
     assert service["Service.RestartPreventExitStatus"] == [str(EXIT_USAGE)]
     assert float(service["Service.TimeoutStopSec"][0]) > LONGEST_END_S
+    assert service["Service.MemoryMax"] == ["75%"]
+    assert f"systemctl enable --now {SOCKET.name} {UNIT.name}\n" in UNIT.read_text()
     program, *argv = shlex.split(service["Service.ExecStart"][0])
     assert program.startswith(INSTALLED)
     settings = parse_settings(argv, environment_of(service) | {"FAL_KEY_FILE": "", "FAL_KEY": KEY})

@@ -34,6 +34,9 @@ def start(*argv: str, match: str | tuple[str, ...], code: int = 2, environ: dict
     return Start(argv, environ or {}, (match,) if isinstance(match, str) else match, code)
 
 
+# How to install an extra, from what the operator has.
+INSTALL = r"pip install '\.\[{0}\]' in .* or pip install 'FILE\.whl\[{0}\]' with its wheel\Z"
+
 FAILS = [
     # The key.
     start(match=r"no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET"),
@@ -73,7 +76,7 @@ FAILS = [
     start("completion", KEY, match=r"completion: takes the name of a shell, one of bash, zsh, fish\Z"),
     start(
         *("completion", "bash"),
-        match=r"completion needs shtab: pip install 'tornado-fal-proxy\[completion\]'",
+        match=r"completion needs shtab: " + INSTALL.format("completion"),
         environ={"PYTHONPATH": "{shim}"},
     ),
     start("--por=1", match=r"unknown: --por \(did you mean --port\?\); "),
@@ -130,7 +133,7 @@ FAILS = [
     # Spending.
     start("--store=redis://:{secret}@h:x", match=r"--store: must be sqlite:PATH, redis://", environ=WITH_KEY),
     start(
-        match=r"FAL_PROXY_STORE: needs more packages for Redis: pip install 'tornado-fal-proxy\[redis\]'\Z",
+        match=r"FAL_PROXY_STORE: needs more packages for Redis: " + INSTALL.format("redis"),
         environ={"FAL_PROXY_STORE": "redis://:{secret}@h", "PYTHONPATH": "{shim}", **WITH_KEY},
     ),
     start("--user-header=X-User", match=r": --user-header: needs --trusted-proxies", environ=WITH_KEY),
@@ -215,7 +218,7 @@ FAILS = [
     # The sandbox.
     start(
         "--sandbox",
-        match=r"--sandbox needs more packages \(.*trustme.*\): pip install 'tornado-fal-proxy\[sandbox\]'",
+        match=r"--sandbox needs more packages \(.*trustme.*\): " + INSTALL.format("sandbox"),
         environ={"PYTHONPATH": "{shim}"},
     ),
     start("--sandbox", "--connect-to=a:1", match=r"--connect-to: the sandbox sets it"),

@@ -21,6 +21,9 @@ NGINX = DEPLOY / "nginx/tornado-fal-proxy.conf"
 UNIT, SOCKET = (DEPLOY / f"systemd/tornado-fal-proxy.{kind}" for kind in ("service", "socket"))
 DOCKERFILE, COMPOSE = DEPLOY / "docker/Dockerfile", DEPLOY / "docker/compose.yaml"
 KUBERNETES = DEPLOY / "kubernetes/tornado-fal-proxy.yaml"
+INGRESS, KUSTOMIZATION, VALUES = (
+    KUBERNETES.with_name(f"{name}.yaml") for name in ("ingress", "kustomization", "values")
+)
 PROMETHEUS, GRAFANA = DEPLOY / "prometheus/prometheus.yaml", DEPLOY / "grafana/dashboard.json"
 
 INSTALLED = "/opt/tornado-fal-proxy"
@@ -37,11 +40,19 @@ def run(*command: str | Path, **more: Any) -> str:
     return str(ended.stdout)
 
 
-def instructions() -> list[tuple[str, str]]:
-    """Return the lines of the Dockerfile, each as the name of an instruction and its arguments."""
+def instructions(target: str = "") -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions for that stage, or for the last, each as its name and its arguments."""
     lines = re.sub(r"\\\n *", "", DOCKERFILE.read_text()).splitlines()
-    pairs = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
-    return [(name, rest) for name, rest in pairs]
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for line in lines:
+        name, _, rest = line.partition(" ")
+        if name == "FROM":
+            stage = stages.setdefault(rest.partition(" AS ")[2], [])
+        if name.isupper() and name != "ARG":
+            stage.append((name, rest))
+    first, *_ = stages[target]
+    needed = {first[1].split(" ")[0], *re.findall(r"--from=(\S+)", str(stages[target]))} & stages.keys()
+    return [line for stage_name in stages if stage_name in needed for line in instructions(stage_name)] + stages[target]
 
 
 def the(name: str) -> str:

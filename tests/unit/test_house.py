@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Which room or module may import which, beside itself. The command may import everything, and nothing the command.
 CROSSINGS = {
     "_version": set(),
+    "_extras": set(),
     "_sweep": set(),
     "errors": set(),
     "memory": set(),
@@ -23,7 +24,7 @@ CROSSINGS = {
     "credentials": {"errors"},
     "option_fields": {"rules"},
     "config": {"rules", "spending", "option_fields", "credentials", "errors"},
-    "spending": {"rules", "errors"},
+    "spending": {"rules", "errors", "_extras"},
     "telemetry": {"rules", "errors"},
     "upstream": {"rules", "config", "memory", "errors", "_sweep"},
     "relay": {"upstream", "rules", "spending", "config", "telemetry", "errors", "_sweep"},

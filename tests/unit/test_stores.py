@@ -244,7 +244,7 @@ def test_redis_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "tornado_fal_proxy.spending.redis_store", None)
-    with pytest.raises(ValueError, match=r"pip install 'tornado-fal-proxy\[redis\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[redis\]' in the folder of this project, or "):
         parse_store("redis://localhost")
 
 

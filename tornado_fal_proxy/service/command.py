@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TextIO
 from tornado.netutil import bind_sockets
 
 from tornado_fal_proxy import memory
+from tornado_fal_proxy._extras import install
 from tornado_fal_proxy._version import __version__
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.logs import Fields, JsonFormatter, PlainFormatter
@@ -93,7 +94,7 @@ def _settings(argv: Sequence[str]) -> tuple[Settings, Sandbox | None]:
     """Return the settings, and the sandbox if there is to be one. Raise ConfigError, also for a missing package."""
     settings = parse_settings(argv, os.environ)
     if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
-        raise ConfigError(["--admin-port needs prometheus_client: pip install 'tornado-fal-proxy[metrics]'"])
+        raise ConfigError([f"--admin-port needs prometheus_client: {install('metrics')}"])
     return settings, _make_sandbox() if settings.sandbox else None
 
 
@@ -124,7 +125,7 @@ def _make_sandbox() -> Sandbox:
     try:
         from tornado_fal_proxy.sandbox import Sandbox  # needs an extra
     except ImportError as exc:
-        raise ConfigError([f"--sandbox needs more packages ({exc}): pip install 'tornado-fal-proxy[sandbox]'"]) from exc
+        raise ConfigError([f"--sandbox needs more packages ({exc}): {install('sandbox')}"]) from exc
     return Sandbox()
 
 

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from tornado_fal_proxy._extras import install
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.service.arguments import COMMANDS, make_parser
 from tornado_fal_proxy.service.usage import usage_parser
@@ -26,7 +27,7 @@ def completion(argv: Sequence[str]) -> str:
     try:
         import shtab  # needs an extra
     except ImportError:
-        raise ConfigError(["completion needs shtab: pip install 'tornado-fal-proxy[completion]'"]) from None
+        raise ConfigError([f"completion needs shtab: {install('completion')}"]) from None
     parser = make_parser()
     commands: Any = parser.add_subparsers()
     about = {name: text for name, (_, text) in COMMANDS.items()}

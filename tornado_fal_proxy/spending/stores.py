@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from tornado_fal_proxy._extras import install
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
 from tornado_fal_proxy.spending.store import Store
 
@@ -65,7 +66,7 @@ def _redis(url: str) -> Store:
     try:
         from tornado_fal_proxy.spending.redis_store import RedisStore  # costs memory, and is not installed everywhere
     except ImportError:
-        raise ValueError("needs more packages for Redis: pip install 'tornado-fal-proxy[redis]'") from None
+        raise ValueError(f"needs more packages for Redis: {install('redis')}") from None
     try:
         return RedisStore(url)
     except ValueError:
