@@ -446,6 +446,62 @@ async def test_a_budget_needs_a_price(setup: Setup, store: FakeStore) -> None:
     assert "prices" in response.message
 
 
+# Notes that make no room wait for the next reservation.
+WITHOUT_UNFINISHED = LIMITS | {"unfinished_jobs_per_user": None}
+LATE: list[tuple[str, str, Handler, dict[str, Any], bool]] = [
+    ("a bill as estimated", RUN, bills("2"), WITHOUT_UNFINISHED, True),
+    ("a larger bill", RUN, bills("3"), WITHOUT_UNFINISHED, True),
+    ("no bill", RUN, fine, WITHOUT_UNFINISHED, True),
+    ("a smaller bill", RUN, bills("1"), WITHOUT_UNFINISHED, False),
+    ("a smaller bill without a budget", RUN, bills("1"), WITHOUT_UNFINISHED | {"budget_per_user": None}, True),
+    ("a failure", RUN, responds(500), WITHOUT_UNFINISHED, False),
+    ("unfinished jobs", RUN, bills("2"), LIMITS, False),
+    ("a job", QUEUE, bills("0", 200, SUBMITTED), WITHOUT_UNFINISHED, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "handler", "limits", "late"), [row[1:] for row in LATE], ids=[row[0] for row in LATE]
+)
+@pytest.mark.gen_test
+async def test_what_makes_no_room_is_written_late(
+    setup: Setup,
+    store: FakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    handler: Handler,
+    limits: dict[str, Any],
+    late: bool,
+) -> None:
+    """A response waits for its note only where another call may have room then, or where polls need the job.
+
+    A crash before a late note leaves the estimate. The note goes to the store before the next reservation.
+    """
+    monkeypatch.setattr("tornado_fal_proxy.spending.ledger.NOTE_DELAY_S", 3600)
+    port = setup.proxy(await setup.upstream(handler), **limits)
+    for number in (1, 2):
+        await call(port, target=target)
+        written = [name for name in store.done if name not in ("open", "prune", "reserve")]
+        assert len(written) == (number - 1 if late else number)
+        if late:
+            assert store.sums()[0] == number
+            (estimate,) = [each.cost for each in store.jobs.values() if not (each.settled or each.ended)]
+            assert estimate == 20_000
+    names = [name for name in store.done if name not in ("open", "prune")]
+    assert names == ["reserve", written[0], "reserve", *written[1:]]
+
+
+@pytest.mark.gen_test
+async def test_late_notes_are_written_without_a_reservation(setup: Setup, store: FakeStore) -> None:
+    """A note does not wait for a call that never comes, nor for the end of the process."""
+    port, backend = setup.proxy_and_backend(await setup.upstream(bills("3")), **WITHOUT_UNFINISHED)
+    await call(port)
+    await eventually(lambda: store.sums() == (1, 30_000, 0))
+    await call(port)
+    await backend().ledger.flush()
+    assert store.sums() == (2, 60_000, 0)
+
+
 # The store fails.
 
 
