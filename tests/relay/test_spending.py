@@ -22,7 +22,7 @@ from tornado_fal_proxy import Call, FalProxyHandler, Target
 from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.ledger import OPERATIONS, Ledger
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
-from tornado_fal_proxy.spending.store import StoreFailed
+from tornado_fal_proxy.spending.store import END, GIVE_BACK, SETTLE, Note, StoreFailed
 
 RUN, QUEUE, WMA = "https://fal.run/fal-ai/flux/dev", "https://queue.fal.run/fal-ai/flux/dev", "https://wma.fal.run"
 TOKEN, UPLOAD = "https://rest.fal.ai/tokens/", "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn-v3"
@@ -545,11 +545,13 @@ async def test_failures_are_counted(setup: Setup, store: FakeStore, logs: Logs) 
         await ledger.may_read("2", "ann")
     with pytest.raises(StoreFailed):
         await ledger.usage("2026-11-27", "2026-11-27")
-    for note in (
-        *(ledger.settle("1", 1, 1), ledger.end("1"), ledger.give_back("1"), ledger.submitted("1", "3", "ann", "a/b")),
-        *(ledger.end_job("3"), ledger.settle_job("3", 1)),
+    ledger.note(Note(END, "1"))
+    await ledger.flush()
+    for noted in (
+        *(ledger.note_now(Note(SETTLE, "1", 1, 1)), ledger.note_now(Note(GIVE_BACK, "1"))),
+        *(ledger.submitted("1", "3", "ann", "a/b"), ledger.end_job("3"), ledger.settle_job("3", 1)),
     ):
-        await ledger.wait(note)
+        await ledger.wait(noted)
     await ledger.flush()
     assert ledger.failures == dict.fromkeys(OPERATIONS, 1) | {"end": 2, "settle": 2}
     await ledger.closed()

@@ -125,6 +125,8 @@ class Ledger:
         """Return what the store's usage() does. Raise StoreFailed."""
         try:
             await self._open()
+            if self._notes:
+                self._write()
             return await self._store.usage(*period)
         except StoreFailed:
             self.failures["usage"] += 1
