@@ -17,14 +17,12 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import sys
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tornado.iostream import StreamClosedError
 from tornado.web import stream_request_body
 
+from tornado_fal_proxy._tasks import EagerTask
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.credentials import authorization_line
 from tornado_fal_proxy.errors import (
@@ -57,11 +55,6 @@ __all__ = ["FalProxyHandler"]
 logger = logging.getLogger("tornado_fal_proxy")
 
 _DEFAULT_CONFIG = ProxyConfig()
-
-# From Python 3.12 on a task can take its first step when it is made.
-_EagerTask: Callable[..., asyncio.Task[None]] = (
-    partial(asyncio.Task, eager_start=True) if sys.version_info >= (3, 12) else asyncio.Task
-)
 
 
 @stream_request_body
@@ -105,7 +98,7 @@ class FalProxyHandler(PayingResponse):
     def _execute(self, transforms: list[Any], *args: bytes, **kwargs: bytes) -> Any:
         """Serve the request as Tornado's does, but take the first step at once, and not in the loop's next turn."""
         served = self._serve(super()._execute(transforms, *args, **kwargs))
-        return _EagerTask(served, loop=asyncio.get_running_loop())
+        return EagerTask(served, loop=asyncio.get_running_loop())
 
     async def _serve(self, execution: Any) -> None:
         """Serve the request, and release what the call holds at its end.

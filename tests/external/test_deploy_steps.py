@@ -87,8 +87,8 @@ def test_systemd(tmp_path: Path) -> None:
 def test_systemd_is_installed_as_in_the_image() -> None:
     """The proxy is installed where the unit starts it, with the extras of the image."""
     make, install = PAGE.command("install").splitlines()
-    (extras,) = re.findall(r"pip install .*('\.\[.*\]')", DOCKERFILE.read_text())
-    assert install.endswith(f"/bin/pip install {extras}")
+    (extras,) = re.findall(r"pip install .*\[(br,.*)\]", DOCKERFILE.read_text())
+    assert install.endswith(f"/bin/pip install '.[{extras}]'")
     assert f"ExecStart={make.split()[-1]}/bin/tornado-fal-proxy " in UNIT.read_text()
     health, journal = PAGE.command("look").splitlines()
     (address,) = re.findall(r"^ListenStream=(.*)", SOCKET.read_text(), re.MULTILINE)

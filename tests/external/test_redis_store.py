@@ -262,7 +262,7 @@ async def test_reservation_whose_response_is_lost(own: RedisServer) -> None:
         waiting = asyncio.ensure_future(store.reserve(reservation("2")))
         await asyncio.sleep(0.05)
         # Redis does the command that is in its buffer, and then finds that the client is gone.
-        await store._redis.connection_pool.disconnect()
+        await store._connection.disconnect()
         own.signal(signal.SIGCONT)
         assert (await waiting).used[:2] == [2, 2]
         row = (await store.usage("2026-12-31", "2026-12-31")).total

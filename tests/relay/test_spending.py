@@ -22,7 +22,7 @@ from tornado_fal_proxy import Call, FalProxyHandler, Target
 from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.ledger import OPERATIONS, Ledger
 from tornado_fal_proxy.spending.sqlite_store import SqliteStore
-from tornado_fal_proxy.spending.store import StoreFailed
+from tornado_fal_proxy.spending.store import END, GIVE_BACK, SETTLE, Note, StoreFailed
 
 RUN, QUEUE, WMA = "https://fal.run/fal-ai/flux/dev", "https://queue.fal.run/fal-ai/flux/dev", "https://wma.fal.run"
 TOKEN, UPLOAD = "https://rest.fal.ai/tokens/", "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn-v3"
@@ -446,6 +446,62 @@ async def test_a_budget_needs_a_price(setup: Setup, store: FakeStore) -> None:
     assert "prices" in response.message
 
 
+# Notes that make no room wait for the next reservation.
+WITHOUT_UNFINISHED = LIMITS | {"unfinished_jobs_per_user": None}
+LATE: list[tuple[str, str, Handler, dict[str, Any], bool]] = [
+    ("a bill as estimated", RUN, bills("2"), WITHOUT_UNFINISHED, True),
+    ("a larger bill", RUN, bills("3"), WITHOUT_UNFINISHED, True),
+    ("no bill", RUN, fine, WITHOUT_UNFINISHED, True),
+    ("a smaller bill", RUN, bills("1"), WITHOUT_UNFINISHED, False),
+    ("a smaller bill without a budget", RUN, bills("1"), WITHOUT_UNFINISHED | {"budget_per_user": None}, True),
+    ("a failure", RUN, responds(500), WITHOUT_UNFINISHED, False),
+    ("unfinished jobs", RUN, bills("2"), LIMITS, False),
+    ("a job", QUEUE, bills("0", 200, SUBMITTED), WITHOUT_UNFINISHED, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "handler", "limits", "late"), [row[1:] for row in LATE], ids=[row[0] for row in LATE]
+)
+@pytest.mark.gen_test
+async def test_what_makes_no_room_is_written_late(
+    setup: Setup,
+    store: FakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    handler: Handler,
+    limits: dict[str, Any],
+    late: bool,
+) -> None:
+    """A response waits for its note only where another call may have room then, or where polls need the job.
+
+    A crash before a late note leaves the estimate. The note goes to the store before the next reservation.
+    """
+    monkeypatch.setattr("tornado_fal_proxy.spending.ledger.NOTE_DELAY_S", 3600)
+    port = setup.proxy(await setup.upstream(handler), **limits)
+    for number in (1, 2):
+        await call(port, target=target)
+        written = [name for name in store.done if name not in ("open", "prune", "reserve")]
+        assert len(written) == (number - 1 if late else number)
+        if late:
+            assert store.sums()[0] == number
+            (estimate,) = [each.cost for each in store.jobs.values() if not (each.settled or each.ended)]
+            assert estimate == 20_000
+    names = [name for name in store.done if name not in ("open", "prune")]
+    assert names == ["reserve", written[0], "reserve", *written[1:]]
+
+
+@pytest.mark.gen_test
+async def test_late_notes_are_written_without_a_reservation(setup: Setup, store: FakeStore) -> None:
+    """A note does not wait for a call that never comes, nor for the end of the process."""
+    port, backend = setup.proxy_and_backend(await setup.upstream(bills("3")), **WITHOUT_UNFINISHED)
+    await call(port)
+    await eventually(lambda: store.sums() == (1, 30_000, 0))
+    await call(port)
+    await backend().ledger.flush()
+    assert store.sums() == (2, 60_000, 0)
+
+
 # The store fails.
 
 
@@ -489,11 +545,13 @@ async def test_failures_are_counted(setup: Setup, store: FakeStore, logs: Logs) 
         await ledger.may_read("2", "ann")
     with pytest.raises(StoreFailed):
         await ledger.usage("2026-11-27", "2026-11-27")
-    for note in (
-        *(ledger.settle("1", 1, 1), ledger.end("1"), ledger.give_back("1"), ledger.submitted("1", "3", "ann", "a/b")),
-        *(ledger.end_job("3"), ledger.settle_job("3", 1)),
+    ledger.note(Note(END, "1"))
+    await ledger.flush()
+    for noted in (
+        *(ledger.note_now(Note(SETTLE, "1", 1, 1)), ledger.note_now(Note(GIVE_BACK, "1"))),
+        *(ledger.submitted("1", "3", "ann", "a/b"), ledger.end_job("3"), ledger.settle_job("3", 1)),
     ):
-        await ledger.wait(note)
+        await ledger.wait(noted)
     await ledger.flush()
     assert ledger.failures == dict.fromkeys(OPERATIONS, 1) | {"end": 2, "settle": 2}
     await ledger.closed()

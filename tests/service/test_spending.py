@@ -80,13 +80,16 @@ async def test_users_behind_a_proxy(setup: Setup, tmp_path: Path, processes: str
         (10, "fal_proxy_billed_units_total", {"endpoint": "fal-ai/flux/*"}),
         (37, "fal_proxy_spending_refusals_total", {"limit": "jobs_per_user"}),
     )
-    shown = json.loads((await call(admin, "GET", target=None, path="/usage.json?since=1d&by=user")).body)
-    assert [(row["user"], row["jobs"], row["refused"], row["cost"]) for row in shown["rows"]] == [
+    expected = [
         ("grün", 1, 0, 2.0),
         ("ann@example.com", 3, 37, 0.15),
         ("address:127.0.0.1", 1, 0, 0.05),
         ("bob", 1, 0, 0.05),
     ]
+    found = None
+    while found != expected:  # the process that admin speaks to may not be the one that has the last bill
+        shown = json.loads((await call(admin, "GET", target=None, path="/usage.json?since=1d&by=user")).body)
+        found = [(row["user"], row["jobs"], row["refused"], row["cost"]) for row in shown["rows"]]
     assert (await call(admin, "GET", target=None, path="/usage")).status == 200
     asked = usage(f"--config={options}", "--format=json", "--since=1d")
     assert json.loads(asked.stdout) == shown

@@ -194,8 +194,8 @@ async def test_damaged(path: Path) -> None:
     async with opened(path) as store:
         await asyncio.gather(*(store.reserve(reservation(str(i), limit=999)) for i in range(500)))
     with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(os.urandom(path.stat().st_size - 4096))
+        file.seek(16_384)  # behind the schema
+        file.write(os.urandom(path.stat().st_size - 16_384))
     async with opened(path) as store:
         await fails(store, path, "the file is damaged: stop the proxy, and restore the file or remove it")
 

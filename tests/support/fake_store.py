@@ -2,12 +2,16 @@
 
 import asyncio
 from collections import Counter as Counts
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tornado_fal_proxy.spending.store import (
     DIMENSIONS,
+    RENAME,
+    SETTLE,
     Account,
+    Note,
     Reservation,
     Standing,
     StoreFailed,
@@ -40,6 +44,7 @@ class FakeStore:
         self.failing = ""
         self.gate: asyncio.Event | None = None
         self.is_open = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def _do(self, name: str) -> None:
         self.done.append(name)
@@ -57,6 +62,8 @@ class FakeStore:
         self.is_open = False
 
     async def reserve(self, job: Reservation) -> Standing:
+        for task in [*self._tasks]:
+            await task  # what was asked before
         await self._do("reserve")
         counters = [*((each, job.jobs) for each in job.job_counters), *((each, job.cost) for each in job.cost_counters)]
         unfinished = self.unfinished(job.user)
@@ -97,6 +104,21 @@ class FakeStore:
                 self.used[counter.key] -= kept.job.jobs
             for counter in kept.job.cost_counters:
                 self.used[counter.key] -= kept.cost
+
+    def note(self, notes: Sequence[Note], done: Callable[[StoreFailed | None], None]) -> None:
+        async def note_all() -> None:
+            failure = None
+            for note in notes:
+                arguments: dict[str, tuple[Any, ...]] = {SETTLE: (note.units, note.cost), RENAME: (note.new_id,)}
+                try:
+                    await getattr(self, note.kind)(note.job_id, *arguments.get(note.kind, ()))
+                except StoreFailed as exc:
+                    failure = exc
+            done(failure)
+
+        task = asyncio.ensure_future(note_all())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def owner(self, job_id: str) -> str | None:
         await self._do("owner")

@@ -5,7 +5,7 @@ have, and closes and opens them in between. It has a loop of its own.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,11 +15,17 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from tornado_fal_proxy.spending.limits import Window
 from tornado_fal_proxy.spending.store import (
     DIMENSIONS,
+    END,
+    GIVE_BACK,
+    RENAME,
+    SETTLE,
     Account,
     Counter,
+    Note,
     Reservation,
     Standing,
     Store,
+    StoreFailed,
     Usage,
     day_of,
     first_without_room,
@@ -125,7 +131,7 @@ class Model:
     def standing(self, job: Reservation, refused_by: int | None) -> Standing:
         """Return how things stand."""
         used = [self.used(counter) for counter in (*job.job_counters, *job.cost_counters)]
-        return Standing(used, self.unfinished(job.user, job.at), refused_by)
+        return Standing(used, 0 if job.max_unfinished is None else self.unfinished(job.user, job.at), refused_by)
 
     def reserve(self, job: Reservation) -> Standing:
         """Reserve a job if there is room."""
@@ -159,6 +165,17 @@ class Model:
         """Forget a job that did not run."""
         if job_id in self.jobs and not self.jobs[job_id].settled:
             del self.jobs[job_id]
+
+    def note(self, note: Note) -> None:
+        """Note what became of a job."""
+        if note.kind == SETTLE:
+            self.settle(note.job_id, note.units, note.cost)
+        elif note.kind == END:
+            self.end(note.job_id)
+        elif note.kind == RENAME:
+            self.rename(note.job_id, note.new_id)
+        else:
+            self.give_back(note.job_id)
 
     def usage(self) -> list[Usage]:
         """Return the account."""
@@ -200,6 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.model, self.now, self.count = Model(), NOON, 0
         self.late: list[Operation] = []
+        self.notes: list[Note] = []
         self.prepare()
         self.stores = [type(self).make() for _ in range(1 + self.shared)]
         for store in self.stores:
@@ -213,9 +231,13 @@ class StoreMachine(RuleBasedStateMachine):
         """Return the store that is used at present."""
         return self.stores[0]
 
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine to its end."""
-        return self.runner.run(coroutine)
+    def run(self, awaitable: Awaitable[Any]) -> Any:
+        """Await something to its end."""
+
+        async def run() -> Any:
+            return await awaitable
+
+        return self.runner.run(run())
 
     def both(self, operation: Operation, times: int) -> None:
         """Do an operation on the store and the model, once or more."""
@@ -273,6 +295,53 @@ class StoreMachine(RuleBasedStateMachine):
             self.late.append(operation)
         else:
             self.both(operation, times)
+
+    @rule(
+        id=ids,
+        kind=st.sampled_from((SETTLE, END, GIVE_BACK, RENAME)),
+        cost=st.none() | st.integers(0, 12),
+        units=st.integers(0, 3_000_000),
+        new=st.sampled_from(("fal-1", "fal-2")),
+    )
+    def note_later(self, id: str, kind: str, units: int, cost: int | None, new: str) -> None:
+        """Keep a note of a job in this process, as the ledger does."""
+        self.notes.append(Note(kind, id, units, cost, new))
+
+    @rule(target=ids, again=st.none() | ids, new=st.booleans(), max_unfinished=st.sampled_from((None, 1, 2)))
+    def write_notes(self, again: str | None, new: bool, max_unfinished: int | None) -> Any:
+        """Write the notes together with reservations that are asked before and behind them, one of them a second time.
+
+        The store does all of it at once, in order.
+        """
+        self.count += 1
+        first = reservation(f"{self.count}-first", at=self.now)
+        last = replace(reservation(f"{self.count}-last", at=self.now), max_unfinished=max_unfinished)
+        notes = [*self.notes, *([Note(GIVE_BACK, first.id)] if new else [])]
+        if again is not None:
+            notes.append(Note(END, again))
+        self.notes = []
+
+        async def together() -> list[Standing]:
+            failures: asyncio.Future[StoreFailed | None] = asyncio.get_running_loop().create_future()
+            before = asyncio.ensure_future(self.store.reserve(first))
+            await asyncio.sleep(0)  # it is asked
+            self.store.note(notes, failures.set_result)
+            after = asyncio.ensure_future(self.store.reserve(last))
+            assert await failures is None
+            return [await before, await after]
+
+        standings = self.run(together())
+        expected = [self.model.reserve(first)]
+        for note in notes:
+            self.model.note(note)
+        assert standings == [*expected, self.model.reserve(last)]
+        return multiple(first.id, last.id)
+
+    @rule()
+    def crash(self) -> None:
+        """Lose what was not written, and what was to come: then the estimates stay."""
+        self.notes, self.late = [], []
+        self.restart()
 
     @rule()
     def catch_up(self) -> None:

@@ -34,11 +34,12 @@ TAGS = "x-fal-tags"
 
 
 class Payer(NamedTuple):
-    """The user of a paid call, and what they may do."""
+    """The user of a paid call, what they may do, and the endpoint that they call."""
 
     rules: SpendingRules
     user: str
     plan: Plan
+    endpoint: str
 
 
 class PayingResponse(HookedResponse):
@@ -87,10 +88,11 @@ class PayingResponse(HookedResponse):
                 self._spent = JobCall(backend.ledger, job_id, target.kind)
         elif target.paid:
             user, plan = await self._identify(rules, backend, target)
-            self._payer = Payer(rules, user, plan)
+            endpoint = target.endpoint
+            self._payer = Payer(rules, user, plan, endpoint)
             if rules.tags_users:
                 self._tags = (f"{TAGS}: {tag_of(user)}".encode(),)
-            call.user, call.plan, call.endpoint = user, plan.name, target.endpoint
+            call.user, call.plan, call.endpoint = user, plan.name, endpoint
             if plan.access is not None:
                 plan.access.check(target.method, target)
 
@@ -123,17 +125,18 @@ class PayingResponse(HookedResponse):
 
     async def _reserve(self, payer: Payer, backend: Backend, target: Target, body: bytes) -> None:
         """Reserve a paid call. Raise a ProxyError where it may not run; then nothing of it is left in the store."""
-        rules, user, plan = payer
+        rules, user, plan, endpoint = payer
         if plan.access is not None and plan.access.needs_body(target):
             plan.access.check_body(target, body)
         if self._config.check_input is not None or type(self).check_input is not PayingResponse.check_input:
             await self._ask(self.check_input, target, body)
         if not rules.needs_store:
             return
-        units = await self._estimate(target, body)
+        units = None if self._config.input_units is None else await self._estimate(target, body)
         ledger = backend.ledger
-        own_id = f"{random.getrandbits(128):032x}"
-        terms = rules.terms(user, plan, target.endpoint, units, ledger.now(), own_id)
+        now = ledger.now()
+        own_id = f"{int(now):08x}{random.getrandbits(96):024x}"  # by time, because a store keeps neighbours together
+        terms = rules.terms(user, plan, endpoint, units, now, own_id)
         paid = PaidCall(ledger, terms, queued=target.host == QUEUE_HOST)
         await paid.reserve()
         self._spent = paid

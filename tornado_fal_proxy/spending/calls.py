@@ -25,7 +25,7 @@ from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.plans import Terms
 from tornado_fal_proxy.spending.prices import billed_units
 from tornado_fal_proxy.spending.refusals import limit_fields, refusal
-from tornado_fal_proxy.spending.store import Standing
+from tornado_fal_proxy.spending.store import END, GIVE_BACK, SETTLE, Note, Standing
 
 __all__ = ["JobCall", "PaidCall", "SpendingCall", "submitted_id"]
 
@@ -100,6 +100,8 @@ class PaidCall:
         self._standing: Standing | None = None
         self._over = self._given_back = False
         self._body = b""
+        self._billed_by: ResponseHead | None = None
+        self._known_bill: tuple[int, int | None] | None = None
 
     async def reserve(self) -> None:
         """Reserve the call. Raise SpendingRefused or StoreUnavailable."""
@@ -129,12 +131,14 @@ class PaidCall:
             jobs = cost = unfinished = 0
         elif head is not None and not head.streams and not self._is_taken(head):
             unfinished = 0
-            if (units := billed_units(head.headers)) is not None:
-                cost = self._cost_of(units) or 0
+            if (bill := self._bill(head)) is not None:
+                cost = bill[1] or 0
             elif did_not_run(head.status):
                 jobs = cost = 0
-        more = [jobs - job.jobs] * len(job.job_counters) + [cost - job.cost] * len(job.cost_counters)
-        used = [value + each for value, each in zip(self._standing.used, more, strict=True)]
+        used = self._standing.used
+        if (jobs, cost) != (job.jobs, job.cost):
+            more = [jobs - job.jobs] * len(job.job_counters) + [cost - job.cost] * len(job.cost_counters)
+            used = [value + each for value, each in zip(used, more, strict=True)]
         standing = Standing(used, self._standing.unfinished - 1 + unfinished, None)
         return limit_fields(self._terms, standing, self._ledger.now())
 
@@ -145,8 +149,8 @@ class PaidCall:
 
     async def complete(self, head: ResponseHead) -> None:
         """Settle, give back or end the call, or give its job fal's id."""
-        if self._is_first_end():
-            await self._ledger.wait(self._note(head, ends=True))
+        if self._is_first_end() and (noted := self._note(head, ends=True)) is not None:
+            await noted
 
     def abandon(self, head: ResponseHead | None, *, sent: bool) -> None:
         """Give the call back if it did not leave. Otherwise note what the head says, if that is all there is to say."""
@@ -164,27 +168,40 @@ class PaidCall:
 
     def _note(self, head: ResponseHead, *, ends: bool) -> asyncio.Future[None] | None:
         """Note what a head says of the call. Where it says nothing, ``ends`` tells whether the call is over."""
+        job = self._terms.reservation
         if self._is_taken(head):
             return self._submitted(head)
-        if (units := billed_units(head.headers)) is not None:
-            self.units, self.cost, self.billed = units, self._cost_of(units), True
-            return self._ledger.settle(self._id, units, self.cost)
+        if (bill := self._bill(head)) is not None:
+            (self.units, self.cost), self.billed = bill, True
+            note = Note(SETTLE, self._id, *bill)
+            return self._write(note, bool(job.cost_counters) and (self.cost or 0) < job.cost)
         if did_not_run(head.status):
             return self._give_back()
-        return self._ledger.end(self._id) if ends else None
+        return self._write(Note(END, self._id), False) if ends else None
+
+    def _write(self, note: Note, makes_room: bool) -> asyncio.Future[None] | None:
+        """Note it, and return what to wait for: only where another call may have room then."""
+        if makes_room or self._terms.reservation.max_unfinished is not None:
+            return self._ledger.note_now(note)
+        self._ledger.note(note)
+        return None
 
     def _is_taken(self, head: ResponseHead) -> bool:
         """Tell whether fal has taken a job into its queue."""
         return self._queued and 200 <= head.status < 300
 
-    def _cost_of(self, units: int) -> int | None:
-        price = self._terms.price
-        return None if price is None else price.cost(units)
+    def _bill(self, head: ResponseHead) -> tuple[int, int | None] | None:
+        """Return the units and the cost that a head bills; None where it has no bill."""
+        if self._billed_by is not head:
+            units, price = billed_units(head.headers), self._terms.price
+            self._billed_by = head
+            self._known_bill = None if units is None else (units, None if price is None else price.cost(units))
+        return self._known_bill
 
-    def _give_back(self) -> asyncio.Future[None]:
+    def _give_back(self) -> asyncio.Future[None] | None:
         self._given_back = True
         self.units, self.cost = 0, None if self.cost is None else 0
-        return self._ledger.give_back(self._id)
+        return self._write(Note(GIVE_BACK, self._id), True)
 
     def _submitted(self, head: ResponseHead) -> asyncio.Future[None] | None:
         self.job_id = submitted_id(head, self._body)

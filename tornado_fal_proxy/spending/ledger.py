@@ -1,8 +1,10 @@
 """Stand between paid calls and the store: open it, keep what is asked of it in order, log its failures.
 
-Strategy. A reservation is awaited, because a call must not leave without it. All else happens beside the calls: it is a
-task that the ledger keeps until it is done, and that a response waits for only a moment. So a client whose job has
-ended finds its place free at once, and a store that hangs holds up no result.
+Strategy. A reservation is awaited, because a call must not leave without it. All else happens beside the calls, and a
+response waits for it only a moment. A note that makes room for other calls is written at once, and the response waits,
+so a client whose job has ended finds its place free, in every process. All other notes wait for company, for some
+milliseconds: they go to the store with the next reservation, in one transaction. kill -9 loses them, and the estimates
+stay. A store that hangs holds up no result.
 
 A small memory of jobs saves the store from polls: it has who submitted a job, and whether it has ended already.
 """
@@ -11,23 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
+from tornado_fal_proxy._tasks import EagerTask
 from tornado_fal_proxy.errors import StoreUnavailable
 from tornado_fal_proxy.spending.plans import SpendingRules, Terms
-from tornado_fal_proxy.spending.store import Account, Standing, Store, StoreFailed
+from tornado_fal_proxy.spending.store import RENAME, Account, Note, Standing, Store, StoreFailed
 
 __all__ = ["OPERATIONS", "KnownJob", "Ledger"]
-
-# From Python 3.12 on a task can take its first step when it is made: the store is asked a turn of the loop earlier.
-_EagerTask: Callable[..., asyncio.Task[None]] = (
-    partial(asyncio.Task, eager_start=True) if sys.version_info >= (3, 12) else asyncio.Task
-)
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -39,6 +35,8 @@ MAX_KNOWN_JOBS = 10_000
 MAX_PENDING = 10_000
 # Limits how long a response waits until its job's end is in the store.
 MAX_WAIT_S = 1.0
+# Limits how long a note that makes no room waits for company: a reservation comes sooner where many calls are paid.
+NOTE_DELAY_S = 0.02
 # Limits how long a shutdown waits for the store.
 CLOSE_TIMEOUT_S = 5.0
 # The time between two lines about a store that fails, and between two clean-ups of it.
@@ -71,8 +69,13 @@ class Ledger:
         self._opened = self._closed = False
         self._opening = asyncio.Lock()
         self._pending: set[asyncio.Task[None]] = set()
+        self._notes: list[Note] = []  # that wait for company
+        self._writing: asyncio.TimerHandle | None = None
+        self._written = 0  # notes that the store has, and has not reported yet
+        self._waiters: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._releasing: asyncio.TimerHandle | None = None
         self._known: OrderedDict[str, KnownJob] = OrderedDict()
-        self._logged_at = self._pruned_at = float("-inf")
+        self._logged_at = self._prune_at = float("-inf")
         self._closing: asyncio.Task[None] | None = None
 
     # Awaited by calls.
@@ -83,7 +86,10 @@ class Ledger:
         Raise StoreUnavailable where it fails and they do not.
         """
         try:
-            await self._open()
+            if not self._opened or self._closed or time.monotonic() > self._prune_at:
+                await self._open()
+            if self._notes:
+                self._write()  # the store does them together
             return await self._store.reserve(terms.reservation)
         except StoreFailed as exc:
             self.failures["reserve"] += 1
@@ -113,30 +119,79 @@ class Ledger:
         """Return what the store's usage() does. Raise StoreFailed."""
         try:
             await self._open()
+            if self._notes:
+                self._write()
             return await self._store.usage(*period)
         except StoreFailed:
             self.failures["usage"] += 1
             raise
 
-    # Beside the calls. Each returns a task, which ends even if the store fails.
+    # Beside the calls.
 
-    def settle(self, id: str, units: int, cost: int | None) -> asyncio.Future[None]:
-        """Note fal's bill of a call."""
-        return self._later("settle", lambda: self._store.settle(id, units, cost))
+    def note(self, note: Note) -> None:
+        """Note what makes no room for other calls: at the next reservation, or after NOTE_DELAY_S."""
+        if self._accepts(note):
+            self._notes.append(note)
+            if self._writing is None:
+                self._writing = self._loop.call_later(NOTE_DELAY_S, self._write_late)
 
-    def end(self, id: str) -> asyncio.Future[None]:
-        """Note that a call is over, and keep its estimate."""
-        return self._later("end", lambda: self._store.end(id))
-
-    def give_back(self, id: str) -> asyncio.Future[None]:
-        """Note that a call did not run."""
-        return self._later("give_back", lambda: self._store.give_back(id))
+    def note_now(self, note: Note) -> asyncio.Future[None]:
+        """Note what makes room for other calls, at once. Return a future that is done then, or after MAX_WAIT_S."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        if not self._accepts(note):
+            waiter.set_result(None)
+            return waiter
+        self._notes.append(note)
+        self._waiters.append((self._loop.time() + MAX_WAIT_S, waiter))
+        if self._releasing is None:
+            self._releasing = self._loop.call_later(MAX_WAIT_S, self._release)
+        self._write(waiter)
+        return waiter
 
     def submitted(self, id: str, job_id: str, user: str, endpoint: str) -> asyncio.Future[None]:
-        """Note the id that fal has given a queued job."""
+        """Note the id that fal has given a queued job, at once, because its polls may come to any process."""
         known = self.known(job_id)
         known.user, known.endpoint = user, endpoint
-        return self._later("rename", lambda: self._store.rename(id, job_id))
+        return self.note_now(Note(RENAME, id, new_id=job_id))
+
+    def _accepts(self, note: Note) -> bool:
+        accepts = not self._closed and len(self._notes) + self._written < MAX_PENDING
+        if not accepts:
+            self.failures[note.kind] += 1
+            self._log(StoreFailed("too much waits for it, or it is closed"), "an estimate is kept")
+        return accepts
+
+    def _write(self, waiter: asyncio.Future[None] | None = None) -> None:
+        """Let the store do all notes that wait, and then end the wait for them."""
+        notes, self._notes = self._notes, []
+        self._written += len(notes)
+
+        def done(failure: StoreFailed | None) -> None:
+            self._written -= len(notes)
+            if failure is not None:
+                self.failures.update(note.kind for note in notes)
+                self._log(failure, "an estimate is kept")
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+        self._store.note(notes, done)
+
+    def _write_late(self) -> None:
+        """Write what no reservation has taken along. A timer that comes early is cheaper than one for each note."""
+        self._writing = None
+        if self._notes:
+            self._write()
+
+    def _release(self) -> None:
+        """End the waits that have taken too long. One timer does for all, because a timer for each costs more."""
+        waiters, now = self._waiters, self._loop.time()
+        while waiters and (waiters[0][1].done() or waiters[0][0] <= now):
+            waiter = waiters.popleft()[1]
+            if not waiter.done():
+                waiter.set_result(None)
+        self._releasing = self._loop.call_at(waiters[0][0], self._release) if waiters else None
+
+    # Beside the calls, of queued jobs. Each returns a task, which ends even if the store fails.
 
     def end_job(self, job_id: str) -> asyncio.Future[None] | None:
         """Note that a queued job has ended; None where that is known."""
@@ -213,21 +268,31 @@ class Ledger:
 
     async def flush(self) -> None:
         """Wait until all that was noted is in the store, for CLOSE_TIMEOUT_S at most."""
-        if self._pending:
-            await asyncio.wait(self._pending, timeout=CLOSE_TIMEOUT_S)
+        await self._quiet(time.monotonic() + CLOSE_TIMEOUT_S)
+
+    async def _quiet(self, deadline: float) -> None:
+        """Wait until nothing is to be noted, or until the deadline."""
+        # Once in a process's life: no call pays for an event.
+        while (self._notes or self._written or self._pending) and time.monotonic() < deadline:
+            if self._notes:
+                self._write()
+            await asyncio.sleep(0.005)
 
     async def _close(self) -> None:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         try:
-            # Once in a process's life: no call pays for an event.
-            while (self.unfinished or self._pending) and time.monotonic() < deadline:  # noqa: ASYNC110
+            while self.unfinished and time.monotonic() < deadline:  # noqa: ASYNC110 likewise
                 await asyncio.sleep(0.01)
-            if self._pending:
-                logger.warning("store: %d notes of calls are lost, because it does not respond", len(self._pending))
+            await self._quiet(deadline)
+            if left := self._written + len(self._pending):
+                logger.warning("store: %d notes of calls are lost, because it does not respond", left)
         finally:
             self._closed = True
             for task in self._pending:
                 task.cancel()
+            for timer in (self._releasing, self._writing):
+                if timer is not None:
+                    timer.cancel()
             if self._opened:
                 try:
                     await self._store.close()
@@ -245,8 +310,8 @@ class Ledger:
                 if not self._opened:
                     self._opened = True  # also where it fails: then each operation tries to connect
                     await self._store.open()
-        if (now := time.monotonic()) - self._pruned_at > PRUNE_INTERVAL_S:
-            self._pruned_at = now
+        if (now := time.monotonic()) > self._prune_at:
+            self._prune_at = now + PRUNE_INTERVAL_S
             self._later("prune", lambda: self._store.prune(int(self.now()), self.rules.account_days))
 
     def _later(self, name: str, operation: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
@@ -256,7 +321,7 @@ class Ledger:
             done: asyncio.Future[None] = self._loop.create_future()
             done.set_result(None)
             return done
-        task = _EagerTask(self._noted(name, operation), loop=self._loop)
+        task = EagerTask(self._noted(name, operation), loop=self._loop)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return task

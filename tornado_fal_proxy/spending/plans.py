@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
 from tornado_fal_proxy.errors import ConfigError, PriceUnknown
@@ -85,13 +84,38 @@ class Rule:
         return not self.option.endswith("_per_user")
 
 
-@dataclass(frozen=True, slots=True)
+class Frame:
+    """The rules of one plan in one minute, from which the terms of its calls are made. No window turns within it.
+
+    A rule's place in ``own_jobs``, ``all_jobs``, ``own_cost`` and ``all_cost`` is (end of key, amount, end of window).
+    """
+
+    __slots__ = ("all_cost", "all_jobs", "minute", "own_cost", "own_jobs", "plan", "rules", "texts")
+
+    def __init__(self, plan: Plan, rules: SpendingRules, minute: int) -> None:
+        self.plan, self.minute = plan, minute
+        own_jobs, all_jobs = _rules("jobs_per_user", plan.jobs, minute), _rules("jobs", rules.jobs, minute)
+        own_cost, all_cost = _rules("budget_per_user", plan.budget, minute), _rules("budget", rules.budget, minute)
+        self.own_jobs, self.own_cost = _places("", own_jobs), _places("", own_cost)
+        self.all_jobs = tuple(Counter(*place) for place in _places("all", all_jobs))
+        self.all_cost = tuple(Counter(*place) for place in _places("all", all_cost))
+        self.rules = (*own_jobs, *all_jobs, *own_cost, *all_cost)
+        #: The part of a response's header fields that is the same for all calls. Their module keeps it here.
+        self.texts: Any = None
+
+
+@dataclass(slots=True)
 class Terms:
     """Hold what one paid call is reserved with. ``rules`` are those of the job counters, then of the cost counters."""
 
     reservation: Reservation
-    rules: tuple[Rule, ...]
+    frame: Frame
     price: Price | None
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Return the rules of the plan."""
+        return self.frame.rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +140,7 @@ class SpendingRules:
     job_lifetime_s: int
     account_days: int
     _endpoints: dict[str, tuple[Price | None, str]] = field(default_factory=dict, compare=False, repr=False)
+    _frames: dict[str | None, Frame] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, name: str | None) -> Plan | None:
         """Return a plan by its name; None where there is none of that name."""
@@ -147,45 +172,44 @@ class SpendingRules:
         ``units`` is an estimate in millionths of a unit, or None for that of the endpoint's price. ``now`` is the time
         in seconds since 1970, and ``id`` is random.
         """
-        price = self.price(endpoint)
+        price, label = self._known(endpoint)
         if price is None and (plan.budget or self.budget):
             raise PriceUnknown(f"prices: none for {endpoint}")
         if units is None:
             units = MILLION if price is None else price.units
-        jobs = max(1, -(-units // MILLION)) if self.counts_units else 1
-        of_user, of_all = f"user/{user}", "all"
-        minute = int(now) // 60
-        own_jobs, all_jobs = _rules("jobs_per_user", plan.jobs, minute), _rules("jobs", self.jobs, minute)
-        own_cost, all_cost = _rules("budget_per_user", plan.budget, minute), _rules("budget", self.budget, minute)
+        at = int(now)
+        frame = self._frames.get(plan.name)
+        if frame is None or frame.minute != at // 60 or frame.plan is not plan:
+            frame = self._frames[plan.name] = Frame(plan, self, at // 60)
+        owner = f"user/{user}"
         reservation = Reservation(
             id=id,
             user=user,
             endpoint=endpoint,
-            refused_as=self.label(endpoint),
-            at=int(now),
-            jobs=jobs,
+            refused_as=label,
+            at=at,
+            jobs=max(1, -(-units // MILLION)) if self.counts_units else 1,
             units=units,
             cost=0 if price is None else price.cost(units),
-            job_counters=(*_counters(of_user, own_jobs), *_counters(of_all, all_jobs)),
-            cost_counters=(*_counters(of_user, own_cost), *_counters(of_all, all_cost)),
+            job_counters=[*[Counter(owner + end, most, ends) for end, most, ends in frame.own_jobs], *frame.all_jobs],
+            cost_counters=[*[Counter(owner + end, most, ends) for end, most, ends in frame.own_cost], *frame.all_cost],
             max_unfinished=plan.max_unfinished,
-            unfinished_until=int(now) + self.job_lifetime_s,
+            unfinished_until=at + self.job_lifetime_s,
         )
-        return Terms(reservation, (*own_jobs, *all_jobs, *own_cost, *all_cost), price)
+        return Terms(reservation, frame, price)
 
 
-@lru_cache(256)
 def _rules(option: str, limits: tuple[Limit, ...], minute: int) -> tuple[Rule, ...]:
     """Return the rules of limits in a minute since 1970: no window begins or ends within it."""
     return tuple(Rule(option, limit, Window.around(limit.period, minute * 60)) for limit in limits)
 
 
-def _counters(owner: str, rules: tuple[Rule, ...]) -> list[Counter]:
-    """Return the counters of rules.
+def _places(owner: str, rules: tuple[Rule, ...]) -> list[tuple[str, int, int]]:
+    """Return what the counters of rules are made of.
 
-    A user's id may have a slash. The three parts behind it have none, so no two users share a key.
+    A user's id stands before, and may have a slash. The three parts behind it have none, so no two users share a key.
     """
-    return [Counter(f"{owner}/{rule.place}", rule.limit.amount, rule.window.ends) for rule in rules]
+    return [(f"{owner}/{rule.place}", rule.limit.amount, rule.window.ends) for rule in rules]
 
 
 # Counts nothing: for a handler that overrides check_input, without any option of spending.

@@ -18,8 +18,9 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 
 from tornado_fal_proxy.rules.patterns import Pattern
 from tornado_fal_proxy.spending.limits import MAX_AMOUNT, millionths
@@ -30,6 +31,8 @@ __all__ = ["BILL", "Price", "Prices", "billed_units", "estimated_units", "prices
 BILL = "x-fal-billable-units"
 # Limits units of one call and dollars of one unit: far more than any call has, and sums of them stay exact.
 MAX_NUMBER = Decimal(1_000_000)
+# Limits the digits of a price behind the point. A price above 0 that is less costs a call as much: a millionth.
+_MAX_DIGITS = 40
 
 _BILL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?")
 
@@ -41,10 +44,18 @@ class Price:
     pattern: Pattern
     per_unit: Decimal
     units: int
+    _ratio: tuple[int, int] = field(init=False, compare=False, repr=False)  # the same price, for fast calculation
+
+    def __post_init__(self) -> None:
+        least = Decimal(1).scaleb(-_MAX_DIGITS)
+        price = self.per_unit if self.per_unit == 0 or self.per_unit > least else least
+        object.__setattr__(self, "_ratio", price.as_integer_ratio())
 
     def cost(self, units: int) -> int:
         """Return the price of so many millionths of a unit, in millionths of a dollar."""
-        return min(int((self.per_unit * units).to_integral_value(ROUND_CEILING)), MAX_AMOUNT)
+        numerator, denominator = self._ratio
+        cost = -(-units * numerator // denominator)
+        return cost if cost < MAX_AMOUNT else MAX_AMOUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,14 @@ class Prices:
 def billed_units(headers: Sequence[tuple[str, str]]) -> int | None:
     """Return the millionths of a unit that fal's response bills; None where it has no bill that can be read."""
     bills = [value for name, value in headers if name == BILL]
-    if len(bills) != 1 or not _BILL.fullmatch(bills[0]):
+    return _billed(bills[0]) if len(bills) == 1 else None
+
+
+@lru_cache(256)
+def _billed(bill: str) -> int | None:
+    if not _BILL.fullmatch(bill):
         return None
-    units = Decimal(bills[0])
+    units = Decimal(bill)
     return millionths(units) if units <= MAX_NUMBER else None
 
 

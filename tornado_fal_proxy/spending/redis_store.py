@@ -1,8 +1,8 @@
 """Keep what is spent in a Redis, or a Valkey, that the services of several hosts share.
 
-Strategy. Each operation on a job is one script (``redis_scripts``), which Redis runs as a whole, and which does nothing
-the second time. All operations that wait are sent at once on the one connection, in order, because a call of the
-library costs much more than an operation. After a connection broke they are sent once more, because the proxy cannot
+Strategy. All operations on jobs that wait are sent at once on the one connection, in order, and one script does them
+(``redis_scripts``), because a command costs much more in the library than an operation does. The script does nothing
+where an operation comes a second time. After a connection broke they are sent once more, because the proxy cannot
 know whether Redis did them. Nothing is sent again when Redis is slow, because clients wait. A reservation that failed
 is given back when Redis responds again. Everything in Redis has a time to live.
 
@@ -16,7 +16,7 @@ import asyncio
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from hashlib import sha1
 from typing import Any, cast
@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as ConnectionBroken
 from redis.exceptions import TimeoutError as RedisTimeout
 
@@ -35,9 +35,14 @@ from tornado_fal_proxy.spending.sqlite_reader import SqliteReader
 from tornado_fal_proxy.spending.store import (
     COUNTER_KEPT_S,
     DIMENSIONS,
+    END,
+    GIVE_BACK,
     JOB_KEPT_S,
+    RENAME,
+    SETTLE,
     Account,
     Counter,
+    Note,
     Reservation,
     Standing,
     StoreFailed,
@@ -66,20 +71,26 @@ _ROWS_AT_ONCE = 200
 _NOT_REFUSED = -2
 _json = json.JSONEncoder(ensure_ascii=False).encode
 _SHA1 = {script: sha1(script.encode(), usedforsecurity=False).hexdigest() for script in redis_scripts.ALL}
+_DAYS = f"{_PREFIX}days"
 
 
 class _Operation:
-    """A command for Redis, and the caller that waits for its result, if any does.
+    """A command for Redis, or operations on jobs in JSON, and what is called with the result, or with an error.
 
-    ``undo`` is the command that takes it back where its outcome is not known.
+    ``undo`` is the job to give back where its outcome is not known.
     """
 
-    __slots__ = ("command", "future", "undo")
+    __slots__ = ("command", "done", "undo", "work")
 
     def __init__(
-        self, command: Sequence[Any], future: asyncio.Future[Any] | None, undo: Sequence[Any] | None = None
+        self,
+        done: Callable[[Any], None],
+        *,
+        command: Sequence[Any] = (),
+        work: Sequence[bytes] = (),
+        undo: str | None = None,
     ) -> None:
-        self.command, self.future, self.undo = command, future, undo
+        self.done, self.command, self.work, self.undo = done, command, work, undo
 
 
 class RedisStore:
@@ -109,7 +120,8 @@ class RedisStore:
                 **verify,
             )
             pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # to check the options in the URL
+            # The library's pool, and its pipeline, cost more than all of a batch's operations.
+            self._connection: Any = pool.make_connection()  # type: ignore[no-untyped-call]
         except (TypeError, RedisError):
             raise ValueError("an option in the URL for Redis is unknown, or has an impossible value") from None
         self._password = str(pool.connection_kwargs.get("password") or "")
@@ -117,7 +129,7 @@ class RedisStore:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[_Operation] = deque()
         self._sender: asyncio.Task[None] | None = None
-        self._doubtful: deque[Sequence[Any]] = deque(maxlen=_MAX_DOUBTFUL)
+        self._doubtful: deque[str] = deque(maxlen=_MAX_DOUBTFUL)
         self._reading, self._reader = asyncio.Lock(), SqliteReader()
 
     def __repr__(self) -> str:
@@ -136,61 +148,82 @@ class RedisStore:
             await asyncio.shield(self._sender)
         with suppress(RedisError, OSError, TimeoutError):
             async with asyncio.timeout(_TIMEOUT_S):
-                await self._redis.connection_pool.disconnect()
+                await self._connection.disconnect()
 
     async def reserve(self, job: Reservation) -> Standing:
         """Do Store.reserve."""
         day = day_of(job.at)
         job_counters, cost_counters = _keys(job.job_counters), _keys(job.cost_counters)
-        keys = [
-            *(_job(job.id), f"{_PREFIX}unfinished:{job.user}", f"{_PREFIX}account:{day}", f"{_PREFIX}days"),
-            *job_counters,
-            *cost_counters,
-        ]
         counters = (*job.job_counters, *job.cost_counters)
-        # One argument costs the library less than twenty.
-        argument = _json(
-            {
-                "id": job.id,
-                "user": job.user,
-                "endpoint": job.endpoint,
-                "row": _json([job.user, job.endpoint]),
-                "refused_row": _json([job.user, job.refused_as]),
-                "at": job.at,
-                "day": day,
-                "jobs": job.jobs,
-                "units": job.units,
-                "cost": job.cost,
-                "max_unfinished": job.max_unfinished,
-                "unfinished_until": job.unfinished_until,
-                "job_counters": job_counters,
-                "cost_counters": cost_counters,
-                "limits": [counter.limit for counter in counters],
-                "ttls": [max(counter.ends - job.at, 0) + COUNTER_KEPT_S for counter in counters],
-                "ttl": JOB_KEPT_S,
-                "day_ttl": self._account_ttl_s,
-            }
-        )
-        command = _script(redis_scripts.RESERVE, keys, [argument])
-        refused_by, unfinished, *used = await self._do(*command, undo=self._giving_back(job.id))
+        work = {
+            "kind": "reserve",
+            "key": f"{_PREFIX}job:{job.id}",
+            "unfinished": f"{_PREFIX}unfinished:{job.user}",
+            "day_key": f"{_PREFIX}account:{day}",
+            "id": job.id,
+            "user": job.user,
+            "endpoint": job.endpoint,
+            "refused_as": job.refused_as,
+            "at": job.at,
+            "day": day,
+            "jobs": job.jobs,
+            "units": job.units,
+            "cost": job.cost,
+            "max_unfinished": job.max_unfinished,
+            "unfinished_until": job.unfinished_until,
+            "job_counters": job_counters,
+            "cost_counters": cost_counters,
+            "counters": [*job_counters, *cost_counters],
+            "limits": [counter.limit for counter in counters],
+            "ttls": [max(counter.ends - job.at, 0) + COUNTER_KEPT_S for counter in counters],
+            "ttl": JOB_KEPT_S,
+            "day_ttl": self._account_ttl_s,
+        }
+        (answer,) = await self._do(work=(self._bytes(_json(work)),), undo=job.id)
+        refused_by, unfinished, *used = map(int, answer.split())
         return Standing(used, unfinished, None if refused_by == _NOT_REFUSED else refused_by)
 
     async def rename(self, job_id: str, new_id: str) -> None:
         """Do Store.rename."""
-        await self._do(*_script(redis_scripts.RENAME, [_job(job_id), _job(new_id)], [job_id, new_id]))
+        await self._do(work=(self._encoded(Note(RENAME, job_id, new_id=new_id)),))
 
     async def settle(self, job_id: str, units: int, cost: int | None) -> None:
         """Do Store.settle."""
-        arguments: list[str | int] = [job_id, units, "" if cost is None else cost, self._account_ttl_s]
-        await self._do(*_script(redis_scripts.SETTLE, [_job(job_id)], arguments))
+        await self._do(work=(self._encoded(Note(SETTLE, job_id, units, cost)),))
 
     async def end(self, job_id: str) -> None:
         """Do Store.end."""
-        await self._do(*_script(redis_scripts.END, [_job(job_id)], [job_id]))
+        await self._do(work=(self._encoded(Note(END, job_id)),))
 
     async def give_back(self, job_id: str) -> None:
         """Do Store.give_back."""
-        await self._do(*self._giving_back(job_id))
+        await self._do(work=(self._encoded(Note(GIVE_BACK, job_id)),))
+
+    def note(self, notes: Sequence[Note], done: Callable[[StoreFailed | None], None]) -> None:
+        """Do Store.note."""
+
+        def noted(result: Any) -> None:
+            done(self._failed(result) if isinstance(result, Exception) else None)
+
+        try:
+            self._ask(_Operation(noted, work=[self._encoded(note) for note in notes]))
+        except StoreFailed as exc:
+            done(exc)
+
+    def _encoded(self, note: Note) -> bytes:
+        """Return the operation of a note in JSON."""
+        fields = {"kind": note.kind, "key": _job(note.job_id), "id": note.job_id, "day_ttl": self._account_ttl_s}
+        if note.kind == SETTLE:
+            fields["units"], fields["cost"] = note.units, note.cost
+        elif note.kind == RENAME:
+            fields["new_id"], fields["new_key"] = note.new_id, _job(note.new_id)
+        return self._bytes(_json(fields))
+
+    def _bytes(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeError as error:  # here, because it would fail others too in the library
+            raise StoreFailed(f"{self._name}: {error}") from error
 
     async def owner(self, job_id: str) -> str | None:
         """Do Store.owner."""
@@ -225,22 +258,28 @@ class RedisStore:
             await self._do("UNLINK", f"{_PREFIX}account:{day}")
             await self._do("ZREM", f"{_PREFIX}days", day)
 
-    def _giving_back(self, job_id: str) -> list[Any]:
-        return _script(redis_scripts.GIVE_BACK, [_job(job_id)], [job_id, self._account_ttl_s])
+    async def _do(self, *command: str | int, work: Sequence[bytes] = (), undo: str | None = None) -> Any:
+        """Return what Redis responds to a command, or to operations on jobs."""
+        encoded = [*command[:1], *(self._bytes(part) if isinstance(part, str) else part for part in command[1:])]
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    async def _do(self, *command: str | int, undo: Sequence[Any] | None = None) -> Any:
-        """Return what Redis responds to a command."""
+        def deliver(result: Any) -> None:
+            if future.done():  # its caller was cancelled
+                return
+            if isinstance(result, Exception):
+                future.set_exception(self._failed(result))
+            else:
+                future.set_result(result)
+
+        self._ask(_Operation(deliver, command=encoded, work=work, undo=undo))
+        return await future
+
+    def _ask(self, operation: _Operation) -> None:
         if self._loop is None:
             raise StoreFailed(f"{self._name}: the store is not open")
-        try:
-            encoded = [command[0], *(part.encode() if isinstance(part, str) else part for part in command[1:])]
-        except UnicodeError as error:  # here, because it would fail others too in the library
-            raise StoreFailed(f"{self._name}: {error}") from error
-        future = self._loop.create_future()
-        self._waiting.append(_Operation(encoded, future, undo))
+        self._waiting.append(operation)
         if self._sender is None:
             self._sender = self._loop.create_task(self._send())
-        return await future
 
     async def _send(self) -> None:
         """Send what waits until nothing does."""
@@ -250,47 +289,65 @@ class RedisStore:
             for operation, result in zip(batch, results, strict=True):
                 if operation.undo is not None and isinstance(result, Exception):
                     self._doubtful.append(operation.undo)
-                self._deliver(operation.future, result)
+                operation.done(result)
             if self._doubtful and not _has(Exception, results):
                 undos = [self._doubtful.popleft() for _ in range(min(len(self._doubtful), _MAX_BATCH))]
-                self._waiting.extend(_Operation(undo, None, undo) for undo in undos)
+                self._waiting.extend(
+                    _Operation(_ignore, work=(self._encoded(Note(GIVE_BACK, undo)),), undo=undo) for undo in undos
+                )
         self._sender = None
 
     async def _respond(self, batch: Sequence[_Operation]) -> Sequence[Any]:
         """Return the results of all operations, which may be errors. Try twice where that can help."""
+        connection = self._connection
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 try:
-                    results = await self._pipelined(batch)
+                    results = await self._responses(batch)
                 except ConnectionBroken:
                     results = None
                 if results is None or _has(ReadOnlyError, results):
                     # A new connection may lead to a Redis that is up again, or to the new master of the same name.
-                    await self._redis.connection_pool.disconnect()
-                    results = await self._pipelined(batch)
+                    await connection.disconnect()
+                    results = await self._responses(batch)
                 if _has(NoScriptError, results):
                     for script in redis_scripts.ALL:
-                        await self._redis.script_load(script)
-                    results = await self._pipelined(batch)
+                        await connection.send_command(b"SCRIPT", b"LOAD", script.encode())
+                        await connection.read_response()
+                    results = await self._responses(batch)
         except Exception as error:  # noqa: BLE001 whatever it is, nobody may wait for ever
+            with suppress(RedisError, OSError, TimeoutError):
+                await connection.disconnect(nowait=True)  # a late response would be taken for that of another command
             return [error] * len(batch)
         return results
 
-    async def _pipelined(self, batch: Sequence[_Operation]) -> Sequence[Any]:
-        pipeline = self._redis.pipeline(transaction=False)
+    async def _responses(self, batch: Sequence[_Operation]) -> list[Any]:
+        """Send a batch, and return the result of each operation: of those on jobs, a list."""
+        commands: list[Sequence[Any]] = []
+        work: list[bytes] = []
         for operation in batch:
-            pipeline.execute_command(*operation.command)
-        return cast("Sequence[Any]", await pipeline.execute(raise_on_error=False))
+            if operation.command:
+                _add_script(commands, work)
+                commands.append(operation.command)
+            else:
+                work += operation.work
+        _add_script(commands, work)
+        connection = self._connection
+        if not connection.is_connected:
+            await connection.connect()
+        await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        responses = []
+        for _ in commands:
+            try:
+                responses.append(await connection.read_response())
+            except ResponseError as error:
+                responses.append(error)
+        return _divided(batch, responses, self._redis.response_callbacks)
 
-    def _deliver(self, future: asyncio.Future[Any] | None, result: Any) -> None:
-        if future is None or future.done():  # nobody waits, or who did was cancelled
-            return
-        if isinstance(result, Exception):
-            failed = StoreFailed(f"{self._name}: {self._explain(result)}")
-            failed.__cause__ = result
-            future.set_exception(failed)
-        else:
-            future.set_result(result)
+    def _failed(self, error: Exception) -> StoreFailed:
+        failed = StoreFailed(f"{self._name}: {self._explain(error)}")
+        failed.__cause__ = error
+        return failed
 
     def _explain(self, error: Exception) -> str:
         """Return a line for the operator, without the password."""
@@ -306,6 +363,45 @@ class RedisStore:
 
 def _has(kind: type[Exception], results: Iterable[Any]) -> bool:
     return any(isinstance(result, kind) for result in results)
+
+
+def _ignore(_result: Any) -> None:
+    """Do nothing: nobody waits for the result."""
+
+
+def _add_script(commands: list[Sequence[Any]], work: list[bytes]) -> None:
+    """Make one command of operations on jobs, and remove them from the list."""
+    if work:
+        commands.append((b"EVALSHA", _SHA1[redis_scripts.DO_ALL], 1, _DAYS, b"[" + b",".join(work) + b"]"))
+        work.clear()
+
+
+def _divided(batch: Sequence[_Operation], responses: Sequence[Any], parsers: Mapping[Any, Any]) -> list[Any]:
+    """Return the result of each operation, from the responses to their commands."""
+    results: list[Any] = []
+    rest = iter(responses)
+    parts: Iterator[Any] | Exception | None = None
+    for operation in batch:
+        if operation.command:
+            response, parse = next(rest), parsers.get(operation.command[0])
+            results.append(response if parse is None or isinstance(response, Exception) else parse(response))
+            parts = None
+            continue
+        if parts is None and operation.work:
+            response = next(rest)
+            parts = response if isinstance(response, Exception) else iter(response.split("\n"))
+        if isinstance(parts, Exception):
+            results.append(parts)
+            continue
+        of_work = [] if parts is None else [next(parts) for _ in operation.work]
+        error = next((each for each in of_work if each[:1] == "!"), None)
+        results.append(of_work if error is None else _error(error[1:]))
+    return results
+
+
+def _error(text: str) -> ResponseError:
+    """Return the error of one operation."""
+    return ReadOnlyError(text) if text.startswith("READONLY") else ResponseError(text)
 
 
 def _script(script: str, keys: Sequence[str], arguments: Sequence[str | int]) -> list[str | int]:

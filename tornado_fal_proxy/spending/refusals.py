@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from tornado_fal_proxy.errors import LimitReached, QuotaUsedUp, SpendingRefused
 from tornado_fal_proxy.spending.limits import MILLION, dollars
-from tornado_fal_proxy.spending.plans import Rule, Terms
+from tornado_fal_proxy.spending.plans import Frame, Rule, Terms
 from tornado_fal_proxy.spending.store import UNFINISHED, Standing
 
 __all__ = ["limit_fields", "refusal"]
@@ -25,6 +25,7 @@ UNFINISHED_RETRY_S = 5
 _SHORT = ("minute", "hour")
 # Budgets are shown in whole cents, rounded down where something is left.
 _CENT = MILLION // 100
+_UNFINISHED_NAME = '"unfinished-jobs-per-user"'
 
 
 def refusal(terms: Terms, standing: Standing, now: float) -> SpendingRefused:
@@ -84,20 +85,32 @@ def _seconds_left(rule: Rule, now: float) -> int:
 
 def limit_fields(terms: Terms, standing: Standing, now: float) -> tuple[tuple[str, str], ...]:
     """Return the header fields for a response to a paid call; none where the user has no limits."""
-    policies, states = [], []
-    for rule, used in zip(terms.rules, standing.used, strict=True):
+    frame = terms.frame
+    if frame.texts is None:
+        frame.texts = _texts(frame)
+    policy, parts = frame.texts
+    if not policy:
+        return ()
+    states = []
+    for index, name, amount, size, ends in parts:
+        left = amount - standing.used[index]
+        states.append(f"{name};r={left // size if left > 0 else 0};t={max(1, math.ceil(ends - now))}")
+    if (most := terms.reservation.max_unfinished) is not None:
+        left = most - standing.unfinished
+        states.append(f"{_UNFINISHED_NAME};r={left if left > 0 else 0}")
+    return ("RateLimit-Policy", policy), ("RateLimit", ", ".join(states))
+
+
+def _texts(frame: Frame) -> tuple[str, list[tuple[int, str, int, int, int]]]:
+    """Return the policy, and of each limit of the user: its place among all, name, amount, unit, and end."""
+    policies, parts = [], []
+    for index, rule in enumerate(frame.rules):
         if rule.of_all:
             continue
         name = f'"{rule.option.replace("_", "-")}-{rule.limit.period}"'
-        amount, left, unit = rule.limit.amount, max(0, rule.limit.amount - used), ""
-        if rule.is_budget:
-            amount, left, unit = amount // _CENT, left // _CENT, ';qu="cents"'
-        policies.append(f"{name};q={amount}{unit};w={rule.window.ends - rule.window.begins}")
-        states.append(f"{name};r={left};t={_seconds_left(rule, now)}")
-    if (most := terms.reservation.max_unfinished) is not None:
-        name = '"unfinished-jobs-per-user"'
-        policies.append(f'{name};q={most};qu="concurrent-requests"')
-        states.append(f"{name};r={max(0, most - standing.unfinished)}")
-    if not policies:
-        return ()
-    return ("RateLimit-Policy", ", ".join(policies)), ("RateLimit", ", ".join(states))
+        size, unit = (_CENT, ';qu="cents"') if rule.is_budget else (1, "")
+        policies.append(f"{name};q={rule.limit.amount // size}{unit};w={rule.window.ends - rule.window.begins}")
+        parts.append((index, name, rule.limit.amount, size, rule.window.ends))
+    if (most := frame.plan.max_unfinished) is not None:
+        policies.append(f'{_UNFINISHED_NAME};q={most};qu="concurrent-requests"')
+    return ", ".join(policies), parts

@@ -1,41 +1,25 @@
-"""The tables of the SQLite store, and each operation on them as a function of the connection.
+"""The tables of the SQLite store, and its rarer operations on them as functions of the connection.
 
-Strategy. An operation is a few statements, because each of them lets the thread of the event loop have Python's lock
-and must get it back. The caller has begun a transaction and commits it: nothing here begins, commits or waits.
+Strategy. An operation is one statement. ``sqlite_batch`` has reservations, and the notes of what became of them. The
+caller has begun a transaction and commits it: nothing here begins, commits or waits.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from sqlite3 import Connection
 
-from tornado_fal_proxy.spending.store import (
-    COUNTER_KEPT_S,
-    DIMENSIONS,
-    JOB_KEPT_S,
-    Account,
-    Reservation,
-    Standing,
-    Usage,
-    day_of,
-    first_without_room,
-)
+from tornado_fal_proxy.spending.store import COUNTER_KEPT_S, DIMENSIONS, JOB_KEPT_S, Account, Usage
 
 __all__ = [
     "APPLICATION_ID",
     "SCHEMA",
     "SCHEMA_VERSION",
-    "end",
     "endpoint",
     "forget_counters",
     "forget_days",
     "forget_jobs",
-    "give_back",
     "owner",
-    "rename",
-    "reserve",
-    "settle",
     "usage",
 ]
 
@@ -60,88 +44,6 @@ CREATE TABLE account (
 """
 # Limits the rows that one transaction forgets: other operations wait meanwhile, for a few milliseconds.
 _FORGOTTEN_AT_ONCE = 500
-
-
-def reserve(db: Connection, job: Reservation) -> Standing:
-    """Do Store.reserve."""
-    counters = [*job.job_counters, *job.cost_counters]
-    adds = [job.jobs] * len(job.job_counters) + [job.cost] * len(job.cost_counters)
-    keys = [counter.key for counter in counters]
-    (_, unfinished), (_, known), *found = db.execute(
-        "SELECT '', count(*) FROM jobs WHERE user = ? AND ended = 0 AND unfinished_until > ?"
-        " UNION ALL SELECT '', EXISTS (SELECT 1 FROM jobs WHERE id = ?)"
-        f" UNION ALL SELECT key, value FROM counters WHERE key IN ({_marks(keys)})",
-        (job.user, job.at, job.id, *keys),
-    )
-    values = dict(found)
-    used = [values.get(key, 0) for key in keys]
-    if known:
-        return Standing(used, unfinished, None)
-    day = day_of(job.at)
-    refused_by = first_without_room(job, used, unfinished)
-    if refused_by is not None:
-        _account(db, (day, job.user, job.refused_as), refused=1)
-        return Standing(used, unfinished, refused_by)
-    if counters:
-        db.execute(
-            f"INSERT INTO counters VALUES {', '.join(['(?, ?, ?)'] * len(counters))}"
-            " ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
-            [each for counter, add in zip(counters, adds, strict=True) for each in (counter.key, add, counter.ends)],
-        )
-    db.execute(
-        "INSERT INTO jobs (id, user, endpoint, at, day, jobs, units, cost, unfinished_until, job_counters,"
-        f" cost_counters) VALUES ({_marks(range(11))})",
-        (
-            *(job.id, job.user, job.endpoint, job.at, day, job.jobs, job.units, job.cost, job.unfinished_until),
-            json.dumps([counter.key for counter in job.job_counters]),
-            json.dumps([counter.key for counter in job.cost_counters]),
-        ),
-    )
-    _account(db, (day, job.user, job.endpoint), jobs=job.jobs, units=job.units, cost=job.cost)
-    return Standing([value + add for value, add in zip(used, adds, strict=True)], unfinished + 1, None)
-
-
-def rename(db: Connection, job_id: str, new_id: str) -> None:
-    """Do Store.rename."""
-    db.execute("UPDATE OR IGNORE jobs SET id = ? WHERE id = ?", (new_id, job_id))
-
-
-def settle(db: Connection, job_id: str, units: int, cost: int | None) -> None:
-    """Do Store.settle."""
-    row = db.execute(
-        "SELECT day, user, endpoint, units, cost, cost_counters FROM jobs WHERE id = ? AND settled = 0", (job_id,)
-    ).fetchone()
-    if row is None:
-        return
-    *place, estimated_units, estimated_cost, cost_counters = row
-    cost = estimated_cost if cost is None else cost
-    db.execute(
-        "UPDATE jobs SET settled = 1, ended = 1, units = ?, cost = ? WHERE id = ?",
-        (units, cost, job_id),
-    )
-    _add(db, json.loads(cost_counters), cost - estimated_cost)
-    _account(db, place, units=units - estimated_units, cost=cost - estimated_cost)
-
-
-def end(db: Connection, job_id: str) -> None:
-    """Do Store.end."""
-    db.execute("UPDATE jobs SET ended = 1 WHERE id = ? AND ended = 0", (job_id,))
-
-
-def give_back(db: Connection, job_id: str) -> None:
-    """Do Store.give_back."""
-    row = db.execute(
-        "SELECT day, user, endpoint, jobs, units, cost, job_counters, cost_counters FROM jobs"
-        " WHERE id = ? AND settled = 0",
-        (job_id,),
-    ).fetchone()
-    if row is None:
-        return
-    *place, jobs, units, cost, job_counters, cost_counters = row
-    db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-    _add(db, json.loads(job_counters), -jobs)
-    _add(db, json.loads(cost_counters), -cost)
-    _account(db, place, jobs=-jobs, units=-units, cost=-cost)
 
 
 def owner(db: Connection, job_id: str) -> str | None:
@@ -202,34 +104,3 @@ def _forget(db: Connection, table: str, key: str, condition: str, bound: int | s
         (bound, _FORGOTTEN_AT_ONCE),
     )
     return cursor.rowcount == _FORGOTTEN_AT_ONCE
-
-
-def _marks(values: Sequence[object]) -> str:
-    return ", ".join("?" * len(values))
-
-
-def _add(db: Connection, keys: Sequence[str], amount: int) -> None:
-    """Add to the counters that are not forgotten yet. None of them falls below zero."""
-    if keys and amount:
-        db.execute(f"UPDATE counters SET value = max(0, value + ?) WHERE key IN ({_marks(keys)})", (amount, *keys))
-
-
-def _account(
-    db: Connection, place: Iterable[str], jobs: int = 0, refused: int = 0, units: int = 0, cost: int = 0
-) -> None:
-    """Add to the row of the account at ``place``: day, user and endpoint. Delete a row that has only zeros."""
-    place = tuple(place)
-    if not (jobs or refused or units or cost):
-        return
-    db.execute(
-        f"INSERT INTO account VALUES ({_marks(range(7))}) ON CONFLICT (day, user, endpoint) DO UPDATE SET"
-        " jobs = jobs + excluded.jobs, refused = refused + excluded.refused,"
-        " units = units + excluded.units, cost = cost + excluded.cost",
-        (*place, jobs, refused, units, cost),
-    )
-    if jobs + refused <= 0 and units <= 0 and cost <= 0:
-        db.execute(
-            "DELETE FROM account WHERE (day, user, endpoint) = (?, ?, ?)"
-            " AND jobs = 0 AND refused = 0 AND units = 0 AND cost = 0",
-            place,
-        )

@@ -19,7 +19,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -27,8 +27,21 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from tornado_fal_proxy.spending import sqlite_statements as statements
+from tornado_fal_proxy.spending.sqlite_batch import Work, do_all
 from tornado_fal_proxy.spending.sqlite_reader import SqliteReader
-from tornado_fal_proxy.spending.store import DIMENSIONS, Account, Reservation, Standing, StoreFailed, day_of
+from tornado_fal_proxy.spending.store import (
+    DIMENSIONS,
+    END,
+    GIVE_BACK,
+    RENAME,
+    SETTLE,
+    Account,
+    Note,
+    Reservation,
+    Standing,
+    StoreFailed,
+    day_of,
+)
 
 __all__ = ["MEMORY", "SqliteStore"]
 
@@ -40,8 +53,12 @@ _BUSY_TIMEOUT_S = 5.0
 # The time between two attempts to get the file's lock: at first what a transaction takes, and then longer.
 _FIRST_PAUSE_S = 0.0005
 _MAX_PAUSE_S = 0.02
-# Limits the operations of one transaction: others wait for the file meanwhile, about 10 ms with so many.
+# Limits the operations of one transaction, about: others wait for the file meanwhile, about 10 ms with so many.
 _MAX_BATCH = 200
+# The bytes of a page in a new file. A commit writes each page that it changes as a whole, about six of them.
+_PAGE_BYTES = 1024
+# Limits the pages that wait for a checkpoint: 4 MB, as many bytes as SQLite itself allows with its own pages.
+_CHECKPOINT_PAGES = 4000
 # The meaning of SQLite's errors to an operator.
 _MEANINGS = {
     sqlite3.SQLITE_FULL: "the disk is full",
@@ -62,16 +79,34 @@ _Result = TypeVar("_Result")
 
 
 class _Operation:
-    """A piece of work for the store's thread, and what became of it."""
+    """A piece of work for the store's thread, and what became of it.
 
-    __slots__ = ("arguments", "failure", "future", "result", "work", "writes")
+    It is a function of the connection with arguments, or, where that is None, reservations and notes. Either a future
+    gets the result, or ``done`` is called, with None or the failure.
+    """
+
+    __slots__ = ("arguments", "done", "failure", "future", "result", "work", "writes")
 
     def __init__(
-        self, work: Callable[..., Any], arguments: tuple[Any, ...], writes: bool, future: asyncio.Future[Any]
+        self,
+        work: Callable[..., Any] | None,
+        arguments: Sequence[Any],
+        writes: bool,
+        future: asyncio.Future[Any] | None,
+        done: Callable[[StoreFailed | None], None] | None = None,
     ) -> None:
-        self.work, self.arguments, self.writes, self.future = work, arguments, writes, future
+        self.work, self.arguments, self.writes, self.future, self.done = work, arguments, writes, future, done
         self.result: Any = None
         self.failure: tuple[str, Exception] | None = None
+
+    def failed(self) -> StoreFailed | None:
+        """Return the failure as an exception; None where there is none."""
+        if self.failure is None:
+            return None
+        text, cause = self.failure
+        failed = StoreFailed(text)
+        failed.__cause__ = cause
+        return failed
 
 
 class SqliteStore:
@@ -92,7 +127,8 @@ class SqliteStore:
         self._busy_timeout_s = busy_timeout_s
         self._make_folder = make_folder
         self._reader = SqliteReader()
-        self._queue: SimpleQueue[_Operation | None] = SimpleQueue()
+        self._asked: list[_Operation] = []  # in this turn of the loop
+        self._queue: SimpleQueue[list[_Operation] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
@@ -117,31 +153,39 @@ class SqliteStore:
         thread, self._thread = self._thread, None
         self._reader.close()
         if thread is not None:
+            self._hand_over()
             self._queue.put(None)
         if self._ended is not None:
             await asyncio.shield(self._ended)
         if thread is not None:
             thread.join()
 
-    async def reserve(self, job: Reservation) -> Standing:
+    def reserve(self, job: Reservation) -> asyncio.Future[Standing]:
         """Do Store.reserve."""
-        return await self._do(statements.reserve, job)
+        return self._do(None, job)
 
     async def rename(self, job_id: str, new_id: str) -> None:
         """Do Store.rename."""
-        await self._do(statements.rename, job_id, new_id)
+        await self._do(None, Note(RENAME, job_id, new_id=new_id))
 
     async def settle(self, job_id: str, units: int, cost: int | None) -> None:
         """Do Store.settle."""
-        await self._do(statements.settle, job_id, units, cost)
+        await self._do(None, Note(SETTLE, job_id, units, cost))
 
     async def end(self, job_id: str) -> None:
         """Do Store.end."""
-        await self._do(statements.end, job_id)
+        await self._do(None, Note(END, job_id))
 
     async def give_back(self, job_id: str) -> None:
         """Do Store.give_back."""
-        await self._do(statements.give_back, job_id)
+        await self._do(None, Note(GIVE_BACK, job_id))
+
+    def note(self, notes: Sequence[Note], done: Callable[[StoreFailed | None], None]) -> None:
+        """Do Store.note."""
+        try:
+            self._ask(_Operation(None, notes, True, None, done))
+        except StoreFailed as exc:
+            done(exc)
 
     async def owner(self, job_id: str) -> str | None:
         """Do Store.owner."""
@@ -172,13 +216,24 @@ class SqliteStore:
         while await self._do(statements.forget_days, day_of(now - account_days * 86_400)):
             pass
 
-    def _do(self, work: Callable[..., _Result], *arguments: Any, writes: bool = True) -> asyncio.Future[_Result]:
+    def _do(self, work: Callable[..., _Result] | None, *arguments: Any, writes: bool = True) -> asyncio.Future[_Result]:
         """Let the thread call ``work`` with the connection and these arguments."""
+        future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        self._ask(_Operation(work, arguments, writes, future))
+        return future
+
+    def _ask(self, operation: _Operation) -> None:
+        """Let the thread do an operation, with all that are asked in this turn of the loop."""
         if self._thread is None or self._loop is None:
             raise StoreFailed(_NOT_OPEN.format(self._path))
-        future: asyncio.Future[_Result] = self._loop.create_future()
-        self._queue.put(_Operation(work, arguments, writes, future))
-        return future
+        if not self._asked:
+            self._loop.call_soon(self._hand_over)
+        self._asked.append(operation)
+
+    def _hand_over(self) -> None:
+        if self._asked:
+            self._queue.put(self._asked)
+            self._asked = []
 
     def _connection(self) -> sqlite3.Connection:
         """Return a connection of its own for the reader. With WAL it holds up no operation."""
@@ -203,15 +258,15 @@ class SqliteStore:
             self._loop.call_soon_threadsafe(_set, self._ended)
 
     def _next_batch(self) -> list[_Operation]:
-        """Wait for an operation, and return it with all that wait behind it. Return none when the store is closed."""
+        """Wait for operations, and return them with all that wait behind. Return none when the store is closed."""
         batch: list[_Operation] = []
-        operation = self._queue.get()
+        operations = self._queue.get()
         with suppress(Empty):
-            while operation is not None:
-                batch.append(operation)
-                if len(batch) == _MAX_BATCH:
+            while operations is not None:
+                batch += operations
+                if len(batch) >= _MAX_BATCH:
                     return batch
-                operation = self._queue.get_nowait()
+                operations = self._queue.get_nowait()
             if batch:
                 self._queue.put(None)  # ends the thread after this batch
         return batch
@@ -242,8 +297,15 @@ class SqliteStore:
     def _transact(self, batch: list[_Operation]) -> None:
         db = self._connected()
         db.execute("BEGIN IMMEDIATE" if any(operation.writes for operation in batch) else "BEGIN")
+        waiting: list[_Operation] = []
         for operation in batch:
+            if operation.work is None:
+                waiting.append(operation)
+                continue
+            _do_together(db, waiting)
+            waiting = []
             operation.result = operation.work(db, *operation.arguments)
+        _do_together(db, waiting)
         db.execute("COMMIT")
 
     def _leave(self, keep: bool) -> None:
@@ -274,7 +336,9 @@ class SqliteStore:
             # The wait for a lock is _perform's: SQLite's own is for up to 100 ms in one piece.
             db = sqlite3.connect(self._path, timeout=0, isolation_level=None)
             try:
+                db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
                 db.execute("PRAGMA journal_mode = WAL").fetchone()
+                db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
                 db.execute("PRAGMA synchronous = NORMAL")
                 self._prepare(db)
             except Exception:
@@ -323,18 +387,30 @@ class SqliteStore:
         return _MEANINGS.get(code, str(error) if isinstance(error, StoreFailed) else f"{type(error).__name__}: {error}")
 
 
+def _do_together(db: sqlite3.Connection, operations: Sequence[_Operation]) -> None:
+    """Do reservations and notes. The result of an operation is that of its last one."""
+    work: list[Work] = [each for operation in operations for each in operation.arguments]
+    if work:
+        results = iter(do_all(db, work))
+        for operation in operations:
+            for _ in operation.arguments:
+                operation.result = next(results)
+
+
 def _deliver(batch: list[_Operation]) -> None:
-    """Give the callers their results."""
+    """Tell those who wait."""
     for operation in batch:
-        if operation.future.done():  # its caller was cancelled
+        future = operation.future
+        failed = None if operation.failure is None else operation.failed()
+        if future is None:
+            if operation.done is not None:
+                operation.done(failed)
+        elif future.done():  # its caller was cancelled
             continue
-        if operation.failure is None:
-            operation.future.set_result(operation.result)
+        elif failed is None:
+            future.set_result(operation.result)
         else:
-            text, cause = operation.failure
-            failed = StoreFailed(text)
-            failed.__cause__ = cause
-            operation.future.set_exception(failed)
+            future.set_exception(failed)
 
 
 def _set(future: asyncio.Future[None]) -> None:

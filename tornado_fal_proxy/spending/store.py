@@ -11,7 +11,7 @@ Whoever calls knows limits, prices and the time. A store knows none of them: it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from time import gmtime
 from typing import NamedTuple, Protocol
@@ -19,10 +19,15 @@ from typing import NamedTuple, Protocol
 __all__ = [
     "COUNTER_KEPT_S",
     "DIMENSIONS",
+    "END",
+    "GIVE_BACK",
     "JOB_KEPT_S",
+    "RENAME",
+    "SETTLE",
     "UNFINISHED",
     "Account",
     "Counter",
+    "Note",
     "Reservation",
     "Standing",
     "Store",
@@ -39,6 +44,8 @@ JOB_KEPT_S = 7 * 86_400
 # Limits, in seconds, for how long a counter is kept after its window has ended. No reservation asks for it then, except
 # after a clock was set back. A day of this is enough, and a user who calls all day has 1,440 counters of minutes in it.
 COUNTER_KEPT_S = 86_400
+# The kinds of a Note, by what they do.
+SETTLE, END, GIVE_BACK, RENAME = "settle", "end", "give_back", "rename"
 # The place in Standing.refused_by of the limit of unfinished jobs.
 UNFINISHED = -1
 
@@ -59,9 +66,19 @@ class Counter(NamedTuple):
     ends: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Note(NamedTuple):
+    """A change of a job: the arguments of Store.settle, end, give_back or rename, whichever is its ``kind``."""
+
+    kind: str
+    job_id: str
+    units: int = 0
+    cost: int | None = None
+    new_id: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
 class Reservation:
-    """A job before it runs.
+    """A job before it runs. Nobody changes it; to freeze it would cost as much as to make it.
 
     ``id`` is random. A refusal is accounted under ``refused_as`` in place of ``endpoint``, which a client may have
     invented. ``at`` is the time in seconds since 1970. ``jobs`` is added to each of ``job_counters``, and
@@ -84,13 +101,13 @@ class Reservation:
     unfinished_until: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Standing:
     """Tell how much is used up: after a reservation, or as it is where there is no room for one.
 
     ``used`` has the numbers of the job counters, then of the cost counters, in the reservation's order. ``unfinished``
-    counts the user's unfinished jobs. ``refused_by`` is None where the job was reserved, else the index in ``used`` of
-    the first counter that has no room, or UNFINISHED.
+    counts the user's unfinished jobs, and is 0 for a reservation without a limit of them. ``refused_by`` is None where
+    the job was reserved, else the index in ``used`` of the first counter that has no room, or UNFINISHED.
     """
 
     used: Sequence[int]
@@ -139,7 +156,7 @@ class Store(Protocol):
     async def close(self) -> None:
         """Finish what was asked, and disconnect."""
 
-    async def reserve(self, job: Reservation) -> Standing:
+    def reserve(self, job: Reservation) -> Awaitable[Standing]:
         """Add the job to all its counters, the account and the unfinished jobs; or, where one has no room, to none.
 
         A refusal is counted in the account. A cost of 0, or a number of jobs of 0, has room everywhere. A job that is
@@ -161,6 +178,12 @@ class Store(Protocol):
 
     async def give_back(self, job_id: str) -> None:
         """Take the job, unless it is settled, out of its counters, the account and the unfinished jobs; forget it."""
+
+    def note(self, notes: Sequence[Note], done: Callable[[StoreFailed | None], None]) -> None:
+        """Do all of these, in order and before anything that is asked later; then call ``done``, maybe at once.
+
+        It gets None, or the failure of one of them at least. Nothing is raised.
+        """
 
     async def owner(self, job_id: str) -> str | None:
         """Return the user who reserved the job; None where it is not known, or not any more."""
@@ -187,11 +210,12 @@ def day_of(at: int) -> str:
 
 def first_without_room(job: Reservation, used: Sequence[int], unfinished: int) -> int | None:
     """Return Standing.refused_by for a job, where so much is used up."""
-    counters = [*job.job_counters, *job.cost_counters]
-    for index, counter in enumerate(counters):
-        add = job.jobs if index < len(job.job_counters) else job.cost
-        if add and used[index] + add > counter.limit:
-            return index
+    index = 0
+    for add, counters in ((job.jobs, job.job_counters), (job.cost, job.cost_counters)):
+        for counter in counters:
+            if add and used[index] + add > counter.limit:
+                return index
+            index += 1
     if job.max_unfinished is not None and unfinished >= job.max_unfinished:
         return UNFINISHED
     return None
