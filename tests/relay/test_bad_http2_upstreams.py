@@ -18,6 +18,7 @@ from tests.support.bad_upstream.rows import (
     WAYS,
     Row,
     Want,
+    names_of,
     play,
 )
 from tests.support.certificates import Authority
@@ -410,7 +411,7 @@ NO_RESPONSE = {
 
 
 @pytest.mark.parametrize(("kind", "way"), WAYS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", names_of(ROWS))
 @pytest.mark.gen_test
 async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """A paid call is sent once and answered whole. A read is whole, or broken in a way that clients repeat."""
@@ -418,7 +419,7 @@ async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, k
 
 
 @pytest.mark.parametrize(("kind", "way"), PAID_GET_WAYS)
-@pytest.mark.parametrize("name", NO_RESPONSE)
+@pytest.mark.parametrize("name", names_of(NO_RESPONSE))
 @pytest.mark.gen_test
 async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """A GET that runs a model is sent once and answered whole, as a POST is."""
@@ -426,7 +427,7 @@ async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: st
 
 
 @pytest.mark.parametrize(("kind", "way"), STREAM_WAYS)
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", names_of(STREAMS))
 @pytest.mark.gen_test
 async def test_stream(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """An event stream that was cut off is aborted."""

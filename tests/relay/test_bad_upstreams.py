@@ -7,7 +7,19 @@ import brotli
 import pytest
 
 from tests.support.bad_upstream import Do, chunked, drip, response
-from tests.support.bad_upstream.rows import CUT, KINDS, NOTHING, OK, PAID_GET_WAYS, STREAM_WAYS, WAYS, Row, Want, play
+from tests.support.bad_upstream.rows import (
+    CUT,
+    KINDS,
+    NOTHING,
+    OK,
+    PAID_GET_WAYS,
+    STREAM_WAYS,
+    WAYS,
+    Row,
+    Want,
+    names_of,
+    play,
+)
 from tests.support.certificates import Authority
 from tests.support.logs import Logs
 from tests.support.proxy import Setup
@@ -397,7 +409,7 @@ ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row 
 
 
 @pytest.mark.parametrize(("kind", "way"), WAYS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", names_of(ROWS))
 @pytest.mark.gen_test
 async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """A paid call is sent once and answered whole. A read is whole, or broken in a way that clients repeat."""
@@ -405,7 +417,7 @@ async def test_call(setup: Setup, authority: Authority, logs: Logs, name: str, k
 
 
 @pytest.mark.parametrize(("kind", "way"), PAID_GET_WAYS)
-@pytest.mark.parametrize("name", NO_RESPONSE)
+@pytest.mark.parametrize("name", names_of(NO_RESPONSE))
 @pytest.mark.gen_test
 async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """A GET that runs a model is sent once and answered whole, as a POST is."""
@@ -413,7 +425,7 @@ async def test_paid_get(setup: Setup, authority: Authority, logs: Logs, name: st
 
 
 @pytest.mark.parametrize(("kind", "way"), STREAM_WAYS)
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", names_of(STREAMS))
 @pytest.mark.gen_test
 async def test_stream(setup: Setup, authority: Authority, logs: Logs, name: str, kind: str, way: str) -> None:
     """An event stream that was cut off is aborted."""

@@ -135,8 +135,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("connection", ["fresh", pytest.param("reused", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", list(FAULTS))
+SLOW = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("connection", ["fresh", pytest.param("reused", marks=SLOW)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW * ("stall" in name)) for name in FAULTS])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.gen_test
 async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name: str, connection: str) -> None:
@@ -190,7 +193,7 @@ async def test_silence_counts_from_the_request(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", ["reset", "close", "stall"])
+@pytest.mark.parametrize("how", ["reset", "close", pytest.param("stall", marks=SLOW)])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 @pytest.mark.gen_test
 async def test_broken_event_stream(

@@ -366,6 +366,7 @@ KEY_PIPES: list[tuple[str, str | None]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("command", "problem"), KEY_PIPES)
 def test_the_key_may_come_through_a_pipe(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,20 @@ from tests.support.raw_client import RESULT, TARGET, Response, call
 from tests.support.waiting import TIMEOUT_S, eventually
 from tornado_fal_proxy import Call, FalProxyHandler
 
-__all__ = ["CUT", "KINDS", "NOTHING", "OK", "OWN", "PAID_GET_WAYS", "STREAM_WAYS", "WAYS", "Row", "Want", "play"]
+__all__ = [
+    "CUT",
+    "KINDS",
+    "NOTHING",
+    "OK",
+    "OWN",
+    "PAID_GET_WAYS",
+    "STREAM_WAYS",
+    "WAYS",
+    "Row",
+    "Want",
+    "names_of",
+    "play",
+]
 
 # Which call is made, and whether a second one would be paid again.
 KINDS = {
@@ -39,6 +53,11 @@ def _ways(*kinds: str) -> list[ParameterSet]:
 
 
 WAYS, PAID_GET_WAYS, STREAM_WAYS = _ways("run", "read"), _ways("run by GET", "submit by GET"), _ways("stream", "status")
+
+
+def names_of(rows: Mapping[str, "Row"]) -> list[ParameterSet]:
+    """Return the names as parameters. A row that stalls is slow, because the proxy must wait."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if row.stalls else []) for name, row in rows.items()]
 
 
 @dataclass(frozen=True)
