@@ -1,7 +1,6 @@
 """Fixtures of all tests: a loop, a certificate authority, the proxy under test, and no unexpected log line."""
 
 import asyncio
-import gc
 import logging
 from collections.abc import Generator, Iterator
 
@@ -31,12 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in ("service", "external"):
             item.add_marker("slow")
-
-
-def pytest_collection_finish() -> None:
-    """Keep the garbage collector from going through thousands of tests again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 __all__ = ["MAX_TURN_S", "Sweep", "in_turns"]
@@ -28,23 +28,23 @@ def in_turns(items: Iterable[_Item], function: Callable[[_Item], object]) -> Non
 
     The function must check in its turn that the item still has to be handled. Needs a running loop.
     """
-    loop, rest = asyncio.get_running_loop(), iter(items)
+    _turn(asyncio.get_running_loop(), iter(items), function)
 
-    def turn() -> None:
-        ends = time.perf_counter() + MAX_TURN_S
-        try:
-            for item in rest:
-                function(item)
-                if time.perf_counter() >= ends:
-                    break
-            else:
-                return
-        except BaseException:
-            loop.call_soon(turn)  # one that fails must not spare the others
-            raise
-        loop.call_soon(turn)
 
-    turn()
+def _turn(loop: asyncio.AbstractEventLoop, rest: Iterator[_Item], function: Callable[[_Item], object]) -> None:
+    # No closure, which would be a cycle for the garbage collector each time.
+    ends = time.perf_counter() + MAX_TURN_S
+    try:
+        for item in rest:
+            function(item)
+            if time.perf_counter() >= ends:
+                break
+        else:
+            return
+    except BaseException:
+        loop.call_soon(_turn, loop, rest, function)  # one that fails must not spare the others
+        raise
+    loop.call_soon(_turn, loop, rest, function)
 
 
 class Sweep:

@@ -136,7 +136,7 @@ class ProxyConfig:
     )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(
-        None, "open every connection to this address instead of fal's (names and TLS checks stay fal's)", "HOST:PORT"
+        None, "connect to this address instead of fal's; a second one is for the backup domain", "HOST:PORT[,HOST:PORT]"
     )
     allowed_endpoints: Sequence[str] | None = _access(
         None, "endpoints that may be called, as patterns; * is within a segment, ** any depth", "PATTERN,...", as_list
@@ -267,9 +267,10 @@ class ProxyConfig:
         if self.ca_certs is not None:
             problems.extend(_unreadable("ca_certs", self.ca_certs))
         if self.connect_to is not None:
-            match = _CONNECT_TO.fullmatch(self.connect_to) if isinstance(self.connect_to, str) else None
-            if not match or not 0 < int(match[1]) < 65_536:
-                problems.append(f"connect_to: must be HOST:PORT, not {self.connect_to!r}")
+            parts = self.connect_to.split(",") if isinstance(self.connect_to, str) else ()
+            ports = [int(match[1]) if (match := _CONNECT_TO.fullmatch(part)) else 0 for part in parts]
+            if not 1 <= len(ports) <= 2 or not all(0 < port < 65_536 for port in ports):
+                problems.append(f"connect_to: must be HOST:PORT or HOST:PORT,HOST:PORT, not {self.connect_to!r}")
         order = [field.name for field in fields(self)]
         problems.extend(self._problems_of_rules())
         return sorted(problems, key=lambda problem: order.index(problem.partition(":")[0]))

@@ -16,11 +16,15 @@ from tornado.platform.asyncio import AsyncIOLoop
 from tornado.simple_httpclient import HTTPStreamClosedError, SimpleAsyncHTTPClient
 from tornado.web import Application
 
+from tests.support import raw_client
 from tests.support.command_server import serve_and_log
+from tests.support.logs import Logs
 from tests.support.proxy import Setup
 from tests.support.raw_client import RawClient, Response
+from tests.support.waiting import eventually
 from tornado_fal_proxy.sandbox import Sandbox, state
 from tornado_fal_proxy.service import server
+from tornado_fal_proxy.upstream import failover
 
 HOSTS = ("fal.run", "queue.fal.run", "wma.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai")
 RUN = "https://fal.run/fal-ai/flux/dev"
@@ -40,6 +44,21 @@ def sandbox(io_loop: AsyncIOLoop) -> Iterator[Sandbox]:
     io_loop.asyncio_loop.run_until_complete(start())
     yield sandbox
     io_loop.asyncio_loop.run_until_complete(sandbox.close())
+
+
+@pytest.mark.gen_test
+async def test_primary(sandbox: Sandbox, setup: Setup, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the usual hosts are off calls go to the backup, and go back when a probe finds them on again."""
+    monkeypatch.setattr(failover, "PROBE_INTERVAL_S", 0.02)
+    fields = {"ca_certs": sandbox.ca_certs, "key": sandbox.key, "failover": True}
+    port, backend = setup.proxy_and_backend(f"{sandbox.address},{sandbox.backup_address}", **fields)
+    for on in (True, False, True):
+        sandbox.switch_primary(on)
+        assert (await raw_client.call(port)).status == 200
+        assert on or backend().client.down == ("fal.run",)
+    await eventually(lambda: backend().client.down == ())
+    logs.expect("failover: fal.run cannot be reached: .* its calls go to falrun.com")
+    logs.expect("failover: fal.run can be reached again")
 
 
 async def fetch(

@@ -9,6 +9,7 @@ import pycurl
 import pytest
 from tornado.web import Application
 
+from tests.support.clock import Clock
 from tests.support.command_server import serve
 from tests.support.logs import Logs
 from tests.support.proxy import ROUTE, Setup
@@ -46,7 +47,7 @@ async def test_the_loop_turns_between_two_of_a_crowd(logs: Logs) -> None:
         if number == 1:
             raise ValueError
 
-    logs.expect("ERROR asyncio: Exception in callback in_turns")
+    logs.expect("ERROR asyncio: Exception in callback _turn")
     _sweep.in_turns(range(4), end)
     while len(done) < 4:
         seen.append(len(done))
@@ -105,6 +106,23 @@ async def test_a_crowd_of_calls(setup: Setup, protocol: str, monkeypatch: pytest
     if protocol == "http/1.1":
         assert ["_add_now"] * 2 not in [steps[n : n + 2] for n in range(len(steps))]
     assert steps.count("_add_now") == 2 * CROWD
+
+
+@pytest.mark.gen_test
+async def test_a_turn_that_comes_late(
+    setup: Setup, clock: Clock, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that waits for its turn to get a connection is given up by no time-out, because its turn comes."""
+    turns = upstream_client.MAX_NEW_CONNECTIONS
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", 0)
+    port = setup.proxy(await setup.upstream(fine, protocol), connect_timeout_s=1.0, idle_timeout_s=2.0)
+    calling = asyncio.ensure_future(call(port, "POST"))
+    await clock.settle()
+    for _ in range(5):
+        await clock.pass_by(1.0)
+    assert not calling.done()
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", turns)
+    assert (await calling).status == 200
 
 
 def _noted(method: Any, name: str, steps: list[str]) -> Any:

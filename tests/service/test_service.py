@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.support.logs import Logs
 from tests.support.proxy import KEY, ROUTE, SECRET, Setup
-from tests.support.raw_client import RawClient, Response, call, request
+from tests.support.raw_client import TARGET, RawClient, Response, call, request
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, WITH_KEY, ServiceProcess, connects, environment
 from tests.support.stub_handlers import silent
@@ -215,6 +216,28 @@ async def test_the_sandbox_runs_with_neither_key_nor_network() -> None:
     assert response.status == 200
     stdout, _ = await running.end()
     assert f"http://127.0.0.1:{running.port}/" in stdout
+
+
+@pytest.mark.gen_test
+async def test_an_outage_of_the_sandbox() -> None:
+    """Its usual hosts can be switched off, and calls go on by the backup domain. Another site's page cannot do that."""
+    running = await ServiceProcess.start("--sandbox", "--failover")
+
+    async def switch(body: bytes, *headers: str, method: str = "POST") -> tuple[int, bytes]:
+        path = "/sandbox/primary"
+        response = await call(running.port, method, body, target=None, path=path, headers=headers)
+        return response.status, response.body
+
+    assert await switch(b"", method="GET") == (200, b"on\n")
+    assert (await switch(b"off", "Sec-Fetch-Site: cross-site"))[0] == 403
+    assert (await switch(b"perhaps"))[0] == 400
+    for state in (b"off", b"off", b"on", b"off"):
+        assert await switch(state) == (200, state + b"\n")
+    for target in (TARGET, "https://queue.fal.run/fal-ai/flux/dev"):
+        assert (await call(running.port, target=target, body=b'{"sandbox": {"think_s": 0}}')).status == 200
+    assert await switch(b"", method="GET") == (200, b"off\n")
+    _, stderr = await running.end()
+    assert len(re.findall("failover: (?:queue.)?fal.run cannot be reached", stderr)) == 2
 
 
 # A Host header, and the beginning of the picture's URL: None for the address that the service itself knows.

@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "failover": ([True, False], SWITCH_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
-        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
+        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443", "a:1,b:2", "[::1]:1,[::1]:2"],
         [
             *(
                 "",
@@ -70,7 +70,21 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
                 "localhost:-1",
                 "localhost:http",
             ),
-            *("::1:443", "[::1]", "[::1]:", "a b:1", "a:1\n", "a:1,b:2", "a/b:1", "http://a:1", "user@a:1", "a:\u0661"),
+            *(
+                "::1:443",
+                "[::1]",
+                "[::1]:",
+                "a b:1",
+                "a:1\n",
+                "a:1,b",
+                "a:1,b:0",
+                "a:1,",
+                "a:1,b:2,c:3",
+                "a/b:1",
+                "http://a:1",
+                "user@a:1",
+                "a:\u0661",
+            ),
             *(b"a:1", 1, True),
         ],
     ),

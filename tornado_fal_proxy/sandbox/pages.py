@@ -1,10 +1,10 @@
-"""Two handlers of the proxy's own application in sandbox mode: a page to try the proxy, and the CDN's stand-in."""
+"""Handlers of the proxy's own application in sandbox mode: a page to try the proxy, the CDN's stand-in, a switch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from tornado.http1connection import HTTP1Connection
 from tornado.web import HTTPError, RequestHandler, stream_request_body
@@ -35,6 +35,42 @@ class Page(_Handler):
 
     def get(self) -> None:
         self.finish(self.html)
+
+
+class Outages(Protocol):
+    """Describe what :class:`Primary` needs of the sandbox."""
+
+    @property
+    def primary(self) -> bool:
+        """Tell whether the usual hosts can be reached."""
+
+    def switch_primary(self, on: bool) -> None:
+        """Begin or end an outage."""
+
+
+class Primary(_Handler):
+    """Switch fal's usual hosts off or on with a POST of ``off`` or ``on``, to see a failover. A GET tells which it is.
+
+    A page of another site cannot do it.
+    """
+
+    SUPPORTED_METHODS = ("GET", "POST")
+
+    def initialize(self, outages: Outages) -> None:
+        self.outages = outages
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/plain")
+        self.finish("on\n" if self.outages.primary else "off\n")
+
+    def post(self) -> None:
+        wanted = self.request.body.strip()
+        if self.request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise HTTPError(403)
+        if wanted not in (b"on", b"off"):
+            raise HTTPError(400, reason="The body must be on or off")
+        self.outages.switch_primary(wanted == b"on")
+        self.get()
 
 
 @stream_request_body

@@ -34,14 +34,17 @@ class Sandbox(SandboxState):
 
     It is the state that its handlers share, with a server in front. Attributes beside those of the state:
         address: ``127.0.0.1:PORT``, where upstream connections have to go (after ``start``).
+        backup_address: the same for those to fal's backup domain.
         ca_certs: path of the CA's certificate, PEM (after ``start``, until ``close``).
     """
 
     def __init__(self, *, pace: float = 1.0) -> None:
         """Prepare a sandbox. ``pace`` multiplies every simulated delay; at 1 a run takes 1.2 s and a queued job 4 s."""
         super().__init__(pace)
-        self.address = ""
+        self.address = self.backup_address = ""
         self.ca_certs = ""
+        self._servers: list[HTTPServer] = []
+        self._primary: HTTPServer | None = None
 
     def start(self) -> None:
         """Make the CA and the certificate, and listen. Raise OSError without a free port or temporary directory."""
@@ -49,22 +52,46 @@ class Sandbox(SandboxState):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        authority.issue_cert("fal.run", "*.fal.run", "fal.ai", "*.fal.ai", "rest.alpha.fal.ai").configure_cert(context)
+        names = ("fal.run", "*.fal.run", "fal.ai", "*.fal.ai", "rest.alpha.fal.ai", "falrun.com", "*.falrun.com")
+        authority.issue_cert(*names).configure_cert(context)
         self._directory = tempfile.TemporaryDirectory(prefix="tornado-fal-proxy-")  # made with mode 0700
         self.ca_certs = str(Path(self._directory.name, "ca.pem"))
         authority.cert_pem.write_to_path(self.ca_certs)
-        self._server = HTTPServer(self._application(), ssl_options=context, max_body_size=MAX_INPUT_BYTES)
-        sockets = bind_sockets(0, "127.0.0.1", backlog=LISTEN_BACKLOG)
-        self._server.add_sockets(sockets)
-        self.address = f"127.0.0.1:{sockets[0].getsockname()[1]}"
+        self._server_options = {"ssl_options": context, "max_body_size": MAX_INPUT_BYTES}
+        self._served = self._application()
+        self._primary, self.address = self._listen()
+        _, self.backup_address = self._listen()
+
+    def _listen(self, port: int = 0) -> tuple[HTTPServer, str]:
+        server = HTTPServer(self._served, **self._server_options)
+        sockets = bind_sockets(port, "127.0.0.1", backlog=LISTEN_BACKLOG)
+        server.add_sockets(sockets)
+        self._servers.append(server)
+        return server, f"127.0.0.1:{sockets[0].getsockname()[1]}"
+
+    @property
+    def primary(self) -> bool:
+        """Tell whether the usual hosts can be reached."""
+        return self._primary is not None
+
+    def switch_primary(self, on: bool) -> None:
+        """Begin or end an outage: no new connection to the usual hosts can be made, and calls that run go on.
+
+        Raise OSError where another program has taken the port meanwhile.
+        """
+        if self._primary is not None and not on:
+            self._primary.stop()
+            self._primary = None
+        elif self._primary is None and on:
+            self._primary, _ = self._listen(int(self.address.rpartition(":")[2]))
 
     def _application(self) -> Application:
         """Return the routes of fal's hosts, which Tornado's host patterns keep apart."""
         job = rf"/{APP}/requests/([^/]+)"
         routes: dict[str, dict[str, type[fal.FalHandler]]] = {
-            r"fal\.run": {r"/(.+)/stream": fal.Stream, r"/(.+/.+)/ice": fal.Ice, r"/([^/]+/.+)": fal.Run},
+            r"fal(?:\.run|run\.com)": {r"/(.+)/stream": fal.Stream, r"/(.+/.+)/ice": fal.Ice, r"/([^/]+/.+)": fal.Run},
             r"wma\.fal\.run": {r"/ice": fal.Ice, r"/session": fal.Session, r"/session/heartbeat": fal.Heartbeat},
-            r"queue\.fal\.run": {
+            r"queue\.fal(?:\.run|run\.com)": {
                 job: fal.Result,
                 rf"{job}/status": fal.Status,
                 rf"{job}/status/stream": fal.StatusStream,
@@ -86,20 +113,22 @@ class Sandbox(SandboxState):
         return application
 
     def page_rules(self, route: str) -> list[URLSpec]:
-        """Return rules for the proxy's application: ``/``, a page that calls ``route``, and the CDN's stand-in."""
+        """Return rules for the proxy's application: a page that calls ``route``, the CDN's stand-in, and a switch."""
         html = Path(__file__).with_name("page.html").read_text("utf-8").replace("@ROUTE@", xhtml_escape(route))
         return [
             URLSpec(r"/", pages.Page, {"html": html}),
             URLSpec(r"/sandbox/files/(.+)", pages.Files, {"state": self}),
             URLSpec(r"/sandbox/jwks\.json", KeySet, {"deliveries": self.deliveries}),
+            URLSpec(r"/sandbox/primary", pages.Primary, {"outages": self}),
         ]
 
     async def close(self) -> None:
         """Stop listening, close every connection, wait for the handlers, and remove the temporary directory."""
         self.closing.set()
         self.deliveries.close()
-        self._server.stop()
-        await self._server.close_all_connections()
+        for server in self._servers:
+            server.stop()
+            await server.close_all_connections()
         if self.calls:
             await asyncio.wait(self.calls)
         self._directory.cleanup()

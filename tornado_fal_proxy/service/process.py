@@ -195,7 +195,7 @@ def _application(context: ServiceContext) -> ProxyApplication:
         sandbox.public_url = url_of(context.sockets[0])
         # The page cancels jobs, and a job here costs nothing.
         texts = {"allow_cancel": "yes"} | {name: text for name, text in settings.texts.items() if text}
-        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": sandbox.address}
+        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": f"{sandbox.address},{sandbox.backup_address}"}
         config = ProxyConfig.from_texts(texts, key=sandbox.key, more=settings.more)
         more = sandbox.page_rules(settings.route)
         settings = replace(settings, relay=config)

@@ -22,6 +22,7 @@ Only ``connected``, ``protocol_known`` and ``open_window_soon`` run inside libcu
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -232,6 +233,7 @@ class UpstreamClient(CurlLoop):
         if shares and not transfer.fresh_connect:
             self._add_now(transfer)
         else:
+            transfer.last_progress_at = math.inf  # it waits for its turn, which comes: no time-out of its own runs yet
             self._to_add.append(transfer)
             self.run_soon()
 
@@ -247,6 +249,7 @@ class UpstreamClient(CurlLoop):
     def _add_now(self, transfer: Transfer) -> None:
         curl = transfer.curl
         assert curl is not None
+        transfer.last_progress_at = self.now()
         if transfer.leads:
             self._loop.call_later(HANDSHAKE_WAIT_S, self._on_lead_timeout, transfer)
         http2 = self._hosts.speaks_http2(transfer.host)

@@ -20,6 +20,7 @@ import pycurl
 
 from tornado_fal_proxy import memory
 from tornado_fal_proxy.config import ProxyConfig
+from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS
 from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES
 from tornado_fal_proxy.upstream.decoding import ACCEPT_ENCODING
@@ -153,7 +154,9 @@ class HandlePool:
         if config.ca_certs is not None:
             curl.setopt(pycurl.CAINFO, os.fspath(config.ca_certs))
         if config.connect_to is not None:
-            curl.setopt(pycurl.CONNECT_TO, [f"::{config.connect_to}"])
+            address, _, backup = config.connect_to.partition(",")
+            backups = [f"{host}::{backup}" for host in BACKUP_HOSTS.values()] if backup else []
+            curl.setopt(pycurl.CONNECT_TO, [*backups, f"::{address}"])
             curl.setopt(pycurl.NOPROXY, "*")
         curl.setopt(pycurl.POST if with_body else pycurl.HTTPGET, 1)
         return curl
