@@ -65,9 +65,7 @@ def test_bugs(package: Any) -> None:
 @pytest.mark.gen_test
 async def test_functions(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two functions decide and find the key as they did in JavaScript, and both commands are right."""
-    (tmp_path / "my_rules.py").write_text(PAGE.file("my_rules.py"))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "my_rules", raising=False)
+    PAGE.write_module("my_rules", tmp_path, monkeypatch)
     monkeypatch.setenv("KEY_OF_ANN", "of-ann:secret")
     relay = parse_settings(shlex.split(PAGE.command("functions"))[1:], {}).relay
     assert relay is not None

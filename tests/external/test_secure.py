@@ -18,8 +18,7 @@ PAGE = Page("docs/secure.md")
 @pytest.mark.gen_test
 async def test_the_checklist(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options exist, and the function lets in those whom it names."""
-    (tmp_path / "my_rules.py").write_text(PAGE.file("my_rules.py"))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    PAGE.write_module("my_rules", tmp_path, monkeypatch)
     argv = [shlex.split(PAGE.command(name)) for name in ("endpoints", "authorize")]
     assert [words[0] for words in argv] == ["tornado-fal-proxy"] * 2
     relay = parse_settings([words[1] for words in argv], WITH_KEY).relay

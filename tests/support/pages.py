@@ -5,8 +5,12 @@ A comment before each block says what it is, and names it: ``<!-- command: NAME 
 """
 
 import re
+import sys
 import textwrap
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.support.tools import ROOT
 
@@ -45,3 +49,10 @@ class Page:
         names: dict[str, Any] = {"__name__": "docs"}
         exec(compile(self.file(name), f"{self.path}: {name}", "exec"), names)
         return names
+
+    def write_module(self, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Write a file of Python to ``directory``, from where the test alone imports it."""
+        (directory / f"{name}.py").write_text(self.file(f"{name}.py"))
+        monkeypatch.syspath_prepend(str(directory))
+        monkeypatch.setitem(sys.modules, name, sys)  # what is imported in its place is forgotten with it
+        del sys.modules[name]
