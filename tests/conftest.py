@@ -72,9 +72,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("ca"))
 
 
-@pytest.fixture(params=["h2", "http/1.1"])
+@pytest.fixture(params=["h2", pytest.param("http/1.1", marks=pytest.mark.slow)])
 def protocol(request: pytest.FixtureRequest) -> str:
-    """Run the test once over each protocol towards fal."""
+    """Run the test once over each protocol towards fal: fast over the one that fal speaks."""
     return str(request.param)
 
 
