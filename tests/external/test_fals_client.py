@@ -152,7 +152,7 @@ def test_stream_arrives_whole(calls: SdkCalls) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "kind"),
-    [("upload", 700, "image/webp"), ("upload_in_parts", 12 + 91 * 2**20, "application/octet-stream")],
+    [("upload", 700, "image/webp"), ("upload_in_parts", 200_000_012, "application/octet-stream")],
 )
 def test_upload(calls: SdkCalls, name: str, size: int, kind: str) -> None:
     """A file is uploaded to the address that came through the proxy, and is the same when it is read back."""

@@ -145,5 +145,5 @@ calls.run_500 = () => fal.run(MODEL, { input: input({ tag: "500", error: 500, ti
 
 const outcomes = await Promise.all(Object.entries(calls).map(async ([name, call]) => [name, await settle(call())]));
 // Over 90 MiB the SDK sends parts of 10 MiB, one after the other. They would delay the other calls, so they come last.
-const large = new Blob(["not all zero", new Uint8Array(91 * 2 ** 20)]);
+const large = new Blob(["not all zero", new Uint8Array(200e6)]);
 report({ ...Object.fromEntries(outcomes), upload_in_parts: await settle(upload(large)) });
