@@ -110,7 +110,11 @@ FAILS = [
         match=r"FAL_PROXY_CA_CERTS: .*empty.pem' holds no PEM",
         environ={"FAL_PROXY_CA_CERTS": "{dir}/empty.pem", **WITH_KEY},
     ),
-    start("--connect-to=nowhere", match=r"--connect-to: must be HOST:PORT, not 'nowhere'", environ=WITH_KEY),
+    start(
+        "--connect-to=nowhere",
+        match=r"--connect-to: must be HOST:PORT or HOST:PORT,HOST:PORT, not 'nowhere'",
+        environ=WITH_KEY,
+    ),
     # The file of options; tests/unit/test_config_file.py has the rest.
     start("--config={dir}/none", match=r": --config: cannot read '.*/none': No such file or directory\Z"),
     start(match=r": FAL_PROXY_CONFIG: cannot read '.*': Is a directory\Z", environ={"FAL_PROXY_CONFIG": "{dir}"}),
