@@ -1,10 +1,14 @@
 """The log's excerpt of a refused text shows its cause, and has no secret and no order to a terminal."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.access_rules import JOB, QUEUE, RUN
+from tests.support.tools import ROOT
 from tornado_fal_proxy.errors import MethodNotAllowed, ProxyError
 from tornado_fal_proxy.rules.access import access_rules
 from tornado_fal_proxy.rules.excerpt import MAX_EXCERPT_CHARS, excerpt
@@ -111,3 +115,13 @@ def test_the_log_shows_a_refused_account() -> None:
     with pytest.raises(ProxyError) as caught:
         decide("GET", [("x-fal-target-url", "https://api.fal.ai/v1/keys?secret")], max_body_bytes=1)
     assert caught.value.detail == "the key's account: api.fal.ai/v1/keys"
+
+
+def test_an_excerpt_needs_no_file() -> None:
+    """Python loads nothing for an excerpt, because a process that is out of files must still log what it refuses."""
+    program = (
+        "import sys; from tornado_fal_proxy.rules.excerpt import excerpt; known = set(sys.modules); "
+        "excerpt('\\xe9\\x1b'); print(sorted(set(sys.modules) - known))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
