@@ -79,3 +79,24 @@ async def test_out_of_open_files_over_http1(setup: Setup, monkeypatch: pytest.Mo
     await eventually(lambda: not serving(running.pid, running.port))
     assert (await call(running.port)).status == 200
     await running.end()
+
+
+@pytest.mark.gen_test
+async def test_connections_to_fal_leave_files_to_answer_with(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that take files for their connections to fal leave some, so the next client gets 503 and does not wait."""
+    monkeypatch.setattr("tests.support.service_process.COMMAND", limited(64, 64))
+    gate = Gate()
+    upstream = await setup.upstream(gate, "http/1.1")
+    running = await ServiceProcess.in_front_of(setup, upstream)
+    clients = [await RawClient.open(running.port) for _ in range(32)]
+    for client in clients:
+        await client.send()
+    responses = [asyncio.create_task(client.response()) for client in clients]
+    await eventually(lambda: sum(task.done() for task in responses) + len(upstream.exchanges) >= len(responses))
+    assert (await call(running.port)).status == 503
+    gate.open.set()
+    assert Counter([(await task).status for task in responses]).keys() == {200, 502}
+    for client in clients:
+        await client.close()
+    _, stderr = await running.end()
+    assert "too few open files are left for a connection to fal (ConnectionLost)" in stderr

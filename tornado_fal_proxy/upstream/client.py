@@ -426,6 +426,8 @@ def _secret_of(headers: list[bytes]) -> bytes:
 def _failure(transfer: Transfer, curl: pycurl.Curl, curl_error: int | None, message: str) -> UpstreamError | None:
     """Return the error of a transfer that libcurl is done with; None where its response is whole."""
     if curl_error is not None:
+        if curl_error == pycurl.E_ABORTED_BY_CALLBACK and not transfer.may_have_been_sent:
+            return ConnectionLost("too few open files are left for a connection to fal")  # see handles.SPARE_FILES
         # A connection may have been ready and nothing written to it yet.
         transfer.may_have_been_sent = transfer.may_have_been_sent and curl.getinfo(pycurl.REQUEST_SIZE) > 0
         return upstream_error(curl_error, transfer.without_secret(message), may_have_run=_may_have_run(transfer))

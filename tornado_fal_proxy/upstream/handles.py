@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -58,6 +59,9 @@ UNACKNOWLEDGED_S = 30.0
 # CURLOPT_SUPPRESS_CONNECT_HEADERS (include/curl/curl.h), to which pycurl gives no name: an egress proxy's response to
 # CONNECT is never taken for fal's, not even when libcurl repeats a request through a new tunnel.
 _SUPPRESS_CONNECT_HEADERS = 265
+# The open files that no connection to fal takes. The server needs some to accept a client and answer 503. Without them
+# the client would wait for as long as the calls that have all files.
+SPARE_FILES = 6
 # Tells whether a limit of libcurl's rate works as a window: tried with 8.23. In 8.16 it is a limit and nothing else.
 RATE_IS_WINDOW = pycurl.version_info()[2] >= 0x081700
 
@@ -69,7 +73,7 @@ class HandlePool:
         self._config, self._create = config, create
         self._idle: dict[str, list[pycurl.Curl]] = {"GET": [], "POST": []}
         self._closed = False
-        self._prepare_socket = partial(_limit_unacknowledged, min(UNACKNOWLEDGED_S, config.idle_timeout_s))
+        self._prepare_socket = partial(_prepare_socket, min(UNACKNOWLEDGED_S, config.idle_timeout_s))
         self._upload_buffer_bytes = MAPPED_UPLOAD_BUFFER_BYTES if memory.are_mapped() else UPLOAD_BUFFER_BYTES
 
     def take(self, method: str, body: bytes) -> tuple[pycurl.Curl, list[pycurl.Curl] | None]:
@@ -211,9 +215,12 @@ def set_window(curl: pycurl.Curl, transfer: Transfer) -> None:
         curl.setopt(pycurl.MAX_RECV_SPEED_LARGE, 0 if transfer.peer_closed else transfer.window)
 
 
-def _limit_unacknowledged(seconds: float, fd: int, _purpose: int) -> int:
-    """Let the kernel end a connection on which nothing was acknowledged for so long (SOCKOPTFUNCTION). Linux only."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
+def _prepare_socket(seconds: float, fd: int, _purpose: int) -> int:
+    """Refuse the last open files, and end a connection on which nothing is acknowledged so long (SOCKOPTFUNCTION)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and fd >= limit - SPARE_FILES:
+        return pycurl.SOCKOPT_ERROR
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
             duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(seconds * 1000), 1))
     return pycurl.SOCKOPT_OK
