@@ -7,7 +7,6 @@ character but printable ASCII, and is short.
 
 from __future__ import annotations
 
-import codecs
 import re
 
 __all__ = ["MAX_EXCERPT_CHARS", "excerpt"]
@@ -16,8 +15,9 @@ __all__ = ["MAX_EXCERPT_CHARS", "excerpt"]
 # line of the log.
 MAX_EXCERPT_CHARS = 140
 _MORE = "..."
-# Looked up now, because Python loads the codec from a file, and a process that is out of files has to log too.
-_ESCAPE = codecs.getencoder("unicode_escape")
+# Used once now, because Python loads the codec from a file, and a process that is out of files has to log too.
+_ESCAPE = "unicode_escape"
+"".encode(_ESCAPE)
 # The beginning of a query or a fragment, also where it is escaped and a server may decode it.
 _QUERY = re.compile(r"[?#]|%(?:3[Ff]|23)")
 # The scheme of a URL, then the user name and the password in front of its host.
@@ -32,7 +32,7 @@ def excerpt(text: str) -> str:
     kept = _QUERY.split(text, maxsplit=1)[0]
     user = _USER.match(kept)
     anonymous = kept if user is None else f"{user[1] or ''}{user[2]}***@{kept[user.end() :]}"
-    shown = _ESCAPE(anonymous[: MAX_EXCERPT_CHARS + 1])[0].decode("ascii")
+    shown = anonymous[: MAX_EXCERPT_CHARS + 1].encode(_ESCAPE).decode("ascii")
     if len(kept) == len(text) and len(shown) <= MAX_EXCERPT_CHARS:
         return shown
     return shown[: MAX_EXCERPT_CHARS - len(_MORE)] + _MORE
