@@ -34,17 +34,17 @@ def in_turns(items: Iterable[_Item], function: Callable[[_Item], object]) -> Non
 def _turn(loop: asyncio.AbstractEventLoop, rest: Iterator[_Item], function: Callable[[_Item], object]) -> None:
     # No closure, which would be a cycle for the garbage collector each time.
     ends = time.perf_counter() + MAX_TURN_S
+    is_done = False
     try:
         for item in rest:
             function(item)
             if time.perf_counter() >= ends:
                 break
         else:
-            return
-    except BaseException:
-        loop.call_soon(_turn, loop, rest, function)  # one that fails must not spare the others
-        raise
-    loop.call_soon(_turn, loop, rest, function)
+            is_done = True
+    finally:  # one that fails must not spare the others
+        if not is_done:
+            loop.call_soon(_turn, loop, rest, function)
 
 
 class Sweep:

@@ -33,6 +33,7 @@ from tornado.web import Application, RequestHandler, stream_request_body
 
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.relay.backend import shared_backend
+from tornado_fal_proxy.rules.endpoints import is_request_id
 
 __all__ = [
     "JWKS_URL",
@@ -115,10 +116,11 @@ async def end_job(application: Application, config: ProxyConfig, request_id: str
     """End a queued job in the account, if nothing has ended it yet: its user may have another one at once.
 
     Its estimate stays, and its bill still settles it when its result is fetched. ``application`` and ``config`` are
-    those of the FalProxyHandler that has submitted it. Without limits on spending, or for a job that is none of this
-    proxy's, nothing happens. A store that fails is logged, and the job ends by itself after ``job_lifetime_s``.
+    those of the FalProxyHandler that has submitted it. Call it before ``close_upstreams``. Without limits on spending,
+    or for a job that is none of this proxy's, nothing happens. A store that fails is logged, and the job ends by itself
+    after ``job_lifetime_s``.
     """
-    if config.spending is not None and config.spending.needs_store:
+    if config.spending is not None and config.spending.needs_store and is_request_id(request_id):
         ledger = shared_backend(application, config).ledger
         await ledger.wait(ledger.end_job(request_id))
 

@@ -236,6 +236,25 @@ def writing(result: Any) -> User:
 
 @pytest.mark.parametrize(("name", "result"), [("authorize", True), ("identify", "ann"), ("check_input", None)])
 @pytest.mark.gen_test
+async def test_a_function_that_flushes(setup: Setup, logs: Logs, name: str, result: Any) -> None:
+    """A call of which a part of a response has left already does not go to fal, and its connection is closed."""
+
+    def function(handler: FalProxyHandler, *_: Any) -> Any:
+        handler.write("Hello.")
+        handler.flush()
+        return result
+
+    logs.expect("refused: 500 POST: .* has sent a part of a response, and has not finished it")
+    handler = type("Flushing", (FalProxyHandler,), {name: function})
+    limits = {"jobs_per_user": "9/day", "store": "memory"}
+    client = await RawClient.open(serve(setup, handler, await setup.upstream(must_not_be_called), **limits))
+    await client.send()
+    assert not (await client.reader.read()).endswith(b"0\r\n\r\n")  # it is not complete
+    await client.close()
+
+
+@pytest.mark.parametrize(("name", "result"), [("authorize", True), ("identify", "ann"), ("check_input", None)])
+@pytest.mark.gen_test
 async def test_a_function_that_writes(setup: Setup, name: str, result: Any) -> None:
     """A response has nothing of what a function of the operator's has written, because it could break a paid one."""
     handler = type("Writing", (FalProxyHandler,), {name: writing(result)})

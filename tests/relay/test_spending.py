@@ -557,6 +557,53 @@ async def test_failures_are_counted(setup: Setup, store: FakeStore, logs: Logs) 
     await ledger.closed()
 
 
+@pytest.mark.parametrize("why", ["open", "operation", "too much waits"])
+@pytest.mark.gen_test
+async def test_what_failed_can_be_done_later(
+    setup: Setup, store: FakeStore, logs: Logs, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """A job whose end, or bill, the store could not take is ended, or settled, by the next call that tells of it."""
+    logs.expect("store failed: ")
+    rules = setup.config(await setup.upstream(must_not_be_called), **LIMITS).spending
+    assert rules is not None
+    ledger = Ledger(rules, store)
+    if why != "open":
+        await ledger.usage("2026-11-27", "2026-11-27")
+    store.failing = "gone"
+    with monkeypatch.context() as patch:
+        if why == "too much waits":
+            patch.setattr("tornado_fal_proxy.spending.ledger.MAX_PENDING", 0)
+        await ledger.wait(ledger.end_job("1"))
+        await ledger.wait(ledger.settle_job("2", 1))
+        await ledger.wait(ledger.settle_job("1", 1))
+    store.failing = ""
+    store.done.clear()
+    known = ledger.known("1"), ledger.known("2")
+    assert [(each.ended, each.settled) for each in known] == [(False, False)] * 2
+    known[1].endpoint = "a/b"
+    await ledger.wait(ledger.end_job("1"))
+    await ledger.wait(ledger.settle_job("2", 1))
+    assert ("end" in store.done, "settle" in store.done) == (True, True)
+    assert (ledger.end_job("1"), ledger.settle_job("2", 1)) == (None, None)
+    await ledger.closed()
+
+
+@pytest.mark.gen_test
+async def test_the_last_notes_of_a_shutdown(setup: Setup, store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that take all the time of a shutdown still leave their last notes in the store."""
+    monkeypatch.setattr("tornado_fal_proxy.spending.ledger.CLOSE_TIMEOUT_S", 0.03)
+    rules = setup.config(await setup.upstream(must_not_be_called), **LIMITS).spending
+    assert rules is not None
+    ledger = Ledger(rules, store)
+    await ledger.usage("2026-11-27", "2026-11-27")
+    ledger.unfinished = 1
+    ledger.close()
+    monkeypatch.setattr("tornado_fal_proxy.spending.ledger.NOTE_DELAY_S", 10)
+    ledger.note(Note(END, "1"))
+    await ledger.closed()
+    await eventually(lambda: "end" in store.done)
+
+
 @pytest.mark.gen_test
 async def test_a_store_that_hangs_holds_up_no_result(
     setup: Setup, store: FakeStore, monkeypatch: pytest.MonkeyPatch

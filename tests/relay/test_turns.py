@@ -7,6 +7,7 @@ from typing import Any
 
 import pycurl
 import pytest
+from tornado.iostream import IOStream
 from tornado.web import Application
 
 from tests.support.clock import Clock
@@ -106,6 +107,59 @@ async def test_a_crowd_of_calls(setup: Setup, protocol: str, monkeypatch: pytest
     if protocol == "http/1.1":
         assert ["_add_now"] * 2 not in [steps[n : n + 2] for n in range(len(steps))]
     assert steps.count("_add_now") == 2 * CROWD
+
+
+@pytest.mark.usefixtures("one_each")
+@pytest.mark.gen_test
+async def test_a_descriptor_that_is_reported_twice(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that leaves and is then reset costs none of the others that left that somebody notices them."""
+    port, shared = setup.proxy_and_backend(await setup.upstream(fine))
+    assert (await call(port)).status == 200
+    pairs = [socket.socketpair() for _ in range(3)]
+    streams = [IOStream(one) for one, _ in pairs]
+    for stream in streams:
+        shared().watch(stream)
+    fds = [stream.socket.fileno() for stream in streams]
+    reports = [fds[:2], fds]
+    monkeypatch.setattr(shared()._hangups, "hung_up", lambda: reports.pop(0) if reports else [])
+    shared()._close_left()
+    shared()._close_left()
+    await eventually(lambda: all(stream.closed() for stream in streams))
+    for _, other in pairs:
+        other.close()
+
+
+@pytest.mark.gen_test
+async def test_a_leader_goes_first(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for whose handshake others wait is not behind a crowd that needs connections of its own."""
+    port, shared = setup.proxy_and_backend(await setup.upstream(fine, "http/1.1"))
+    assert (await call(port, "POST")).status == 200
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", 0)
+    client = shared().client
+    calling = [asyncio.ensure_future(call(port, "POST")) for _ in range(3)]
+    await eventually(lambda: len(client._to_add) == 3)
+    calling.append(asyncio.ensure_future(call(port, "POST", target="https://queue.fal.run/fal-ai/flux/dev")))
+    await eventually(lambda: len(client._to_add) == 4)
+    assert [transfer.host for transfer in client._to_add] == ["queue.fal.run", *["fal.run"] * 3]
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", 2)
+    assert [(await each).status for each in calling] == [200] * 4
+
+
+@pytest.mark.gen_test
+async def test_a_host_that_becomes_suspect_meanwhile(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paid call that has waited for its turn avoids pooled connections that turned out to be dead meanwhile."""
+    port, shared = setup.proxy_and_backend(await setup.upstream(fine, "http/1.1"))
+    assert (await call(port, "POST")).status == 200
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", 0)
+    client = shared().client
+    calling = asyncio.ensure_future(call(port, "POST"))
+    await eventually(lambda: client._to_add)
+    [transfer] = client._to_add
+    assert not transfer.fresh_connect
+    client._hosts.suspect("fal.run", client.now())
+    monkeypatch.setattr(upstream_client, "MAX_NEW_CONNECTIONS", 2)
+    assert (await calling).status == 200
+    assert transfer.fresh_connect
 
 
 @pytest.mark.gen_test

@@ -283,6 +283,8 @@ async def test_a_job_ends_where_nothing_is_counted() -> None:
     """Without limits on spending to end a job makes nothing."""
     application = Application()
     await end_job(application, ProxyConfig(key="id:secret"), JOB_ID)
+    for odd in ("", "a b", "x" * 65):
+        await end_job(application, ProxyConfig(key="id:secret", jobs_per_user="9/day", store="memory"), odd)
     assert backends_of(application) == []
 
 

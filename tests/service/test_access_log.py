@@ -76,6 +76,28 @@ async def test_lines_are_written_together(logs: Logs) -> None:
 
 
 @pytest.mark.gen_test
+async def test_a_record_that_fails(logs: Logs) -> None:
+    """A handler that fails once loses its record, and none of those behind it."""
+    logger = logging.Logger("one")
+    handled: list[Any] = []
+
+    class Failing(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            handled.append(record)
+            if len(handled) == 1:
+                raise OSError
+            return True
+
+    logger.addHandler(Failing())
+    logs.expect("ERROR asyncio: Exception in callback AccessLog._write_for_a_turn")
+    access_log = AccessLog(logger)
+    for turn in (2, 3):
+        for number in range(LINES_AT_ONCE + 1):
+            access_log.add(Call("POST", f"call-{number}"), "::1")
+        await eventually(lambda turn=turn: len(handled) == 2 * (turn - 1))  # type: ignore[misc]
+
+
+@pytest.mark.gen_test
 async def test_the_last_call_is_logged(setup: Setup) -> None:
     """Its line is written although the service ends with it, and no other line follows."""
     gate = Gate()

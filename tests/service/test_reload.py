@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.support.stub_handlers import Gate, fine
 from tests.support.tools import ROOT
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy import ProxyConfig, close_upstreams, flush_spending
-from tornado_fal_proxy.relay.backend import shared_backend
+from tornado_fal_proxy.relay.backend import backends_of, shared_backend
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.application import make_application
 
@@ -208,6 +209,54 @@ async def test_prices_of_queued_jobs(tmp_path: Path) -> None:
     assert shared_backend(application, application.config).ledger is ledger
     close_upstreams(application)
     await flush_spending(application)
+
+
+@pytest.mark.gen_test
+async def test_prices_that_come_back(tmp_path: Path) -> None:
+    """Options that were used before, with other prices in the same file, count by those, also beside calls that run."""
+    file = tmp_path / "prices.toml"
+    fields: dict[str, Any] = {"key": KEY, "prices": str(file), "budget": "9/day", "store": f"sqlite:{tmp_path}/a.db"}
+    file.write_text('"**" = 1\n')
+    first = ProxyConfig(**fields)
+    application = make_application(first, ROUTE)
+    kept, lease = shared_backend(application, first), application._lease  # as a call in flight does
+    assert kept.ledger.rules.price("a/b") is not None
+    application.use(ProxyConfig(**fields, max_in_flight=5), TrustedProxies())
+    file.write_text('"**" = 3\n')
+    application.use(ProxyConfig(**fields), TrustedProxies())
+    assert shared_backend(application, application.config) is kept
+    price = kept.ledger.rules.price("a/b")
+    assert price is not None
+    assert price.cost(2_000_000) == 6_000_000
+    del lease
+    close_upstreams(application)
+    await flush_spending(application)
+
+
+@pytest.mark.gen_test
+async def test_limits_are_those_of_one_service(setup: Setup) -> None:
+    """Calls that still run with options of before count against the slots and the buffers of those of now."""
+    gate = Gate()
+    upstream = await setup.upstream(gate)
+    application = make_application(setup.config(upstream, max_in_flight=2, max_buffered_bytes=2**21), ROUTE)
+    port = setup.serve(application)
+    calls = []
+    for limit in (2, 3, 4):
+        if limit > 2:
+            config = setup.config(upstream, max_in_flight=limit, max_buffered_bytes=limit * 2**20)
+            application.use(config, TrustedProxies())
+        calls.append(asyncio.create_task(call(port)))
+        await eventually(lambda: len(upstream.exchanges) == len(calls))
+    calls.append(asyncio.create_task(call(port)))
+    await eventually(lambda: len(upstream.exchanges) == 4)
+    assert (await call(port)).status == 503
+    backends = backends_of(application)
+    assert len(backends) == 3
+    assert [(slots.limit, slots.in_use) for slots in {each.slots for each in backends}] == [(4, 4)]
+    assert [budget.limit for budget in {each.client.budget for each in backends}] == [4 * 2**20]
+    gate.open.set()
+    assert [(await each).status for each in calls] == [200] * 4
+    await eventually(lambda: backends[-1].slots.in_use == 0 == backends[-1].client.budget.used)
 
 
 # The second worker waits at its start while there is a file "wait".

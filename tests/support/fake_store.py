@@ -59,6 +59,8 @@ class FakeStore:
         self.is_open = True
 
     async def close(self) -> None:
+        if self.gate is None:
+            await asyncio.gather(*self._tasks)  # as the stores do what waits
         self.is_open = False
 
     async def reserve(self, job: Reservation) -> Standing:

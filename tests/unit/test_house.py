@@ -30,7 +30,7 @@ CROSSINGS = {
     "upstream": {"rules", "config", "memory", "errors", "_sweep"},
     "relay": {"upstream", "rules", "spending", "config", "telemetry", "errors", "_sweep"},
     "handler": {"relay", "upstream", "rules", "spending", "config", "credentials", "telemetry", "errors", "_tasks"},
-    "webhooks": {"relay", "config"},
+    "webhooks": {"relay", "rules", "config"},
     "sandbox": set(),
     "__init__": {"handler", "relay", "rules", "config", "telemetry", "errors", "_version"},
     "__main__": {"service"},

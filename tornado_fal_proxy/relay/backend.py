@@ -23,6 +23,7 @@ from tornado_fal_proxy.errors import BodyTooSlow, ConnectionLost, ProxyError, To
 from tornado_fal_proxy.relay.hangup import HangupWatch
 from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.store import Store
+from tornado_fal_proxy.upstream.budget import buffer_limit
 from tornado_fal_proxy.upstream.client import UpstreamClient
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "make_store",
     "renew_backend",
     "shared_backend",
+    "succeed_backend",
 ]
 
 # Limit how slowly a body may arrive: this much must come within this time, again and again, or the call is answered
@@ -60,12 +62,12 @@ class Slots:
     """Count the calls that are served at once, up to ``limit``."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.in_use = 0
 
     def acquire(self) -> None:
         """Take a slot. Raise TooManyCalls; otherwise :meth:`release` must follow."""
-        if self.in_use >= self._limit:
+        if self.in_use >= self.limit:
             raise TooManyCalls(f"{self.in_use} calls in flight")
         self.in_use += 1
 
@@ -99,6 +101,12 @@ class Backend:
             assert self._config.spending is not None
             self.ledger_in_use = Ledger(self._config.spending, make_store(self._config))
         return self.ledger_in_use
+
+    def succeed(self, other: Backend) -> None:
+        """Count calls and buffered bytes together with a backend whose calls in flight are its last."""
+        self.slots, self.client.budget = other.slots, other.client.budget
+        self.slots.limit = self._config.max_in_flight
+        self.client.budget.limit = buffer_limit(self._config)
 
     def renew(self, config: ProxyConfig) -> None:
         """Count by the prices of an equal configuration from now on."""
@@ -139,8 +147,10 @@ class Backend:
             self.ledger_in_use.close()
 
     def _close_left(self) -> None:
-        # The streams now, because another connection may have the descriptor in a later turn.
-        streams = [self._watched.pop(fd)() for fd in self._hangups.hung_up()]
+        # The streams now, because another connection may have the descriptor in a later turn. A descriptor whose stream
+        # waits for its turn may be reported again, with a reset.
+        found = [self._watched.pop(fd, None) for fd in self._hangups.hung_up()]
+        streams = [reference() for reference in found if reference is not None]
         in_turns((stream for stream in streams if stream is not None), IOStream.close)
 
     def _end_slow_bodies(self) -> bool:
@@ -195,6 +205,13 @@ def renew_backend(application: Application, config: ProxyConfig) -> None:
     backend = _backends.get(application, {}).get((config, asyncio.get_running_loop()))
     if backend is not None:
         backend.renew(config)
+
+
+def succeed_backend(application: Application, before: ProxyConfig, config: ProxyConfig) -> None:
+    """Let ``config`` serve in place of another one: the limits are those of one service, whatever still runs."""
+    old = _backends.get(application, {}).get((before, asyncio.get_running_loop()))
+    if old is not None:
+        shared_backend(application, config).succeed(old)
 
 
 def close_backend(application: Application, config: ProxyConfig) -> None:

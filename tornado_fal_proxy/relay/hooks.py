@@ -8,6 +8,7 @@ without awaiting it, which would pass for a yes.
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 from tornado.web import Finish, HTTPError
@@ -16,6 +17,8 @@ from tornado_fal_proxy.errors import ClientDisconnected, Misconfigured, ProxyErr
 from tornado_fal_proxy.relay.response import RelayResponse, describe_exception
 
 __all__ = ["HookedResponse", "result_of"]
+
+logger = logging.getLogger("tornado_fal_proxy")
 
 
 class HookedResponse(RelayResponse):
@@ -36,6 +39,11 @@ class HookedResponse(RelayResponse):
             raise Misconfigured(describe_exception(name, exc)) from None
         if self._finished:  # the function has responded by itself
             self._end_call()
+        elif self._headers_written:
+            name = getattr(function, "__name__", "a function")
+            error = Misconfigured(f"{name} has sent a part of a response, and has not finished it")
+            logger.error("refused: 500 %s: %s", self.request.method, error.detail, extra=self._extra)
+            self._abort(error)
         if self._finished or self._connection.stream.closed():
             raise ClientDisconnected
         return result

@@ -105,7 +105,7 @@ class PayingResponse(HookedResponse):
         allowed = await backend.ledger.may_read(target.job_id, user)
         self._check_connection()
         if not allowed:
-            raise JobNotFound(f"own_jobs_only: {target.job_id} is no job of {excerpt(user)}")
+            raise JobNotFound(f"own_jobs_only: {target.job_id} is no job of its user's")
 
     async def _identify(self, rules: SpendingRules, backend: Backend, target: Target) -> tuple[str, Plan]:
         result = None

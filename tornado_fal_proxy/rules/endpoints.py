@@ -52,6 +52,7 @@ __all__ = [
     "is_paid",
     "is_queue_call",
     "is_repeatable",
+    "is_request_id",
     "job_id_of",
     "kind_of",
     "may_name_job",
@@ -121,6 +122,11 @@ class Url(Protocol):
         """Return the query, or None where there is no question mark."""
 
 
+def is_request_id(text: str) -> bool:
+    """Return whether ``text`` can be the id of a job that fal has given out."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def id_length(segments: Sequence[str]) -> int:
     """Return how many segments the app's id has at least, in an endpoint's id or path that has these ``segments``."""
     return 3 if segments[0] in NAMESPACES else 2
@@ -137,7 +143,7 @@ def is_queue_call(method: str, segments: Sequence[str]) -> bool:
         return False
     match segments[length:]:
         case ["requests", request_id, *rest]:
-            is_id = request_id != REQUESTS and _REQUEST_ID.fullmatch(request_id) is not None
+            is_id = request_id != REQUESTS and is_request_id(request_id)
             return is_id and (method, *rest) in QUEUE_CALLS
     return False
 

@@ -49,12 +49,13 @@ class AccessLog:
 
     def _write_for_a_turn(self) -> None:
         ends = time.perf_counter() + MAX_TURN_S
-        while self._waiting:
-            self._write_some()
-            if time.perf_counter() >= ends:
+        try:
+            while self._waiting and time.perf_counter() < ends:
+                self._write_some()
+        finally:  # a record that fails must not spare the others
+            self._is_due = bool(self._waiting)
+            if self._is_due:
                 asyncio.get_running_loop().call_soon(self._write_for_a_turn)
-                return
-        self._is_due = False
 
     def _write_some(self) -> None:
         some = [self._waiting.popleft() for _ in range(min(LINES_AT_ONCE, len(self._waiting)))]

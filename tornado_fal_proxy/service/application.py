@@ -23,7 +23,7 @@ from tornado.web import Application, RequestHandler, stream_request_body
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import BodyTooLarge
 from tornado_fal_proxy.handler import FalProxyHandler
-from tornado_fal_proxy.relay.backend import close_backend, renew_backend
+from tornado_fal_proxy.relay.backend import close_backend, renew_backend, succeed_backend
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.access_log import AccessLog
@@ -158,9 +158,9 @@ class ProxyApplication(Application):
         """
         before = self.config
         self._trusted = trusted
-        if config == before:
-            renew_backend(self, config)
-        else:
+        renew_backend(self, config)  # one that is equal may have had other prices, and calls that still run
+        if config != before:
+            succeed_backend(self, before, config)
             self._leases[before] = self._lease
             loop = asyncio.get_running_loop()
             weakref.finalize(self._lease, _call_soon, loop, self._close_unused, before).atexit = False

@@ -39,7 +39,7 @@ from tornado_fal_proxy.service.trimming import Trimmer
 from tornado_fal_proxy.service.usage_page import UsageHandler, UsageJsonHandler
 from tornado_fal_proxy.service.worker import Shutdown, SingleProcess, Worker
 from tornado_fal_proxy.spending.account import Ask
-from tornado_fal_proxy.upstream.client import DEFAULT_BUFFERED_PART
+from tornado_fal_proxy.upstream.budget import DEFAULT_BUFFERED_PART
 from tornado_fal_proxy.upstream.failover import bits_of, hosts_of
 
 if TYPE_CHECKING:
@@ -228,10 +228,10 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
         backends = backends_of(application)
         scoreboard.update(
             process.slot,
-            in_flight=sum(backend.slots.in_use for backend in backends),
+            in_flight=sum(slots.in_use for slots in {backend.slots for backend in backends}),
             upstream_connections=sum(backend.client.connections() for backend in backends),
             down=bits_of([host for backend in backends for host in backend.client.down]),
-            buffered_bytes=sum(backend.client.budget.used for backend in backends),
+            buffered_bytes=sum(budget.used for budget in {backend.client.budget for backend in backends}),
         )
         for backend in backends:
             if (ledger := backend.ledger_in_use) is not None and ledger.failures:

@@ -5,8 +5,8 @@ each worker can tell of all of them. Nothing is locked. A count may be a moment 
 wrote it meanwhile, which its sequence number tells. Counts stand in a ring of short periods, and of each kind of error
 there is one entry. So the memory has a fixed size, and a crowd of one error leaves the others in sight.
 
-It keeps neither user, query, body nor header: see :class:`Fault` for all that is kept of a call. Its detail is that of
-the log, which may have an excerpt of a target that was refused.
+It keeps neither user, query nor body: see :class:`Fault` for all that is kept of a call. Its detail is that of the log,
+which may have an excerpt of a target, an origin or a content-type that was refused.
 """
 
 from __future__ import annotations

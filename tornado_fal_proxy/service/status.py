@@ -2,8 +2,9 @@
 
 Strategy. All numbers are those of the metrics, of the scoreboard and of
 :class:`~tornado_fal_proxy.service.recent.RecentCalls`, which all workers share, so any worker can tell of all of them.
-The tables of this module are all that is shown, and the rows of each are bounded. Users, queries, bodies and headers
-are in none of them; the account, which has users, is a page of its own.
+The tables of this module are all that is shown, and the rows of each are bounded. Users, queries and bodies are in
+none of them, and of headers no more than an excerpt of one that was refused. The account, which has users, is a page of
+its own.
 
 It writes no HTML.
 """

@@ -20,6 +20,7 @@ import re
 from contextlib import suppress
 from typing import Protocol
 
+from tornado_fal_proxy.rules.endpoints import is_request_id
 from tornado_fal_proxy.rules.headers import Pairs, ResponseHead
 from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.plans import Terms
@@ -39,7 +40,6 @@ _MAY_HAVE_RUN = 504
 # nothing that a model has written matches.
 _COMPLETED = re.compile(rb'"status"[ \t\r\n]{0,8}:[ \t\r\n]{0,8}"COMPLETED"')
 _MAX_COMPLETED_BYTES = 40
-_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 def did_not_run(status: int) -> bool:
@@ -52,9 +52,9 @@ def submitted_id(head: ResponseHead, body: bytes) -> str | None:
     with suppress(ValueError, RecursionError):
         fields = json.loads(body)
         found = fields.get("request_id") if isinstance(fields, dict) else None
-        if isinstance(found, str) and _REQUEST_ID.fullmatch(found):
+        if isinstance(found, str) and is_request_id(found):
             return found
-    ids = [value for name, value in head.headers if name == "x-fal-request-id" and _REQUEST_ID.fullmatch(value)]
+    ids = [value for name, value in head.headers if name == "x-fal-request-id" and is_request_id(value)]
     return ids[0] if len(ids) == 1 else None
 
 

@@ -43,6 +43,10 @@ CLOSE_TIMEOUT_S = 5.0
 LOG_INTERVAL_S, PRUNE_INTERVAL_S = 60.0, 6 * 3600.0
 
 
+def _nothing() -> None:
+    """Undo nothing."""
+
+
 class KnownJob:
     """Remember a queued job: user, endpoint and bill where they are known, and what the store knows of its end."""
 
@@ -199,15 +203,11 @@ class Ledger:
         if known.ended:
             return None
 
-        async def end() -> None:
-            try:
-                await self._store.end(job_id)
-            except StoreFailed:
-                known.ended = False
-                raise
+        def undo() -> None:
+            known.ended = False
 
         known.ended = True
-        return self._later("end", end)
+        return self._later("end", lambda: self._store.end(job_id), undo)
 
     def settle_job(self, job_id: str, units: int) -> asyncio.Future[None] | None:
         """Note fal's bill of a queued job; None where that is known."""
@@ -216,20 +216,19 @@ class Ledger:
             return None
 
         async def settle() -> None:
-            try:
-                if known.endpoint is None:
-                    known.endpoint = await self._store.endpoint(job_id)
-                    known.user = await self._store.owner(job_id)
-                if known.endpoint is not None:  # else the job is none of this proxy's
-                    price = self.rules.price(known.endpoint)
-                    known.cost = None if price is None else price.cost(units)
-                    await self._store.settle(job_id, units, known.cost)
-            except StoreFailed:
-                known.settled = False
-                raise
+            if known.endpoint is None:
+                known.endpoint = await self._store.endpoint(job_id)
+                known.user = await self._store.owner(job_id)
+            if known.endpoint is not None:  # else the job is none of this proxy's
+                price = self.rules.price(known.endpoint)
+                known.cost = None if price is None else price.cost(units)
+                await self._store.settle(job_id, units, known.cost)
+
+        def undo(had_ended: bool = known.ended) -> None:
+            known.ended, known.settled = had_ended, False
 
         known.ended = known.settled = True
-        return self._later("settle", settle)
+        return self._later("settle", settle, undo)
 
     @staticmethod
     async def wait(task: asyncio.Future[None] | None) -> None:
@@ -284,10 +283,10 @@ class Ledger:
             while self.unfinished and time.monotonic() < deadline:  # noqa: ASYNC110 likewise
                 await asyncio.sleep(0.01)
             await self._quiet(deadline)
-            if left := self._written + len(self._pending):
-                logger.warning("store: %d notes of calls are lost, because it does not respond", left)
         finally:
-            self._closed = True
+            if self._notes:  # calls took all the time, and the last of them left these
+                self._write()
+            self._closed, pending = True, len(self._pending)
             for task in self._pending:
                 task.cancel()
             for timer in (self._releasing, self._writing):
@@ -298,6 +297,8 @@ class Ledger:
                     await self._store.close()
                 except StoreFailed as exc:
                     self._log(exc, "at the end")
+            if left := self._written + pending:
+                logger.warning("store: %d notes of calls are lost, because it does not respond", left)
 
     # Helpers.
 
@@ -314,23 +315,28 @@ class Ledger:
             self._prune_at = now + PRUNE_INTERVAL_S
             self._later("prune", lambda: self._store.prune(int(self.now()), self.rules.account_days))
 
-    def _later(self, name: str, operation: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
+    def _later(
+        self, name: str, operation: Callable[[], Awaitable[None]], undo: Callable[[], None] = _nothing
+    ) -> asyncio.Future[None]:
+        """Do an operation as a task. ``undo`` is called where it fails or is not begun: then the next may succeed."""
         if self._closed or len(self._pending) >= MAX_PENDING:
             self.failures[name] += 1
             self._log(StoreFailed("too much waits for it, or it is closed"), "an estimate is kept")
+            undo()
             done: asyncio.Future[None] = self._loop.create_future()
             done.set_result(None)
             return done
-        task = EagerTask(self._noted(name, operation), loop=self._loop)
+        task = EagerTask(self._noted(name, operation, undo), loop=self._loop)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return task
 
-    async def _noted(self, name: str, operation: Callable[[], Awaitable[None]]) -> None:
+    async def _noted(self, name: str, operation: Callable[[], Awaitable[None]], undo: Callable[[], None]) -> None:
         try:
             await self._open()
             await operation()
         except StoreFailed as exc:
+            undo()
             self.failures[name] += 1
             self._log(exc, "an estimate is kept")
 

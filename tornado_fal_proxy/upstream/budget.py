@@ -11,7 +11,19 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["BufferBudget"]
+from tornado_fal_proxy import memory
+from tornado_fal_proxy.config import ProxyConfig
+
+__all__ = ["DEFAULT_BUFFERED_PART", "BufferBudget", "buffer_limit"]
+
+# Limits all buffered bytes, where max_buffered_bytes is not set, to this part of the memory that the process may have:
+# interpreter, connections and the copies of the moment need room beside them.
+DEFAULT_BUFFERED_PART = 4
+
+
+def buffer_limit(config: ProxyConfig) -> int:
+    """Return how many bytes all calls of a process may buffer together."""
+    return config.max_buffered_bytes or memory.available_bytes() // DEFAULT_BUFFERED_PART
 
 
 class BufferBudget:

@@ -28,7 +28,6 @@ from collections.abc import Iterable
 
 import pycurl
 
-from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import (
@@ -41,7 +40,7 @@ from tornado_fal_proxy.errors import (
 from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS, is_repeatable
 from tornado_fal_proxy.rules.target import Target
 from tornado_fal_proxy.upstream.body import FIRST_WINDOW_BYTES
-from tornado_fal_proxy.upstream.budget import BufferBudget
+from tornado_fal_proxy.upstream.budget import BufferBudget, buffer_limit
 from tornado_fal_proxy.upstream.curl_errors import HTTP2_STREAM_ERROR, upstream_error
 from tornado_fal_proxy.upstream.curl_loop import CurlLoop
 from tornado_fal_proxy.upstream.failover import BACKUP_CONNECT_TIMEOUT_S, Failover
@@ -54,24 +53,18 @@ from tornado_fal_proxy.upstream.handles import (
     set_window,
 )
 from tornado_fal_proxy.upstream.hosts import HANDSHAKE_WAIT_S, HANG_S, Hosts
-from tornado_fal_proxy.upstream.transfer import Transfer
+from tornado_fal_proxy.upstream.transfer import Transfer, secret_of
 
 __all__ = ["UpstreamClient"]
 
 # Limit how many transfers of a crowd that timed out end at once, and how soon the next do: 5 ms of responses, and a
 # quarter of the process's time. A call that another client makes meanwhile takes several turns of the loop.
 MAX_ENDED_AT_ONCE, ENDING_INTERVAL_S = 16, 0.02
-# Limits all buffered bytes, where max_buffered_bytes is not set, to this part of the memory that the process may have:
-# interpreter, connections and the copies of the moment need room beside them.
-DEFAULT_BUFFERED_PART = 4
 # Limits the connections that are made in one turn of the loop, because each takes some milliseconds of processor time
 # for TLS, and libcurl works on all that it has been given without a pause.
 MAX_NEW_CONNECTIONS = 2
 # Limits how rarely idle transfers are swept.
 MAX_SWEEP_INTERVAL_S = 5.0
-# Limits which part of a key is searched for in heads: fewer characters may be there by chance. fal's keys have 32 of
-# their secret.
-MIN_SECRET_BYTES = 16
 
 # A transfer that timed out, whether libcurl had it then, when a byte moved last, and the error that its client gets.
 _TimedOut = tuple[Transfer, bool, float, UpstreamTimeout]
@@ -87,7 +80,7 @@ class UpstreamClient(CurlLoop):
         """Set up libcurl for ``config``."""
         super().initialize()
         self._config = config
-        self.budget = BufferBudget(config.max_buffered_bytes or memory.available_bytes() // DEFAULT_BUFFERED_PART)
+        self.budget = BufferBudget(buffer_limit(config))
         # Below the number of calls in flight libcurl would close each connection of HTTP/1.1 after its call.
         self._multi.setopt(pycurl.M_MAXCONNECTS, config.max_in_flight)
         self._shut = False
@@ -130,7 +123,7 @@ class UpstreamClient(CurlLoop):
             transfer.upload_bytes = len(body)  # a smaller one leaves in one write, whose end is the only progress
         if self._config.event_streams_over_http1:
             transfer.http1_only = any(line.startswith(b"accept:") and b"text/event-stream" in line for line in headers)
-        transfer.secret = _secret_of(headers)
+        transfer.secret = secret_of(headers)
         set_request(curl, transfer, method, target, headers, body)
         self._running[curl] = transfer
         self._enqueue(transfer)
@@ -227,15 +220,19 @@ class UpstreamClient(CurlLoop):
 
     def _add(self, transfer: Transfer) -> None:
         """Give the transfer to libcurl: at once, or with others that need a connection, a few in each turn."""
-        if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
-            transfer.fresh_connect = True
+        self._note_suspicion(transfer)
         shares = self._hosts.speaks_http2(transfer.host) and not transfer.http1_only
         if shares and not transfer.fresh_connect:
             self._add_now(transfer)
         else:
             transfer.last_progress_at = math.inf  # it waits for its turn, which comes: no time-out of its own runs yet
-            self._to_add.append(transfer)
+            # A leader first, because calls that need no connection of their own wait for it.
+            (self._to_add.appendleft if transfer.leads else self._to_add.append)(transfer)
             self.run_soon()
+
+    def _note_suspicion(self, transfer: Transfer) -> None:
+        if not transfer.repeatable and self._hosts.is_suspect(transfer.host, self.now()):
+            transfer.fresh_connect = True
 
     def _run(self) -> None:
         for _ in range(min(len(self._to_add), MAX_NEW_CONNECTIONS)):
@@ -250,6 +247,7 @@ class UpstreamClient(CurlLoop):
         curl = transfer.curl
         assert curl is not None
         transfer.last_progress_at = self.now()
+        self._note_suspicion(transfer)  # again, because it may have waited
         if transfer.leads:
             self._loop.call_later(HANDSHAKE_WAIT_S, self._on_lead_timeout, transfer)
         http2 = self._hosts.speaks_http2(transfer.host)
@@ -377,7 +375,7 @@ class UpstreamClient(CurlLoop):
         now = self.now()
         timed_out: list[_TimedOut] = []
         for transfer in self._running.values():
-            if transfer.upload_bytes:
+            if transfer.upload_bytes and transfer.started:
                 self._note_upload(transfer, now)
             since = now - transfer.last_progress_at
             if not transfer.started and since > self._config.connect_timeout_s:
@@ -409,18 +407,6 @@ class UpstreamClient(CurlLoop):
                 self.abort(transfer, reason)
         if rest := timed_out[MAX_ENDED_AT_ONCE:]:
             self._loop.call_later(ENDING_INTERVAL_S, self._end_some, rest)
-
-
-def _secret_of(headers: list[bytes]) -> bytes:
-    """Return the part of the key that may be shown nowhere, or all of the key where that part is short."""
-    line = headers[0] if headers else b""
-    if not line.startswith(b"authorization:"):
-        return b""
-    key = line.rpartition(b" ")[2]
-    secret = key.rpartition(b":")[2]
-    if len(secret) < MIN_SECRET_BYTES:
-        secret = key
-    return secret if len(secret) >= MIN_SECRET_BYTES else b""
 
 
 def _failure(transfer: Transfer, curl: pycurl.Curl, curl_error: int | None, message: str) -> UpstreamError | None:

@@ -32,7 +32,7 @@ from tornado_fal_proxy.upstream.budget import BufferBudget
 from tornado_fal_proxy.upstream.completeness import Truncated, completeness_for
 from tornado_fal_proxy.upstream.decoding import Undecodable, decoder_for
 
-__all__ = ["Transfer", "TransferDelegate"]
+__all__ = ["Transfer", "TransferDelegate", "secret_of"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -40,6 +40,9 @@ _ALPN = b"ALPN: server "
 # Limits how often a call that may be repeated is sent, with what libcurl repeats by itself. A server that refuses would
 # refuse more of them too.
 MAX_SENDS = 3
+# Limits which part of a key is searched for in heads: fewer characters may be there by chance. fal's keys have 32 of
+# their secret.
+MIN_SECRET_BYTES = 16
 # Limits interim responses (RFC 9110 section 15.2) to one request: more than any server sends. They bring no result, so
 # without a limit a server could keep a call for ever.
 MAX_INTERIM = 16
@@ -382,3 +385,15 @@ class Transfer(Body):
 
 def _undecodable(exc: Undecodable) -> str:
     return f"the body is not in its content-encoding: {exc}"
+
+
+def secret_of(headers: list[bytes]) -> bytes:
+    """Return the part of the key that may be shown nowhere, or all of the key where that part is short."""
+    line = headers[0] if headers else b""
+    if not line.startswith(b"authorization:"):
+        return b""
+    key = line.rpartition(b" ")[2]
+    secret = key.rpartition(b":")[2]
+    if len(secret) < MIN_SECRET_BYTES:
+        secret = key
+    return secret if len(secret) >= MIN_SECRET_BYTES else b""
