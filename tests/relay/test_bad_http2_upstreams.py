@@ -80,6 +80,7 @@ RESETS = {
     "NO_ERROR behind half a length": Row((head(JSON, ("content-length", "9")), PART, reset_stream(0)), CUT, LOST),
     "NO_ERROR in an interim": Row((head(status="103"), reset_stream(0)), NOTHING, LOST),
     "NO_ERROR in a string": Row((HEAD, data(b'"abc'), reset_stream(0)), CUT, LOST),
+    "NO_ERROR in a word": Row((HEAD, data(b"tru"), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind an escape": Row((HEAD, data(b'{"a": "}\\'), data(b'"}'), reset_stream(0)), CUT, LOST),
     "NO_ERROR in problem+json": Row(
         (head(("content-type", "application/problem+json; charset=utf-8")), data(HALF), reset_stream(0)), CUT, LOST
@@ -370,6 +371,9 @@ EVENT = b'data: {"n": 1}\n\n'
 STREAMS = {
     "whole": Row((head(EVENTS), data(EVENT), data(EVENT, end=True)), Want(200, EVENT * 2)),
     "NO_ERROR behind an event": Row((head(EVENTS), data(EVENT), reset_stream(0)), Want(200, EVENT)),
+    "NO_ERROR behind mixed line ends": Row(
+        (head(EVENTS), data(EVENT[:-1] + b"\r\n"), reset_stream(0)), Want(200, EVENT[:-1] + b"\r\n")
+    ),
     "NO_ERROR in an event": Row((head(EVENTS), data(EVENT + EVENT[:9]), reset_stream(0)), CUT, LOST),
     "NO_ERROR behind a line": Row((head(EVENTS), data(EVENT + EVENT[:-1]), reset_stream(0)), CUT, LOST),
     "NO_ERROR between members of gzip": Row(

@@ -5,15 +5,19 @@ import base64
 import contextlib
 import gzip
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import Authority
 from tests.support.proxy import KEY, SECRET, Setup
 from tests.support.raw_client import RawClient, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
 from tests.support.stub_handlers import JSON, fine
+from tests.support.tools import ROOT
 from tests.support.waiting import eventually
 
 ZEROS = 30_000_000
@@ -64,6 +68,20 @@ async def test_bombs(setup: Setup, method: str, coding: str) -> None:
         client.leave()
     await running.end()
     assert used < max_kb
+
+
+@pytest.mark.gen_test
+async def test_a_reset_between_two_records(setup: Setup, authority: Authority, tmp_path: Path) -> None:
+    """A paid call whose body was still leaving is sent once. The moment is luck, which most of these calls have."""
+    authority.write_certificate(tmp_path / "server.pem")
+    program = [sys.executable, "-m", "tests.support.programs.hasty_upstream", str(tmp_path / "server.pem")]
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True) as upstream:
+        assert upstream.stdout is not None
+        running = await ServiceProcess.in_front_of(setup, upstream.stdout.readline().strip())
+        statuses = [(await call(running.port, "POST", b"7" * 400_000)).status for _ in range(5)]
+        await running.end()
+        upstream.kill()
+        assert (statuses, len(upstream.stdout.readlines())) == ([500] * 5, 5)
 
 
 # Logs.

@@ -29,13 +29,27 @@ def test_json_is_whole_only_at_its_end(text: str, step: int) -> None:
         assert follower.is_complete is (end == len(data))
 
 
-@pytest.mark.parametrize("text", [b"", b"1", b"12", b"tru", b" \n", b"{} \n"])
+@pytest.mark.parametrize("text", [b"", b"1", b"-12.5e3", b" true\n", b"null", b" \n", b"{} \n", b"not found"])
 def test_json_that_may_end(text: bytes) -> None:
-    """An empty text, a number or a word may end anywhere, and white space may follow."""
+    """An empty text, a number behind a digit, a whole word and what is no JSON may end, and white space may follow."""
     follower = completeness_for("Application/JSON; charset=utf-8")
     assert follower is not None
     follower.feed(text)
     assert follower.is_complete
+
+
+@pytest.mark.parametrize(
+    ("text", "step"), itertools.product(["true", "false", "null", " -", "1.", "2E", "-1.5e+"], [1, 9])
+)
+def test_a_word_of_json_is_whole_only_at_its_end(text: str, step: int) -> None:
+    """No beginning of a word is taken for whole, and no number without the digit that must follow."""
+    data = text.encode()
+    for end in range(2, len(data) + 1):
+        follower = completeness_for("application/json")
+        assert follower is not None
+        for start in range(0, end, step):
+            follower.feed(data[start : min(start + step, end)])
+        assert follower.is_complete is (data[:end] in (b"true", b"false", b"null", b"-1", b"-1.5"))
 
 
 EVENTS: list[tuple[list[bytes], bool]] = [
@@ -47,6 +61,11 @@ EVENTS: list[tuple[list[bytes], bool]] = [
     ([b"data: 1\n", b"\n"], True),
     ([b"data: 1\r\n", b"\r\n"], True),
     ([b"data: 1\r", b"\n\r", b"\n"], True),
+    ([b"data: 1\n\r\n"], True),
+    ([b"data: 1\r\n\n"], True),
+    ([b"data: 1\r\n\r"], True),
+    ([b"data: 1\r\n"], False),
+    ([b"data: " + b"x" * 10_000 + b"\r", b"\n", b"\r"], True),
     ([b"data: 1\n\ndata"], False),
     ([b"data: 1\n\n: ping\n"], True),
     ([b"data: 1\n\n: pi"], True),

@@ -414,8 +414,8 @@ def _failure(transfer: Transfer, curl: pycurl.Curl, curl_error: int | None, mess
     if curl_error is not None:
         if curl_error == pycurl.E_ABORTED_BY_CALLBACK and not transfer.may_have_been_sent:
             return ConnectionLost("too few open files are left for a connection to fal")  # see handles.SPARE_FILES
-        # A connection may have been ready and nothing written to it yet.
-        transfer.may_have_been_sent = transfer.may_have_been_sent and curl.getinfo(pycurl.REQUEST_SIZE) > 0
+        if transfer.fits_in_a_record and curl.getinfo(pycurl.REQUEST_SIZE) == 0:
+            transfer.may_have_been_sent = False  # a connection was ready and nothing written to it yet
         return upstream_error(curl_error, transfer.without_secret(message), may_have_run=_may_have_run(transfer))
     if transfer.head is None:
         return MalformedResponse("no head", may_have_run=_may_have_run(transfer))

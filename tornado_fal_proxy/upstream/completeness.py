@@ -21,6 +21,10 @@ _JSON = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]*\+)?json", re.IGNORECASE)
 # A whole string, and the rest of one behind its opening quote. An escape that the piece cuts in two stays out.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+# Words and numbers that end too early. Any other text without brackets passes: it may be a server's error.
+_CUT_WORD = re.compile(rb"t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|-|-?[0-9]+(?:\.|(?:\.[0-9]+)?[eE][+-]?)")
+# Limits what is kept of a text's beginning: a number of more digits than any program writes.
+_MAX_START_BYTES = 32
 # Limits what is kept of an event whose end has not come: longer than any line that is a comment only.
 _MAX_TAIL_BYTES = 4096
 
@@ -49,18 +53,21 @@ def completeness_for(content_type: str) -> Completeness | None:
 
 
 class _Json:
-    """Follow the nesting of a JSON text. An empty text, and a number or word, may end anywhere."""
+    """Follow the nesting of a JSON text. A text may be empty, and a number may end behind any digit."""
 
     def __init__(self) -> None:
+        self._start = b""  # the first bytes behind white space
         self._depth = 0
         self._in_string = False
         self._rest = b""  # a backslash whose second character is in the next piece
 
     @property
     def is_complete(self) -> bool:
-        return self._depth <= 0 and not self._in_string
+        return self._depth <= 0 and not self._in_string and _CUT_WORD.fullmatch(self._start) is None
 
     def feed(self, data: bytes) -> None:
+        if len(self._start) < _MAX_START_BYTES:
+            self._start = (self._start + data).lstrip(b" \t\r\n")[:_MAX_START_BYTES]
         data, self._rest = self._rest + data, b""
         if self._in_string:
             match = _REST_OF_STRING.match(data)
@@ -90,7 +97,8 @@ class _EventStream:
 
     def feed(self, data: bytes) -> None:
         tail = self._tail + data
-        end = max(tail.rfind(b"\n\n"), tail.rfind(b"\r\r"), tail.rfind(b"\r\n\r\n"))
+        # Lines end with CRLF, LF or CR, and one stream may mix them: these are the second end of any two in a row.
+        end = max(tail.rfind(b"\n\n"), tail.rfind(b"\r\r"), tail.rfind(b"\n\r"))
         if end >= 0:
             tail = tail[end:].lstrip(b"\r\n")
         # The front of a long event suffices to see that it is none of comments; its end to see the next boundary.

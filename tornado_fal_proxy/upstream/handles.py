@@ -44,6 +44,9 @@ __all__ = [
 MAX_IDLE_HANDLES = 512
 # Limits the body after which a handle is kept, because the handle keeps the body's buffer.
 MAX_KEPT_BODY_BYTES = 16 * 1024
+# Limits a request that leaves in one record of TLS, of 16 kB with what libcurl adds: whole, or not at all. Where the
+# write of a larger one fails behind its first record libcurl counts nothing of it, though the server has its head.
+MAX_RECORD_BYTES = 12 * 1024
 # Limits libcurl's upload buffer, which each POST keeps until it has its response. Where large blocks are mapped only
 # the pages that were written count, mostly one. Elsewhere the whole buffer counts: there it is the least that libcurl
 # accepts.
@@ -170,6 +173,8 @@ def set_request(
     curl: pycurl.Curl, transfer: Transfer, method: str, target: Target, headers: list[bytes], body: bytes
 ) -> None:
     """Set what differs from call to call on a handle from :meth:`HandlePool.take`."""
+    size = len(target.request_target) + sum(map(len, headers)) + len(body)
+    transfer.fits_in_a_record = size <= MAX_RECORD_BYTES
     curl.setopt(pycurl.URL, f"https://{target.host}/")
     curl.setopt(pycurl.REQUEST_TARGET, target.request_target)
     curl.setopt(pycurl.HTTPHEADER, [*headers, ACCEPT_ENCODING])

@@ -83,6 +83,7 @@ class Transfer(Body):
     call. ``last_progress_at`` is the loop's time when a byte moved last. ``upload_bytes`` is the size of a request body
     that takes several writes, of which ``uploaded`` have left; 0 when all of it has. ``secret`` is the part of the
     key that is searched for in heads. ``first_host`` is the usual host of a call that goes to a backup, else None.
+    ``fits_in_a_record`` says that the request is small enough for one record of TLS, which leaves whole or not at all.
     """
 
     __slots__ = (
@@ -99,6 +100,7 @@ class Transfer(Body):
         "client",
         "curl",
         "first_host",
+        "fits_in_a_record",
         "forbids_reuse",
         "fresh_connect",
         "head",
@@ -132,6 +134,7 @@ class Transfer(Body):
         self.pool = pool
         self.host = host
         self.first_host: str | None = None
+        self.fits_in_a_record = False
         self.client = client
         self.repeatable = repeatable
         self.head: ResponseHead | None = None
