@@ -4,8 +4,10 @@ Its responses to right calls of fal's own client are in external/test_fals_clien
 """
 
 import asyncio
+import gc
 import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,28 @@ async def test_primary(sandbox: Sandbox, setup: Setup, logs: Logs, monkeypatch: 
     await eventually(lambda: backend().client.down == ())
     logs.expect("failover: fal.run cannot be reached: .* its calls go to falrun.com")
     logs.expect("failover: fal.run can be reached again")
+
+
+@pytest.mark.gen_test
+async def test_switch(sandbox: Sandbox, setup: Setup) -> None:
+    """A port that another program has taken leaves the usual hosts off, and servers that stopped are not kept."""
+    port, entries = serve_and_log(setup, more=sandbox.page_rules("/proxy"))
+    client = SimpleAsyncHTTPClient(force_instance=True)
+
+    async def switch(body: str) -> tuple[int, bool]:
+        url = f"http://127.0.0.1:{port}/sandbox/primary"
+        return (await client.fetch(url, method="POST", body=body, raise_error=False)).code, sandbox.primary
+
+    for _ in range(3):
+        assert [await switch("off"), await switch("on")] == [(200, False), (200, True)]
+    gc.collect()
+    assert len(sandbox._servers) == 2
+    await switch("off")
+    with socket.create_server(("127.0.0.1", int(sandbox.address.rpartition(":")[2]))):
+        assert await switch("on") == (503, False)
+    assert await switch("on") == (200, True)
+    client.close()
+    assert [entry["status"] for entry in entries] == [200] * 7 + [503, 200]
 
 
 async def fetch(

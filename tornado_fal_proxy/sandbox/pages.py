@@ -45,7 +45,7 @@ class Outages(Protocol):
         """Tell whether the usual hosts can be reached."""
 
     def switch_primary(self, on: bool) -> None:
-        """Begin or end an outage."""
+        """Begin or end an outage. Raise OSError where another program has taken the port."""
 
 
 class Primary(_Handler):
@@ -69,7 +69,10 @@ class Primary(_Handler):
             raise HTTPError(403)
         if wanted not in (b"on", b"off"):
             raise HTTPError(400, reason="The body must be on or off")
-        self.outages.switch_primary(wanted == b"on")
+        try:
+            self.outages.switch_primary(wanted == b"on")
+        except OSError as exc:
+            raise HTTPError(503, reason="Another program has taken the port; try again") from exc
         self.get()
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import trustme
 from tornado.escape import xhtml_escape
 from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 from tornado.routing import URLSpec
 from tornado.web import Application
 
@@ -43,7 +44,8 @@ class Sandbox(SandboxState):
         super().__init__(pace)
         self.address = self.backup_address = ""
         self.ca_certs = ""
-        self._servers: list[HTTPServer] = []
+        # The loop keeps a server while it listens, and its connections keep it while they are open.
+        self._servers: WeakSet[HTTPServer] = WeakSet()
         self._primary: HTTPServer | None = None
 
     def start(self) -> None:
@@ -63,11 +65,12 @@ class Sandbox(SandboxState):
         _, self.backup_address = self._listen()
 
     def _listen(self, port: int = 0) -> tuple[HTTPServer, str]:
+        listener = socket.create_server(("127.0.0.1", port), backlog=LISTEN_BACKLOG)
+        listener.setblocking(False)
         server = HTTPServer(self._served, **self._server_options)
-        sockets = bind_sockets(port, "127.0.0.1", backlog=LISTEN_BACKLOG)
-        server.add_sockets(sockets)
-        self._servers.append(server)
-        return server, f"127.0.0.1:{sockets[0].getsockname()[1]}"
+        server.add_socket(listener)
+        self._servers.add(server)
+        return server, f"127.0.0.1:{listener.getsockname()[1]}"
 
     @property
     def primary(self) -> bool:
@@ -126,7 +129,7 @@ class Sandbox(SandboxState):
         """Stop listening, close every connection, wait for the handlers, and remove the temporary directory."""
         self.closing.set()
         self.deliveries.close()
-        for server in self._servers:
+        for server in list(self._servers):
             server.stop()
             await server.close_all_connections()
         if self.calls:
