@@ -231,15 +231,19 @@ async def test_users_of_oauth2_proxy(setup: Setup) -> None:
                 self.set_header("X-Auth-Request-User", user)
 
     text = (ROOT / "docs/spending.md").read_text("utf-8")
+    words = " ".join(text.split())
     in_server, in_location = re.findall(r"^```nginx\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     (argv,) = re.findall(r"^tornado-fal-proxy (--trusted-proxies=.*)$", text, re.MULTILINE)
     auth = setup.serve(Application([("/oauth2/auth", Auth)], log_function=lambda handler: None))
     upstream = await setup.upstream(lambda exchange: exchange.respond(200, b"{}", JSON))
-    running = await ServiceProcess.in_front_of(setup, upstream, *argv.split(), "--store=memory")
+    running = await ServiceProcess.in_front_of(
+        setup, upstream, *argv.split(), "--store=memory", f"--allowed-origins={PAGE}"
+    )
     make = deployed(running.port)
 
     def servers(listen: str, files: dict[str, str]) -> str:
         found = make(listen, files)
+        assert "`location /api/fal/proxy { }`, the outer one of the three, behind `limit_conn_status 429;`" in words
         places = {"    location / { return 404; }": in_server, "        limit_conn_status 429;": in_location}
         for place, lines in places.items():
             assert found.count(place) == 1
@@ -257,9 +261,19 @@ async def test_users_of_oauth2_proxy(setup: Setup) -> None:
             assert await codes("ann", 11) == [200] * 10 + [402]
             assert await codes("ann", 1, **{"X-Forwarded-User": "bob"}) == [402]
             assert await codes("bob", 1, **{"X-Forwarded-User": "ann"}) == [200]
+            # All other ways in. A GET that runs a model has a location of its own.
+            forged = {"X-Forwarded-User": "bob", "X-Forwarded-For": "203.0.113.9", "cookie": ""}
+            for method, body in (("GET", None), ("PUT", b""), ("HEAD", None)):
+                assert (await client.call(method, body, headers=forged)).code == 401
+            assert (await client.call("GET", None, headers=forged | {"cookie": "_oauth2_proxy=eve"})).code == 200
+            may = {"origin": PAGE, "access-control-request-method": "POST"}
+            assert (await client.call("OPTIONS", headers=may)).code == 204
     _, stderr = await running.end()
     assert stderr.count(" user=ann ") == 12
     assert stderr.count(" user=bob ") == 1
+    assert stderr.count(" user=eve ") == 1
+    assert "203.0.113.9" not in stderr
+    assert "user=address:" not in stderr
 
 
 @pytest.mark.gen_test
