@@ -73,7 +73,7 @@ def test_commands() -> None:
     """The packages are those of the tests, Vite is started as the page shows, and the options exist."""
     assert PAGE.command("packages").splitlines()[1] == "npm install vite @fal-ai/client"
     assert PAGE.command("vite") == "npx vite"
-    assert PAGE.file("vite.config.mjs") == README.file("vite.config.js")
+    assert PAGE.file("vite.config.mjs") == README.file("vite.config.mjs")
     first = README.command("sandbox").split(" && ")
     assert PAGE.command("proxy") == f"{first[0]} && {first[1]}\n{first[2]}"
     _, line = PAGE.command("key").splitlines()

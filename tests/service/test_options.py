@@ -283,6 +283,26 @@ def test_what_is_open(tmp_path: Path, argv: list[str], opened: str, limited: str
     assert describe(parse_settings(["--sandbox"], {}), ["::1"]) == {}
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--store=sqlite:{dir}/a.db", "--jobs-per-user=5/day"], None),
+        (["--store=sqlite:{dir}/no/a.db"], "'{dir}/no' is no folder: "),
+        (["--jobs-per-user=5/day"], None),  # the default's folder is made
+        (["--store=redis://:{secret}@h", "--jobs-per-user=5/day"], None),
+        (["--store=sqlite:{dir}/no/a.db", "--jobs-per-user=5/day"], "'{dir}/no' is no folder: "),
+    ],
+)
+def test_a_store_without_a_folder(tmp_path: Path, argv: list[str], line: str | None) -> None:
+    """The start, and ``check``, say that the folder of the store's file is missing, which the first call would find."""
+    argv = [text.format(dir=tmp_path, secret=SECRET) for text in argv]
+    lines = describe(parse_settings(argv, WITH_KEY), ["::1"])
+    if line is None:
+        assert "store" not in lines
+    else:
+        assert lines["store"].startswith(line.format(dir=tmp_path))
+
+
 def test_check(tmp_path: Path) -> None:
     """``check`` prints what the start would, or what is wrong with it, and neither listens nor makes a file."""
     argv = ("check", "--port=1", "--route=/x", "--admin-port=9464", "--jobs-per-user=5/day", "--address=::")

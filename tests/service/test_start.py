@@ -73,6 +73,8 @@ FAILS = [
     start("--nope", match=r"unknown: --nope; --help shows"),
     start("--help", KEY, match=r": argument -h/--help: must be one of listening, "),
     start("chekc", match=r"unknown: an argument \(did you mean check\?\); "),
+    start("--port=1", "check", match=r"unknown: an argument \(check must stand before all options\); "),
+    start("sandbox", match=r"unknown: an argument \(did you mean --sandbox\?\); "),
     start("completion", KEY, match=r"completion: takes the name of a shell, one of bash, zsh, fish\Z"),
     start(
         *("completion", "bash"),

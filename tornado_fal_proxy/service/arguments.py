@@ -132,7 +132,9 @@ def unknown_arguments(texts: Sequence[str], parser: Parser) -> str:
     for text in texts:
         match = _UNKNOWN_OPTION.match(text)
         word = match[0].strip("-").replace("_", "-") if match else text
-        near = get_close_matches(word, known if match else COMMANDS, n=1)
-        hint = f" (did you mean {known[near[0]] if match else near[0]}?)" if near else ""
+        near = get_close_matches(word, known if match else [*COMMANDS, *known], n=1)
+        hint = f" (did you mean {known.get(near[0], near[0])}?)" if near else ""
+        if text in COMMANDS:
+            hint = f" ({text} must stand before all options)"
         names.append(f"{match[0] if match else 'an argument'}{hint}")
     return f"unknown: {', '.join(names)}; --help shows what there is (the key is read from FAL_KEY)"

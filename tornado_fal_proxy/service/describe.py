@@ -43,6 +43,8 @@ def describe(settings: Settings, addresses: Sequence[str]) -> dict[str, str]:
     if not _open_account(config):
         lines["closed"] = "the key's account; a key should have the scope API all the same, not ADMIN"
     lines["limited"] = "; ".join([*_limits(config.spending), *_capacity(settings, config)])
+    if missing := _missing_folder(config):
+        lines["store"] = f"{missing!r} is no folder: until it is one, paid calls fail as on_store_failure says"
     return lines
 
 
@@ -103,6 +105,16 @@ def _limits(rules: SpendingRules | None) -> Iterator[str]:
         yield f"users of the plans {_join(list(rules.plans))}: as the plan says"
     elif not found:
         yield "nothing that users spend, which is counted all the same"
+
+
+def _missing_folder(config: ProxyConfig) -> str | None:
+    """Return the folder that the store's file needs, unless it is there. A disk may be mounted later."""
+    if config.store is None or config.spending is None or not config.spending.needs_store:
+        return None
+    from tornado_fal_proxy.spending.stores import path_of  # costs memory, which is for those who spend
+
+    path = path_of(config.store)
+    return None if path is None or path.parent.is_dir() else str(path.parent)
 
 
 def _of_plan(plan: Plan, noun: str) -> list[str]:
