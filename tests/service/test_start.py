@@ -119,6 +119,11 @@ FAILS = [
     ),
     # The file of options; tests/unit/test_config_file.py has the rest.
     start("--config={dir}/none", match=r": --config: cannot read '.*/none': No such file or directory\Z"),
+    # The key in the place of another option.
+    *(
+        start(match=rf"FAL_PROXY_{name}: .*\*\*\*", environ={f"FAL_PROXY_{name}": KEY, "FAL_KEY": "a:b"})
+        for name in ("PORT", "ALLOWED_ENDPOINTS", "AUTHORIZE", "MAX_BODY_BYTES", "CONNECT_TO")
+    ),
     start(match=r": FAL_PROXY_CONFIG: cannot read '.*': Is a directory\Z", environ={"FAL_PROXY_CONFIG": "{dir}"}),
     start("--config={dir}/fifo", match=r"--config: cannot read '.*/fifo': it is no regular file"),
     start("--config={dir}/key", match=r"--config: '.*/key' is no TOML: Expected '=' after a key"),

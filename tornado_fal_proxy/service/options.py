@@ -11,12 +11,12 @@ The key is no option, because everyone on the machine can read an argument list.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from tornado_fal_proxy.config import ENV_PREFIX, ProxyConfig, unknown_variables
-from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key
+from tornado_fal_proxy.credentials import KEY_VARIABLES, configured_key, looks_like_key
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.arguments import Parser, make_parser, option_name, unknown_arguments
@@ -56,7 +56,8 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems or file.problems:
-        raise ConfigError([*file.problems, *(_in_place(problem, places, file) for problem in problems)])
+        problems = [*file.problems, *(_in_place(problem, places, file) for problem in problems)]
+        raise ConfigError([_without_keys(problem, texts.values()) for problem in problems])
     read = (variables.path, file.path, with_key.get("FAL_KEY_FILE"), texts["prices"])
     return Settings(**values, relay=relay, texts=texts, more=more, files=tuple(filter(None, read)))
 
@@ -189,6 +190,14 @@ def _relay_config(
     if problems:
         raise ConfigError(problems)
     return None if sandbox else config
+
+
+def _without_keys(problem: str, texts: Iterable[str | None]) -> str:
+    """Return a problem without the texts that may be the key, put in the place of another option by a slip."""
+    for text in texts:
+        if text and text.count(":") == 1 and looks_like_key(text):  # an address has more colons
+            problem = problem.replace(text.strip(), "***")
+    return problem
 
 
 def _in_place(problem: str, places: Mapping[str, str], file: ConfigFile) -> str:
