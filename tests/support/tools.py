@@ -1,6 +1,8 @@
 """Find what a test needs of the machine: programs, namespaces, a free port, and the files of the project."""
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -38,6 +40,12 @@ def isolated() -> list[str]:
 
 
 def unused_port() -> int:
-    """Return a port on which no process listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port on which no process listens.
+
+    It is below the ports that systems give to a socket which asks for any: so no other process of the machine, such as
+    a second suite, gets it by chance before the test has used it.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no unused port was found")
