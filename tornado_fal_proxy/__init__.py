@@ -20,6 +20,7 @@ A map of the package, for its readers:
 * ``spending/`` counts what each user spends: plans, prices, the life of a paid call, and stores.
 * ``service/`` is the command ``tornado-fal-proxy``: options, processes, connections of clients, logs, metrics. An
   embedder never imports it.
+* ``doctor/`` looks at a proxy from outside, and says what is wrong with what stands in front of it.
 * ``sandbox/`` is a stand-in for fal, to try the proxy without a key and without a network.
 """
 

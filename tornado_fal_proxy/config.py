@@ -82,13 +82,12 @@ _LISTS = (
 )
 _SWITCHES = (
     *("allow_uploads", "allow_cancel", "allow_credentials", "event_streams_over_http1", "failover"),
-    *("own_jobs_only", "tag_users"),
+    *("own_jobs_only", "tag_users", "allow_diagnostics"),
 )
 _FUNCTIONS = ("authorize", "resolve_key", "identify", "check_input", "input_units")
 _TABLES = ("prices", "plans")
 _LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget", "plans")
 _CONNECT_TO = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-
 
 _access, _spending = partial(option, group="access"), partial(option, group="spending")
 
@@ -180,6 +179,7 @@ class ProxyConfig:
         None, "response headers that those pages may read, beside fal's", "NAME,...", as_list
     )
     allow_credentials: bool = _access(False, "let those pages' browsers send cookies", "")
+    allow_diagnostics: bool = _access(False, "let the command doctor make this proxy fail on purpose", "")
     identify: Callable[[Any, Any], Any] | None = _spending(  # noqa: RUF009  (it is a field)
         None,
         "function that is given handler and target, and whose result is the user's id, or (id, plan); "

@@ -19,11 +19,13 @@ and, apart from it, what the log gets (``detail``). Neither ever holds the key.
     │   ├── UploadNotAllowed
     │   ├── TokenNotAllowed
     │   ├── PriceUnknown      a budget applies, and no price
+    │   ├── DiagnosticNotAllowed
     │   └── OriginNotAllowed
     ├── JobNotFound           404   a queued job of another user, or of nobody
     ├── SpendingRefused             a limit on paid calls
     │   ├── LimitReached      429   too many jobs in a minute or an hour, or at once
     │   └── QuotaUsedUp       402   the jobs of a day or month, or a budget; fal's SDKs do not repeat it
+    ├── TooManyDiagnostics    429   a doctor asked too often
     ├── UnsupportedMediaType  415   a body that is not JSON
     ├── BodyTooLarge          413
     ├── BodyTooSlow           408   the body stopped coming, or comes too slowly
@@ -59,6 +61,7 @@ __all__ = [
     "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
+    "DiagnosticNotAllowed",
     "EndpointNotAllowed",
     "HeaderNotAllowed",
     "HeadersTooLarge",
@@ -81,6 +84,7 @@ __all__ = [
     "TlsFailed",
     "TokenNotAllowed",
     "TooManyCalls",
+    "TooManyDiagnostics",
     "Unauthorized",
     "UnsupportedMediaType",
     "UploadNotAllowed",
@@ -180,6 +184,10 @@ class PriceUnknown(AccessRefused):
     message = "This endpoint is not allowed because a budget applies, and this proxy's prices do not name it."
 
 
+class DiagnosticNotAllowed(AccessRefused):
+    message = "This diagnostic is not allowed by this proxy's allow_diagnostics."
+
+
 class OriginNotAllowed(AccessRefused):
     message = "Pages of this origin are not allowed by this proxy's allowed_origins."
 
@@ -204,6 +212,12 @@ class LimitReached(SpendingRefused):
 
 class QuotaUsedUp(SpendingRefused):
     status = 402
+
+
+class TooManyDiagnostics(ProxyError):
+    status = 429
+    message = "This proxy makes no more diagnostic responses at the moment; try again in a minute."
+    headers = (("Retry-After", "60"),)
 
 
 class UnsupportedMediaType(ProxyError):

@@ -35,13 +35,16 @@ from tornado_fal_proxy.errors import (
     Misconfigured,
     OriginNotAllowed,
     ProxyError,
+    TargetMissing,
     Unauthorized,
     UpstreamError,
 )
 from tornado_fal_proxy.relay.backend import Backend, shared_backend
+from tornado_fal_proxy.relay.diagnostics import diagnose
 from tornado_fal_proxy.relay.hooks import result_of
 from tornado_fal_proxy.relay.paying import PayingResponse
 from tornado_fal_proxy.rules.cors import CorsRules
+from tornado_fal_proxy.rules.diagnostics import Diagnostic, diagnostic_of
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.headers import request_headers
 from tornado_fal_proxy.rules.policy import decide
@@ -82,6 +85,7 @@ class FalProxyHandler(PayingResponse):
             self._misconfigured = f"FalProxyHandler's config must be a ProxyConfig, not {type(config).__name__}"
         self._target: Target | None = None
         self._lines: list[bytes] = []
+        self._diagnostic: Diagnostic | None = None
         self._shared: Backend | None = None
         self._backend: Backend | None = None  # as long as the call holds a slot there
         self._transfer: Transfer | None = None
@@ -157,7 +161,14 @@ class FalProxyHandler(PayingResponse):
             if not self._finished:  # else the operator's function has responded by itself
                 self._end_disconnected()
         except ProxyError as exc:
-            self._refuse(exc)
+            self._refuse_or_diagnose(exc)
+
+    def _refuse_or_diagnose(self, error: ProxyError) -> None:
+        """Answer a refused call, except a request without a target that a doctor has sent."""
+        if isinstance(error, TargetMissing):
+            self._diagnostic = diagnostic_of(self._pairs)
+        if self._diagnostic is None:
+            self._refuse(error)
 
     def _make_lines(self, authorization: bytes) -> None:
         """Make the header lines for fal. Raise HeadersTooLarge."""
@@ -278,6 +289,9 @@ class FalProxyHandler(PayingResponse):
     async def _relay(self) -> None:
         if self._responded:
             return
+        if self._diagnostic is not None:
+            await self._begin_diagnosis(self._diagnostic)
+            return
         if self._target is None or self._backend is None:
             self._refuse(Misconfigured("prepare() did not run: a subclass's own must await super().prepare()"))
             return
@@ -325,6 +339,17 @@ class FalProxyHandler(PayingResponse):
             self._end_spending(transfer)
             if self._finished:
                 self._end_call()
+
+    async def _begin_diagnosis(self, diagnostic: Diagnostic) -> None:
+        """Respond to a doctor, in a slot as a relayed call has one, because a stop of the service waits for it too."""
+        backend = self._shared = shared_backend(self.application, self._config)
+        try:
+            backend.slots.acquire()
+            self._backend = backend
+            backend.watch(self._connection.stream)
+            await diagnose(self, diagnostic, backend.diagnostics)
+        except (ProxyError, StreamClosedError) as exc:
+            self._fail(exc)
 
     # Ends.
 

@@ -18,6 +18,8 @@ TYPED = [
     (["usage", "--for"], {"--format"}),
     (["usage", "--by", "us"], {"user"}),
     (["completion", "fi"], {"fish"}),
+    (["doctor", "--or"], {"--origin"}),
+    (["doctor", "https://a.example/", "--ca-certs", "opt"], {"options.toml"}),
 ]
 BASH = """
 source ./script.bash

@@ -103,7 +103,7 @@ def test_statuses() -> None:
     rows = [(int(status), message) for status, message, _ in table("Status", "Message", "What to do")]
     assert set(rows) == own
     assert len(rows) == len(own)
-    assert [status for status, _ in rows[:13]] == [405, 400, 412, *[403] * 9, 404]
+    assert [status for status, _ in rows[:14]] == [405, 400, 412, *[403] * 10, 404]
     assert (
         f'**500 instead of 502 or 504**, with "{errors.ConnectionLost("", may_have_run=True).message}'.replace(
             errors.ConnectionLost.message + " ", ""

@@ -70,7 +70,7 @@ OPTIONS: dict[str, tuple[str, str, Any]] = {
 }
 SWITCHES = (
     *("event_streams_over_http1", "failover", "allow_uploads", "allow_cancel", "allow_credentials"),
-    *("own_jobs_only", "tag_users"),
+    *("allow_diagnostics", "own_jobs_only", "tag_users"),
 )
 NO_DEFAULT = (
     "max_buffered_bytes",

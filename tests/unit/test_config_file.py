@@ -88,7 +88,7 @@ FORMS = {
     ),
     SWITCH: (
         *("sandbox", "event_streams_over_http1", "failover", "allow_uploads", "allow_cancel", "allow_credentials"),
-        *("own_jobs_only", "tag_users"),
+        *("allow_diagnostics", "own_jobs_only", "tag_users"),
     ),
     LIST: (
         *("trusted_proxies", "allowed_endpoints", "allowed_hosts", "allowed_webhooks", "allowed_origins"),

@@ -31,6 +31,7 @@ CROSSINGS = {
     "relay": {"upstream", "rules", "spending", "config", "telemetry", "errors", "_sweep"},
     "handler": {"relay", "upstream", "rules", "spending", "config", "credentials", "telemetry", "errors", "_tasks"},
     "webhooks": {"relay", "rules", "config"},
+    "doctor": {"rules", "config", "errors"},
     "sandbox": set(),
     "__init__": {"handler", "relay", "rules", "config", "telemetry", "errors", "_version"},
     "__main__": {"service"},

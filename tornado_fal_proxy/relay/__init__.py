@@ -4,5 +4,6 @@
 * ``backend``: what handlers of one configuration share: connections to fal, slots, the sweep of slow bodies
 * ``hooks``: how functions of the operator's are asked
 * ``paying``: a call against the limits on spending
+* ``diagnostics``: responses for a doctor, which never reach fal
 * ``hangup``: notices clients that leave
 """

@@ -20,6 +20,7 @@ from tornado.web import Application
 from tornado_fal_proxy._sweep import Sweep, in_turns
 from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import BodyTooSlow, ConnectionLost, ProxyError, TooManyCalls
+from tornado_fal_proxy.relay.diagnostics import Diagnostics
 from tornado_fal_proxy.relay.hangup import HangupWatch
 from tornado_fal_proxy.spending.ledger import Ledger
 from tornado_fal_proxy.spending.store import Store
@@ -82,6 +83,7 @@ class Backend:
     def __init__(self, config: ProxyConfig) -> None:
         self.client = UpstreamClient(force_instance=True, config=config)
         self.slots = Slots(config.max_in_flight)
+        self.diagnostics = Diagnostics()
         self.is_closed = False
         self._config = config
         self.ledger_in_use: Ledger | None = None  # None until a call needs one

@@ -36,6 +36,7 @@ GROUPS = {
 COMMANDS = {
     "check": ("check [OPTION...]", "say what would be open and limited, and start nothing"),
     "usage": ("usage [--help]", "show who has spent how much"),
+    "doctor": ("doctor URL [--help]", "look at a proxy from outside, and say what to change"),
     "completion": ("completion SHELL", "print the completion of options for bash, zsh or fish"),
 }
 # The columns of the short help.
@@ -100,7 +101,7 @@ def _short_help() -> str:
     """Return the commands, and the names of all options by their groups: less than a screen."""
     usage = {"[OPTION...]": "relay calls of fal's SDKs, with the key in FAL_KEY"}
     usage |= dict(COMMANDS.values())
-    lines = [f"{PROGRAM} {call:<18}  {text}" for call, text in usage.items()]
+    lines = [f"{PROGRAM} {call:<19}  {text}" for call, text in usage.items()]
     for title, description in GROUPS.items():
         names = [option_name(entry.name) for entry in all_options() if entry.metadata["group"] == title]
         lines.append(f"\n{title}: {description}")

@@ -7,6 +7,7 @@ forks the processes that do (:mod:`~tornado_fal_proxy.service.supervisor`). The 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import errno
@@ -25,6 +26,7 @@ from tornado.netutil import bind_sockets
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._extras import install
 from tornado_fal_proxy._version import __version__
+from tornado_fal_proxy.config import ProxyConfig
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.logs import Fields, JsonFormatter, PlainFormatter
 from tornado_fal_proxy.service.describe import ADVICE, describe, is_open_to_all
@@ -61,8 +63,8 @@ METRICS_FILE_BYTES = 1024 * 1024
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service, and return the exit code.
 
-    0: all calls were finished after a signal. 1: cannot listen. 2: wrong options. 3: calls were aborted at the end.
-    4: worker processes do not start.
+    0: all calls were finished after a signal. 1: cannot listen, or the doctor has found something wrong. 2: wrong
+    options. 3: calls were aborted at the end. 4: worker processes do not start.
     """
     argv = sys.argv[1:] if argv is None else argv
     as_json = log_format_of(argv, os.environ) == "json"
@@ -73,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["usage"]:
             return print_usage(argv[1:], os.environ)
+        if argv[:1] == ["doctor"]:
+            from tornado_fal_proxy.doctor.command import print_findings  # costs memory, which is for those who ask
+
+            return print_findings(argv[1:], PROGRAM, _config_of)
         if argv[:1] == ["completion"]:
             from tornado_fal_proxy.service.completion import completion  # needs an extra
 
@@ -96,6 +102,15 @@ def _settings(argv: Sequence[str]) -> tuple[Settings, Sandbox | None]:
     if settings.admin_port is not None and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError([f"--admin-port needs prometheus_client: {install('metrics')}"])
     return settings, _make_sandbox() if settings.sandbox else None
+
+
+def _config_of(given: argparse.Namespace) -> ProxyConfig:
+    """Return the configuration of the service on this machine, for the doctor. Raise ConfigError."""
+    files = {"--env-file": given.env_file, "--config": given.config}
+    config = parse_settings([f"{name}={file}" for name, file in files.items() if file is not None], os.environ).relay
+    if config is None:
+        raise ConfigError(["--key: the sandbox has no key"])
+    return config
 
 
 def _start(argv: Sequence[str], notifier: Notifier) -> int:

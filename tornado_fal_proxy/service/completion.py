@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tornado_fal_proxy._extras import install
+from tornado_fal_proxy.doctor.command import doctor_parser
 from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.service.arguments import COMMANDS, make_parser
+from tornado_fal_proxy.service.settings import PROGRAM
 from tornado_fal_proxy.service.usage import usage_parser
 
 __all__ = ["completion"]
@@ -34,7 +36,9 @@ def completion(argv: Sequence[str]) -> str:
     check = commands.add_parser("check", help=about["check"], parents=[make_parser()], add_help=False)
     usage = commands.add_parser("usage", help=about["usage"], parents=[usage_parser(add_help=False)])
     commands.add_parser("completion", help=about["completion"]).add_argument("shell", choices=SHELLS)
-    for each in (parser, check, usage):
+    parents = [doctor_parser(PROGRAM, add_help=False)]
+    doctor = commands.add_parser("doctor", help=about["doctor"], parents=parents)
+    for each in (parser, check, usage, doctor):
         _complete_files(each, shtab.FILE)
     return str(shtab.complete(parser, argv[0]))
 
