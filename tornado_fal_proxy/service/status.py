@@ -37,7 +37,7 @@ __all__ = ["Section", "Share", "Status", "StatusSources"]
 
 # The part of a limit from which on it is close to full.
 CLOSE_TO_FULL = 0.8
-# Limits how long the page waits for the store of what was spent, and how old its answer may be: it adds up rows.
+# Limits how long the page waits for the store of what was spent, and how old its report may be: it adds up rows.
 STORE_TIMEOUT_S, ACCOUNT_KEPT_S = 2.0, 30.0
 
 # Advice on errors that came in the last minutes.
