@@ -28,7 +28,7 @@ from tornado_fal_proxy.rules.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, Acces
 from tornado_fal_proxy.rules.cors import CorsRules, cors_rules
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.fal_headers import HeaderRules, as_header_lines, header_names, header_rules
-from tornado_fal_proxy.spending.plans import ALLOW, CALLS, REFUSE, UNITS, SpendingRules, spending_rules
+from tornado_fal_proxy.spending.plans import ALLOW, CALLS, NEEDS_PRICES, REFUSE, UNITS, SpendingRules, spending_rules
 
 __all__ = [
     "DEFAULT_ROUTE",
@@ -194,11 +194,11 @@ class ProxyConfig:
         None, "paid calls that each user may have unfinished at once", "JOBS", partial(as_number, kind=int)
     )
     budget_per_user: str | None = _spending(
-        None, "dollars that each user may spend, such as 1.00/day; needs prices", "DOLLARS/PERIOD,..."
+        None, f"dollars that each user may spend, such as 1.00/day; {NEEDS_PRICES}", "DOLLARS/PERIOD,..."
     )
     jobs: str | None = _spending(None, "paid calls of all users together", "NUMBER/PERIOD,...")
     budget: str | None = _spending(
-        None, "dollars that all users may spend together; needs prices", "DOLLARS/PERIOD,..."
+        None, f"dollars that all users may spend together; {NEEDS_PRICES}", "DOLLARS/PERIOD,..."
     )
     count: str = _spending(
         CALLS,
