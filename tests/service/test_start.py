@@ -117,6 +117,11 @@ FAILS = [
         match=r"--connect-to: must be HOST:PORT or HOST:PORT,HOST:PORT, not 'nowhere'",
         environ=WITH_KEY,
     ),
+    start(
+        "--connect-to=a:1,b:2",
+        match=r"--connect-to: the second address of 'a:1,b:2' is for fal's backup domain: set failover too",
+        environ=WITH_KEY,
+    ),
     # The file of options; tests/unit/test_config_file.py has the rest.
     start("--config={dir}/none", match=r": --config: cannot read '.*/none': No such file or directory\Z"),
     # The key in the place of another option.

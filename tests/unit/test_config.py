@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "failover": ([True, False], SWITCH_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
-        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443", "a:1,b:2", "[::1]:1,[::1]:2"],
+        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
         [
             *(
                 "",
@@ -79,6 +79,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
                 "a:1,b",
                 "a:1,b:0",
                 "a:1,",
+                "a:1,b:2",  # needs failover
                 "a:1,b:2,c:3",
                 "a/b:1",
                 "http://a:1",
@@ -201,6 +202,17 @@ def test_credentials_need_exact_origins(origins: tuple[str, ...] | None) -> None
     with pytest.raises(ConfigError, match=r"\Aallow_credentials: "):
         ProxyConfig(allow_credentials=True, allowed_origins=origins)
     assert ProxyConfig(allow_credentials=True, allowed_origins=("https://a.example",)).cors is not None
+
+
+@pytest.mark.parametrize("address", ["a:1,b:2", "[::1]:1,[::1]:2"])
+def test_a_second_address_needs_failover(address: str) -> None:
+    """Without failover nothing connects to the address of the backup domain, and the problem names both options."""
+    assert ProxyConfig(connect_to=address, failover=True).connect_to == address
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig(connect_to=address)
+    assert caught.value.problems == (
+        f"connect_to: the second address of '{address}' is for fal's backup domain: set failover too, or leave it out",
+    )
 
 
 def test_without_rules_nothing_is_compiled() -> None:
