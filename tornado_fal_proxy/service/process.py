@@ -23,7 +23,13 @@ from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
 from tornado_fal_proxy.option_fields import TRUE
-from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending, shared_backend
+from tornado_fal_proxy.relay.backend import (
+    backends_of,
+    close_upstreams,
+    flush_spending,
+    shared_backend,
+    store_failures,
+)
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import AdminHandler, admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
@@ -236,10 +242,9 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             down=bits_of([host for backend in backends for host in backend.client.down]),
             buffered_bytes=sum(budget.used for budget in {backend.client.budget for backend in backends}),
         )
-        for backend in backends:
-            if (ledger := backend.ledger_in_use) is not None and ledger.failures:
-                metrics.count_store_failures(ledger.failures)
-                ledger.failures.clear()
+        failures = store_failures(application)
+        metrics.count_store_failures(failures)
+        failures.clear()
         return True
 
     application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)
