@@ -106,10 +106,15 @@ class Backend:
         return self.ledger_in_use
 
     def succeed(self, other: Backend) -> None:
-        """Count calls and buffered bytes together with a backend whose calls in flight are its last."""
+        """Count calls and buffered bytes together with a backend whose calls in flight are its last.
+
+        If failover is on in both, calls go to fal's backup domain at once where the other has found that they must.
+        """
         self.slots, self.client.budget = other.slots, other.client.budget
         self.slots.limit = self._config.max_in_flight
         self.client.budget.limit = buffer_limit(self._config)
+        if self.client.failover is not None and other.client.failover is not None:
+            self.client.failover.succeed(other.client.failover)
 
     def renew(self, config: ProxyConfig) -> None:
         """Count by the prices of an equal configuration from now on."""
