@@ -25,10 +25,11 @@ from tornado_fal_proxy.credentials import KEY_CHARACTERS, authorization_line, co
 from tornado_fal_proxy.errors import ConfigError, KeyMissing
 from tornado_fal_proxy.option_fields import as_function, as_list, as_number, option
 from tornado_fal_proxy.rules.access import DEFAULT_MAX_TOKEN_EXPIRATION_S, AccessRules, access_rules
+from tornado_fal_proxy.rules.connect_to import connect_to_problem
 from tornado_fal_proxy.rules.cors import CorsRules, cors_rules
 from tornado_fal_proxy.rules.excerpt import excerpt
 from tornado_fal_proxy.rules.fal_headers import HeaderRules, as_header_lines, header_names, header_rules
-from tornado_fal_proxy.spending.plans import ALLOW, CALLS, REFUSE, UNITS, SpendingRules, spending_rules
+from tornado_fal_proxy.spending.plans import ALLOW, CALLS, NEEDS_PRICES, REFUSE, UNITS, SpendingRules, spending_rules
 
 __all__ = [
     "DEFAULT_ROUTE",
@@ -87,7 +88,6 @@ _SWITCHES = (
 _FUNCTIONS = ("authorize", "resolve_key", "identify", "check_input", "input_units")
 _TABLES = ("prices", "plans")
 _LIMITS = ("jobs_per_user", "unfinished_jobs_per_user", "budget_per_user", "jobs", "budget", "plans")
-_CONNECT_TO = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 _access, _spending = partial(option, group="access"), partial(option, group="spending")
 
@@ -135,7 +135,9 @@ class ProxyConfig:
     )
     ca_certs: str | None = option(None, "trust the certificates in this PEM file instead of the usual ones", "FILE")
     connect_to: str | None = option(
-        None, "connect to this address instead of fal's; a second one is for the backup domain", "HOST:PORT[,HOST:PORT]"
+        None,
+        "connect to this address instead of fal's; a second one, for the backup domain, needs failover",
+        "HOST:PORT[,HOST:PORT]",
     )
     allowed_endpoints: Sequence[str] | None = _access(
         None, "endpoints that may be called, as patterns; * is within a segment, ** any depth", "PATTERN,...", as_list
@@ -194,11 +196,11 @@ class ProxyConfig:
         None, "paid calls that each user may have unfinished at once", "JOBS", partial(as_number, kind=int)
     )
     budget_per_user: str | None = _spending(
-        None, "dollars that each user may spend, such as 1.00/day; needs prices", "DOLLARS/PERIOD,..."
+        None, f"dollars that each user may spend, such as 1.00/day; {NEEDS_PRICES}", "DOLLARS/PERIOD,..."
     )
     jobs: str | None = _spending(None, "paid calls of all users together", "NUMBER/PERIOD,...")
     budget: str | None = _spending(
-        None, "dollars that all users may spend together; needs prices", "DOLLARS/PERIOD,..."
+        None, f"dollars that all users may spend together; {NEEDS_PRICES}", "DOLLARS/PERIOD,..."
     )
     count: str = _spending(
         CALLS,
@@ -266,11 +268,8 @@ class ProxyConfig:
             problems.append(f"max_buffered_bytes: must be a whole number from {MIN_BUFFERED_BYTES} on, not {value!r}")
         if self.ca_certs is not None:
             problems.extend(_unreadable("ca_certs", self.ca_certs))
-        if self.connect_to is not None:
-            parts = self.connect_to.split(",") if isinstance(self.connect_to, str) else ()
-            ports = [int(match[1]) if (match := _CONNECT_TO.fullmatch(part)) else 0 for part in parts]
-            if not 1 <= len(ports) <= 2 or not all(0 < port < 65_536 for port in ports):
-                problems.append(f"connect_to: must be HOST:PORT or HOST:PORT,HOST:PORT, not {self.connect_to!r}")
+        if problem := connect_to_problem(self.connect_to, failover=self.failover):
+            problems.append(f"connect_to: {problem}")
         order = [field.name for field in fields(self)]
         problems.extend(self._problems_of_rules())
         return sorted(problems, key=lambda problem: order.index(problem.partition(":")[0]))

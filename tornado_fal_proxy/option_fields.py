@@ -8,11 +8,15 @@ refuses by name.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import field
 from functools import partial
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 __all__ = [
@@ -50,14 +54,29 @@ def as_function(text: str) -> Any:
     module, colon, name = text.partition(":")
     if not colon or not module or not name:
         raise ValueError(f"must be package.module:function, not {text!r}")
+    found = None
     try:
-        return attrgetter(name)(importlib.import_module(module))
+        found = importlib.import_module(module)
+        return attrgetter(name)(found)
     except (AttributeError, ImportError, SyntaxError) as exc:
-        raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}") from exc
+        where = _where(found, exc, module)
+        raise ValueError(f"cannot import {text!r}: {type(exc).__name__}: {exc}{where}") from exc
     except (Exception, SystemExit) as exc:  # noqa: BLE001  (the module may raise anything, with a key in its text)
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         place = f"in {frame.filename!r} line {frame.lineno}"
         raise ValueError(f"cannot import {text!r}: {type(exc).__name__} {place}") from None
+
+
+def _where(found: ModuleType | None, exc: Exception, module: str) -> str:
+    """Return where a function was looked for: the file of its module, or the places that have no such module."""
+    if found is not None:
+        return f" (in {found.__file__!r})" if getattr(found, "__file__", None) else ""
+    if not isinstance(exc, ModuleNotFoundError) or not f"{module}.".startswith(f"{exc.name}."):
+        return ""  # the module was found, and another that it needs was not
+    with suppress(OSError):  # a working directory that was removed
+        if (here := os.getcwd()) in map(os.path.abspath, sys.path):  # an empty entry is the working directory too
+            return f" (neither in the working directory {here!r} nor among the installed packages)"
+    return " (not among the installed packages)"
 
 
 def as_number(text: str, kind: Callable[[str], Any]) -> Any:

@@ -226,6 +226,7 @@ def test_dashboard_is_right() -> None:
         assert set(re.findall(r"{{(\w+)}}", target.get("legendFormat", ""))) <= by, title
     areas = [{(x, y) for x in span(panel, "x", "w") for y in span(panel, "y", "h")} for panel in panels]
     assert all(x < COLUMNS for area in areas for x, _ in area)
+    assert sum(panel["gridPos"]["w"] for panel in panels if panel["gridPos"]["y"] == 0) == COLUMNS
     assert all(one.isdisjoint(other) for one, other in combinations(areas, 2))
     named = {alert for panel in panels for alert in re.findall(r"\bFal\w+", panel["description"])}
     assert named <= {rule["alert"] for rule in alerts()}

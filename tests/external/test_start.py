@@ -2,12 +2,16 @@
 
 import asyncio
 import os
+import re
 import shlex
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tornado.httpclient import AsyncHTTPClient
 
 from tests.support.certificates import Authority
 from tests.support.node import SCRIPTS, find_node, run_script, serve_sandbox
@@ -34,29 +38,40 @@ def folder(path: Path) -> Path:
     return path
 
 
+@asynccontextmanager
+async def served_by_vite(page: Path, proxy_url: str) -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
+    """Serve the files of the page with Vite, which sends calls on to that proxy. Give its port and its process."""
+    vite = tool("vite", path=folder(page) / "node_modules/vite/bin/vite.js")
+    for name in FILES:
+        (page / name).write_text(PAGE.file(name).replace("http://127.0.0.1:8080", proxy_url), "utf-8")
+    port = unused_port()
+    running = await asyncio.create_subprocess_exec(
+        *(find_node(), vite, "--host=127.0.0.1", f"--port={port}", "--strictPort"),
+        cwd=page,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        await eventually(lambda: connects(port))
+        yield port, running
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        await running.communicate()
+
+
 @pytest.fixture(scope="module")
 def drawn(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Serve the page with Vite, draw once in Chromium, and return what was seen."""
     chromium = tool("chromium")
-    page = folder(tmp_path_factory.mktemp("my-page"))
-    vite = tool("vite", path=page / "node_modules/vite/bin/vite.js")
+    page = tmp_path_factory.mktemp("my-page")
 
     async def draw() -> Any:
-        async with serve_sandbox(Setup(authority), 0.3) as sandbox:
-            for name in FILES:
-                text = PAGE.file(name).replace("http://127.0.0.1:8080", sandbox.public_url)
-                (page / name).write_text(text, "utf-8")
-            port = unused_port()
-            argv = [find_node(), vite, "--host=127.0.0.1", f"--port={port}", "--strictPort"]
-            running = await asyncio.create_subprocess_exec(
-                *argv, cwd=page, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
-            )
-            try:
-                await eventually(lambda: connects(port))
-                return await run_script("start.mjs", f"http://127.0.0.1:{port}/", chromium)
-            finally:
-                os.killpg(running.pid, signal.SIGKILL)
-                await running.wait()
+        async with (
+            serve_sandbox(Setup(authority), 0.3) as sandbox,
+            served_by_vite(page, sandbox.public_url) as (port, _),
+        ):
+            return await run_script("start.mjs", f"http://127.0.0.1:{port}/", chromium)
 
     return asyncio.run(draw())
 
@@ -67,6 +82,19 @@ def test_the_page_draws(drawn: Any) -> None:
     assert drawn["shown"][-1] == ""
     assert {"Step 2 of 3", "Done"} & set(drawn["shown"])
     assert f"POST {ROUTE}" in drawn["calls"]
+
+
+@pytest.mark.gen_test
+async def test_without_a_proxy(tmp_path: Path) -> None:
+    """Where the proxy does not run Vite answers and prints what docs/troubleshoot.md says."""
+    async with served_by_vite(tmp_path, f"http://127.0.0.1:{unused_port()}") as (port, running):
+        url = f"http://127.0.0.1:{port}{ROUTE}"
+        response = await AsyncHTTPClient().fetch(url, method="POST", body=b"{}", raise_error=False)
+        assert (response.code, response.body) == (502, b"")
+        assert running.stderr is not None
+        line = re.sub(r"\x1b\[[0-9;]*m", "", (await running.stderr.readline()).decode())
+        (printed,) = re.findall(r"`(http proxy error: .*?)`", Page("docs/troubleshoot.md").text)
+        assert line.rstrip().endswith(printed)
 
 
 def test_commands() -> None:

@@ -284,6 +284,26 @@ def test_what_is_open(tmp_path: Path, argv: list[str], opened: str, limited: str
 
 
 @pytest.mark.parametrize(
+    ("argv", "environ", "warned"),
+    [
+        ([], {"FAL_KEY": SECRET}, True),
+        ([], {"FAL_KEY_FILE": "{dir}/half"}, True),
+        ([], WITH_KEY, False),
+        ([], {"FAL_KEY_ID": "a", "FAL_KEY_SECRET": SECRET}, False),
+        (["--resolve-key=os.path:join"], {}, False),
+        (["--sandbox"], {"FAL_KEY": SECRET}, False),
+    ],
+)
+def test_half_a_key(tmp_path: Path, argv: list[str], environ: dict[str, str], warned: bool) -> None:
+    """A key without a colon is no error, and the start, ``check`` and a reload warn of it without its text."""
+    (tmp_path / "half").write_text(SECRET)
+    settings = parse_settings(argv, {name: text.format(dir=tmp_path) for name, text in environ.items()})
+    lines = describe(settings, ["::1"])
+    assert lines.get("key", "").startswith("FAL_KEY, or the file of FAL_KEY_FILE, has no colon") is warned
+    assert SECRET not in str(lines)
+
+
+@pytest.mark.parametrize(
     ("argv", "line"),
     [
         (["--store=sqlite:{dir}/a.db", "--jobs-per-user=5/day"], None),

@@ -33,7 +33,8 @@ async def test_a_refused_key_is_an_error(setup: Setup, processes: str) -> None:
     running, admin = await started(setup, upstream, f"--processes={processes}", "--log-level=error")
     scrape = await until(admin, lambda scrape: RESPONSES in scrape.body.decode())
     assert scrape.total(RESPONSES, code="401") == 0
-    assert f'{RESPONSES}{{code="401",protocol="2",status="4xx"}} 0.0' in scrape.body.decode()
+    for code in (401, 403):
+        assert f'{RESPONSES}{{code="{code}",protocol="2",status="4xx"}} 0.0' in scrape.body.decode()
     for status in (200, 403, 401, 401, 401, 599):
         assert (await call(running.port, target=f"https://fal.run/a/b/{status}")).status == status
     scrape = await until(admin, lambda scrape: scrape.total(RESPONSES) == 6)

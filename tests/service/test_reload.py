@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 
+from tests.support.certificates import Authority
+from tests.support.fake_store import FakeStore
+from tests.support.logs import Logs
+from tests.support.metrics import started as started_with_admin
+from tests.support.metrics import until_totals
 from tests.support.proxy import KEY, ROUTE, SECRET, Setup
 from tests.support.raw_client import RawClient, Response, call
 from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import ServiceProcess
 from tests.support.stub_handlers import Gate, fine
-from tests.support.tools import ROOT
+from tests.support.tools import ROOT, unused_port
 from tests.support.waiting import TIMEOUT_S, arrived, eventually
 from tornado_fal_proxy import ProxyConfig, close_upstreams, flush_spending
-from tornado_fal_proxy.relay.backend import backends_of, shared_backend
+from tornado_fal_proxy.relay.backend import backends_of, shared_backend, store_failures
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.application import make_application
+from tornado_fal_proxy.spending.store import END, Note
+from tornado_fal_proxy.upstream import failover
 
 OPEN, CLOSED = "allowed_endpoints = ['fal-ai/flux/dev', 'fal-ai/other']\n", "allowed_endpoints = ['fal-ai/flux/dev']\n"
 OTHER = "https://fal.run/fal-ai/other"
@@ -234,6 +241,37 @@ async def test_prices_that_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.gen_test
+async def test_failures_of_a_store_before_a_reload(setup: Setup, path: Path, tmp_path: Path) -> None:
+    """The metrics count what a store failed to do a moment before the reload that puts another in its place."""
+    path.write_text(f"jobs = '9/day'\nstore = 'sqlite:{tmp_path}/no/spent.db'\n")
+    running, admin = await started_with_admin(setup, await setup.upstream(fine), f"--config={path}")
+    assert (await call(running.port)).status == 503
+    path.write_text(f"jobs = '9/day'\nstore = 'sqlite:{tmp_path}/spent.db'\n")
+    await hangup(running)
+    assert (await call(running.port)).status == 200
+    await until_totals(admin, (1, "fal_proxy_store_failures_total", {"operation": "reserve"}))
+    await running.end()
+
+
+@pytest.mark.gen_test
+async def test_failures_of_a_store_that_closes(monkeypatch: pytest.MonkeyPatch, logs: Logs) -> None:
+    """What a store fails to do while it closes behind a reload is counted too, whatever the options are now."""
+    logs.expect("store failed: gone; an estimate is kept")
+    store = FakeStore()
+    monkeypatch.setattr("tornado_fal_proxy.relay.backend.make_store", lambda config: store)
+    application = make_application(ProxyConfig(key=KEY, jobs="9/day", store="memory"), ROUTE)
+    ledger = shared_backend(application, application.config).ledger
+    await ledger.usage("2026-11-27", "2026-11-27")
+    await ledger.flush()
+    store.failing = "gone"
+    application.use(ProxyConfig(key=KEY), TrustedProxies())
+    ledger.note(Note(END, "1"))
+    await eventually(lambda: ledger.is_closed)
+    assert store_failures(application) == {"end": 1}
+    close_upstreams(application)
+
+
+@pytest.mark.gen_test
 async def test_limits_are_those_of_one_service(setup: Setup) -> None:
     """Calls that still run with options of before count against the slots and the buffers of those of now."""
     gate = Gate()
@@ -257,6 +295,34 @@ async def test_limits_are_those_of_one_service(setup: Setup) -> None:
     gate.open.set()
     assert [(await each).status for each in calls] == [200] * 4
     await eventually(lambda: backends[-1].slots.in_use == 0 == backends[-1].client.budget.used)
+
+
+@pytest.mark.gen_test
+async def test_an_outage_outlasts_a_reload(
+    setup: Setup, authority: Authority, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call after a reload goes to the backup at once, and the outage ends, each with one line of the log."""
+    monkeypatch.setattr(failover, "PROBE_INTERVAL_S", 0.02)
+    upstream = await setup.upstream(fine, ssl_context=authority.context("falrun.com"))
+    primary = unused_port()
+    addresses = f"127.0.0.1:{primary},{upstream.address}"
+    application = make_application(setup.config(addresses, failover=True), ROUTE)
+    port = setup.serve(application)
+    assert (await call(port, target=OTHER)).status == 200
+    lease = application._lease  # as a call in flight does
+    application.use(setup.config(addresses, failover=True, max_in_flight=5), TrustedProxies())
+    old, new = [backend.client for backend in backends_of(application)]
+    assert old.down == new.down == ("fal.run",)
+    assert (await call(port, target=OTHER)).status == 200
+    assert len(upstream.exchanges) == 2
+    await setup.upstream(fine, port=primary)
+    await eventually(lambda: old.down == new.down == ())
+    for event in ("cannot be reached: ", "can be reached again, "):
+        logs.expect(f"failover: fal.run {event}")
+        assert sum(event in line for line in logs.lines) == 1
+    del lease
+    application.use(setup.config(addresses.partition(",")[0]), TrustedProxies())
+    await eventually(lambda: [backend.client.down for backend in backends_of(application)] == [()])
 
 
 # The second worker waits at its start while there is a file "wait".

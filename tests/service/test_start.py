@@ -117,6 +117,11 @@ FAILS = [
         match=r"--connect-to: must be HOST:PORT or HOST:PORT,HOST:PORT, not 'nowhere'",
         environ=WITH_KEY,
     ),
+    start(
+        "--connect-to=a:1,b:2",
+        match=r"--connect-to: the second address of 'a:1,b:2' is for fal's backup domain: set failover too",
+        environ=WITH_KEY,
+    ),
     # The file of options; tests/unit/test_config_file.py has the rest.
     start("--config={dir}/none", match=r": --config: cannot read '.*/none': No such file or directory\Z"),
     # The key in the place of another option.
@@ -168,7 +173,14 @@ FAILS = [
     start("--allowed-origins=*", match=r"--allowed-origins: '\*' must be an origin", environ=WITH_KEY),
     start("--allow-credentials", match=r"--allow-credentials: needs allowed_origins", environ=WITH_KEY),
     start("--authorize=rules", match=r"--authorize: must be package.module:function, not 'rules'", environ=WITH_KEY),
-    start("--authorize=rules:f", match=r"--authorize: cannot import 'rules:f': ModuleNotFoundError", environ=WITH_KEY),
+    start(
+        "--authorize=rules:f",
+        match=(
+            r"--authorize: cannot import 'rules:f': ModuleNotFoundError: No module named 'rules'",
+            r" \(neither in the working directory '/.*' nor among the installed packages\)\Z",
+        ),
+        environ=WITH_KEY,
+    ),
     start("--authorize=os:sep", match=r"--authorize: must be a function, not '/'", environ=WITH_KEY),
     start("--resolve-key=os:none", match=r"--resolve-key: cannot import 'os:none': AttributeError"),
     start("--log-format=xml", match=r"--log-format: must be one of text, json, not 'xml'", environ=WITH_KEY),

@@ -296,6 +296,18 @@ async def test_a_signal_to_the_group_counts_once(setup: Setup, processes: str, n
     await running.ended()
 
 
+@pytest.mark.parametrize("argv", [("--processes=1",), ("--processes=2",), ("--sandbox", "--config={dir}/options.toml")])
+@pytest.mark.gen_test
+async def test_a_hangup_that_ends_the_service(tmp_path: Path, argv: tuple[str, ...]) -> None:
+    """Where SIGHUP reads no file again, one line of the log names the signal and says that the service ends."""
+    (tmp_path / "options.toml").write_text("max_in_flight = 5\n")
+    running = await ServiceProcess.start(*(text.format(dir=tmp_path) for text in argv), FAL_KEY=KEY)
+    running.process.send_signal(signal.SIGHUP)
+    _, stderr = await running.ended()
+    line = "WARNING tornado_fal_proxy: SIGHUP: the service ends, because it has no file to read again (see --config)"
+    assert stderr.count(line) == stderr.count("SIGHUP") == 1
+
+
 @pytest.mark.gen_test
 async def test_nohup(processes: str) -> None:
     """SIGHUP is ignored if it was ignored at the start."""

@@ -7,6 +7,7 @@ import pickle
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "failover": ([True, False], SWITCH_BAD),
     "ca_certs": ([None], ["", "no-such-file.pem", "a\0b", "\ud800", ".", b"ca.pem", 1, True, ["ca.pem"]]),
     "connect_to": (
-        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443", "a:1,b:2", "[::1]:1,[::1]:2"],
+        [None, "localhost:1", "127.0.0.1:65535", "[::1]:443", "a-b.example:8443"],
         [
             *(
                 "",
@@ -79,6 +80,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
                 "a:1,b",
                 "a:1,b:0",
                 "a:1,",
+                "a:1,b:2",  # needs failover
                 "a:1,b:2,c:3",
                 "a/b:1",
                 "http://a:1",
@@ -202,6 +204,17 @@ def test_credentials_need_exact_origins(origins: tuple[str, ...] | None) -> None
     with pytest.raises(ConfigError, match=r"\Aallow_credentials: "):
         ProxyConfig(allow_credentials=True, allowed_origins=origins)
     assert ProxyConfig(allow_credentials=True, allowed_origins=("https://a.example",)).cors is not None
+
+
+@pytest.mark.parametrize("address", ["a:1,b:2", "[::1]:1,[::1]:2"])
+def test_a_second_address_needs_failover(address: str) -> None:
+    """Without failover nothing connects to the address of the backup domain, and the problem names both options."""
+    assert ProxyConfig(connect_to=address, failover=True).connect_to == address
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig(connect_to=address)
+    assert caught.value.problems == (
+        f"connect_to: the second address of '{address}' is for fal's backup domain: set failover too, or leave it out",
+    )
 
 
 def test_without_rules_nothing_is_compiled() -> None:
@@ -562,6 +575,44 @@ def test_a_function_that_cannot_be_found_is_a_problem(
     assert problems[0].startswith(f"authorize: {reason}")
     assert problems[2].startswith(f"resolve_key: {reason}")
     assert "very-secret" not in str(problems)
+
+
+# Texts that name no function, and the end of the problem, in which DIR is the working directory.
+NOT_FOUND = [
+    (
+        "no_module:f",
+        "No module named 'no_module' (neither in the working directory 'DIR' nor among the installed packages)",
+    ),
+    ("here:f", "module 'here' has no attribute 'f' (in 'DIR/here.py')"),
+    ("sys:f", "module 'sys' has no attribute 'f'"),
+    ("needs:f", "No module named 'no_module'"),
+]
+
+
+@pytest.mark.parametrize(("text", "end"), NOT_FOUND)
+def test_where_a_function_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, end: str) -> None:
+    """A problem says where a module was looked for, or in which file a function; not for what a found module needs."""
+    (tmp_path / "here.py").touch()
+    (tmp_path / "needs.py").write_text("import no_module\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig.from_texts({"authorize": text}, key=None)
+    sys.modules.pop("here", None)
+    (problem,) = caught.value.problems
+    assert problem.partition("Error: ")[2] == end.replace("DIR", str(tmp_path))
+
+
+def test_a_working_directory_that_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A problem does not name a working directory in which Python looks for no module."""
+    (tmp_path / "removed").mkdir()
+    for directory in (tmp_path, tmp_path / "removed"):
+        monkeypatch.chdir(directory)
+        if directory != tmp_path:
+            directory.rmdir()
+        with pytest.raises(ConfigError) as caught:
+            ProxyConfig.from_texts({"authorize": "no_module:f"}, key=None)
+        assert str(caught.value).endswith("No module named 'no_module' (not among the installed packages)")
 
 
 def test_an_empty_text_is_the_default() -> None:

@@ -212,7 +212,7 @@ PROBLEMS = [
     ("allowed_endpoints = []", ["FILE line 1: allowed_endpoints: must be a list of patterns"]),
     ("allowed_endpoints = [\n  'a',\n]", ["FILE line 1: allowed_endpoints: 'a' has too few segments"]),
     ('jobs_per_user = "5/week"', ["FILE line 1: jobs_per_user: must be a number of jobs and a period, such as"]),
-    ('budget = "1/day"', ["FILE line 1: budget: a budget needs prices"]),
+    ('budget = "1/day"', ["FILE line 1: budget: a budget needs prices (--prices=FILE, or [prices] in the file of"]),
     ("port = -1\nroute = 'x'", ["FILE line 1: port: must be", "FILE line 2: route: must be a path"]),
     ("prot = 1\nroute = 'x'", ["FILE line 1: prot: unknown, did you mean port?", "FILE line 2: route: must be a path"]),
     ("user_header = 'x-user'", ["FILE line 1: user_header: needs --trusted-proxies"]),

@@ -86,6 +86,37 @@ def test_problems_name_the_line(path: Path) -> None:
     assert problem == "FILE line 1: FAL_KEY_FILE: cannot read '/none/key': No such file or directory"
 
 
+NO_KEY = "no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"
+# Names in the file, and the name that was meant; None where no hint is given.
+MEANT = {
+    "FALKEY": "FAL_KEY",
+    "FAL_API_KEY": "FAL_KEY",
+    "FAL_KEYS": "FAL_KEY",
+    "FAL_KYE": "FAL_KEY",
+    "FAL_AI_API_KEY": "FAL_KEY",
+    "FAL_TOKEN": "FAL_KEY",
+    "fal_key": "FAL_KEY",
+    "VITE_FAL_KEY": "FAL_KEY",
+    "NEXT_PUBLIC_FAL_KEY": "FAL_KEY",
+    "FAL_KEYFILE": "FAL_KEY_FILE",
+    "FAL_KEY_SECRETS": "FAL_KEY_SECRET",
+    "OPENAI_API_KEY": None,
+    "FALCON_API_KEY": None,
+    "KEY": None,
+    "FAL_OTHER": None,
+}
+
+
+@pytest.mark.parametrize(("name", "meant"), MEANT.items())
+def test_a_key_under_another_name(path: Path, name: str, meant: str | None) -> None:
+    """Where no key is set the error has the name that was seen in the file or in the environment, and no value."""
+    (problem,) = problems_of(path, f"# a key\n{name}={SECRET}\n")
+    assert problem == NO_KEY + (f"; FILE line 2 has {name}, did you mean {meant}?" if meant else "")
+    (problem,) = problems_of(path, "", **{name: SECRET})
+    assert problem == NO_KEY + (f"; the environment has {name}, did you mean {meant}?" if meant else "")
+    assert parsed(path, f"{name}={SECRET}\nFAL_KEY={KEY}\n").relay is not None
+
+
 @pytest.mark.parametrize(
     ("text", "environ", "key"),
     [

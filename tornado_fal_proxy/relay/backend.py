@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import Counter
 from typing import Any, Protocol
 
 from tornado.iostream import IOStream
@@ -38,6 +39,7 @@ __all__ = [
     "make_store",
     "renew_backend",
     "shared_backend",
+    "store_failures",
     "succeed_backend",
 ]
 
@@ -78,14 +80,14 @@ class Slots:
 
 
 class Backend:
-    """Hold what the handlers of one configuration share on one loop."""
+    """Hold what the handlers of one configuration share on one loop. The ledger counts the store's ``failures``."""
 
-    def __init__(self, config: ProxyConfig) -> None:
+    def __init__(self, config: ProxyConfig, failures: Counter[str]) -> None:
         self.client = UpstreamClient(force_instance=True, config=config)
         self.slots = Slots(config.max_in_flight)
         self.diagnostics = Diagnostics()
         self.is_closed = False
-        self._config = config
+        self._config, self._failures = config, failures
         self.ledger_in_use: Ledger | None = None  # None until a call needs one
         self._loop = asyncio.get_running_loop()
         self._hangups = HangupWatch()
@@ -101,14 +103,20 @@ class Backend:
         """Return the ledger, which is made when it is first asked for. Only a configuration with a store has one."""
         if self.ledger_in_use is None:
             assert self._config.spending is not None
-            self.ledger_in_use = Ledger(self._config.spending, make_store(self._config))
+            store = make_store(self._config)
+            self.ledger_in_use = Ledger(self._config.spending, store, failures=self._failures)
         return self.ledger_in_use
 
     def succeed(self, other: Backend) -> None:
-        """Count calls and buffered bytes together with a backend whose calls in flight are its last."""
+        """Count calls and buffered bytes together with a backend whose calls in flight are its last.
+
+        If failover is on in both, calls go to fal's backup domain at once where the other has found that they must.
+        """
         self.slots, self.client.budget = other.slots, other.client.budget
         self.slots.limit = self._config.max_in_flight
         self.client.budget.limit = buffer_limit(self._config)
+        if self.client.failover is not None and other.client.failover is not None:
+            self.client.failover.succeed(other.client.failover)
 
     def renew(self, config: ProxyConfig) -> None:
         """Count by the prices of an equal configuration from now on."""
@@ -183,6 +191,9 @@ def make_store(config: ProxyConfig) -> Store:
 
 _backends: weakref.WeakKeyDictionary[Application, dict[tuple[ProxyConfig, Any], Backend]] = weakref.WeakKeyDictionary()
 
+# Failures of stores. They outlive the backends, because a store may fail at its end.
+_failures: weakref.WeakKeyDictionary[Application, Counter[str]] = weakref.WeakKeyDictionary()
+
 # Ledgers that close or have closed, until somebody waits for it.
 _closing: weakref.WeakKeyDictionary[Application, list[Ledger]] = weakref.WeakKeyDictionary()
 
@@ -193,8 +204,16 @@ def shared_backend(application: Application, config: ProxyConfig) -> Backend:
     key = (config, asyncio.get_running_loop())
     backend = backends.get(key)
     if backend is None:
-        backend = backends[key] = Backend(config)
+        backend = backends[key] = Backend(config, store_failures(application))
     return backend
+
+
+def store_failures(application: Application) -> Counter[str]:
+    """Return how often each operation of a store failed, in all ledgers of ``application``, those that close included.
+
+    The metrics clear it, as they count what it has.
+    """
+    return _failures.setdefault(application, Counter())
 
 
 def backends_of(application: Application) -> list[Backend]:

@@ -8,6 +8,7 @@
 * ``patterns``: the patterns of ``allowed_endpoints``
 * ``access``: the operator's own rules, for targets and for the bodies of token requests
 * ``cors``: which pages of other origins may read responses
+* ``connect_to``: the addresses to connect to instead of fal's
 * ``excerpt``: the part of a refused text that a log shows
 * ``trusted_proxies``: the address of the client behind the operator's own proxies
 

@@ -21,6 +21,8 @@ __all__ = ["ADVICE", "describe", "is_open_to_all"]
 
 # How to close what is_open_to_all() finds open.
 ADVICE = "restrict it with --allowed-endpoints or --authorize, see docs/secure.md"
+# The line about a key that is no more than half of one. It stops no start, because fal may change how its keys look.
+KEY_WITHOUT_COLON = "FAL_KEY, or the file of FAL_KEY_FILE, has no colon, and fal's keys are ID:SECRET: copy all of it"
 
 
 def is_open_to_all(config: ProxyConfig) -> bool:
@@ -43,6 +45,8 @@ def describe(settings: Settings, addresses: Sequence[str]) -> dict[str, str]:
     if not _open_account(config):
         lines["closed"] = "the key's account; a key should have the scope API all the same, not ADMIN"
     lines["limited"] = "; ".join([*_limits(config.spending), *_capacity(settings, config)])
+    if config.key is not None and ":" not in config.key:
+        lines["key"] = KEY_WITHOUT_COLON
     if missing := _missing_folder(config):
         lines["store"] = f"{missing!r} is no folder: until it is one, paid calls fail as on_store_failure says"
     return lines

@@ -83,7 +83,8 @@ class Metrics:
         self._calls_of = lru_cache(4096)(self._calls.labels)
         self._responses_of = lru_cache(1024)(self._labels_of_response)
         for protocol in ("1.1", "2"):
-            self._responses_of(protocol, 401)  # from 0 on, because Prometheus takes a counter's first value for none
+            for status in (401, 403):  # from 0 on, because Prometheus takes a counter's first value for none
+                self._responses_of(protocol, status)
         if config.spending is not None and config.spending.needs_store:
             for operation in OPERATIONS:
                 self._store_failures.labels(operation)

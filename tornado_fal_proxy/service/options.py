@@ -21,7 +21,7 @@ from tornado_fal_proxy.errors import ConfigError
 from tornado_fal_proxy.rules.trusted_proxies import TrustedProxies
 from tornado_fal_proxy.service.arguments import Parser, make_parser, option_name, unknown_arguments
 from tornado_fal_proxy.service.config_file import KEY_FILE, ConfigFile, read_config_file
-from tornado_fal_proxy.service.env_file import Environment, environment
+from tornado_fal_proxy.service.env_file import Environment, environment, misspelled_key
 from tornado_fal_proxy.service.settings import DEFAULT_PROCESSES, Settings, all_options, service_options
 from tornado_fal_proxy.service.user_header import UserHeader
 
@@ -52,7 +52,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     more, relay = _more(file, values, texts), None
     with_key = _with_key_file(variables.variables, file, places)
     try:
-        relay = _relay_config(texts, more, with_key, values.get("sandbox", False))
+        relay = _relay_config(texts, more, with_key, values.get("sandbox", False), misspelled_key(variables))
     except ConfigError as exc:
         problems.extend(exc.problems)
     if problems or file.problems:
@@ -167,9 +167,12 @@ def _parsed(texts: Mapping[str, str | None]) -> tuple[dict[str, Any], list[str]]
 
 
 def _relay_config(
-    texts: Mapping[str, str | None], more: Mapping[str, Any], environ: Mapping[str, str], sandbox: bool
+    texts: Mapping[str, str | None], more: Mapping[str, Any], environ: Mapping[str, str], sandbox: bool, hint: str
 ) -> ProxyConfig | None:
-    """Return the settings of the relay; None in sandbox mode, where they are only checked. Raise ConfigError."""
+    """Return the settings of the relay; None in sandbox mode, where they are only checked.
+
+    Raise ConfigError, with ``hint`` where there is no key.
+    """
     problems: list[str] = []
     key = None
     if sandbox:
@@ -180,7 +183,8 @@ def _relay_config(
         try:
             key = configured_key(environ)
             if key is None and not texts["resolve_key"]:
-                problems = ["no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"]
+                no_key = "no key: set FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, or FAL_KEY_FILE (or try --sandbox)"
+                problems = [f"{no_key}; {hint}" if hint else no_key]
         except ConfigError as exc:
             problems.extend(exc.problems)
     try:

@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 from tornado_fal_proxy import memory
 from tornado_fal_proxy._sweep import Sweep
 from tornado_fal_proxy.config import MIN_BUFFERED_BYTES, ProxyConfig
-from tornado_fal_proxy.relay.backend import backends_of, close_upstreams, flush_spending, shared_backend
+from tornado_fal_proxy.option_fields import TRUE
+from tornado_fal_proxy.relay.backend import (
+    backends_of,
+    close_upstreams,
+    flush_spending,
+    shared_backend,
+    store_failures,
+)
 from tornado_fal_proxy.service.access_log import AccessLog, access_logger
 from tornado_fal_proxy.service.admin import AdminHandler, admin_application
 from tornado_fal_proxy.service.application import ProxyApplication, make_application
@@ -195,7 +202,9 @@ def _application(context: ServiceContext) -> ProxyApplication:
         sandbox.public_url = url_of(context.sockets[0])
         # The page cancels jobs, and a job here costs nothing.
         texts = {"allow_cancel": "yes"} | {name: text for name, text in settings.texts.items() if text}
-        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": f"{sandbox.address},{sandbox.backup_address}"}
+        fails_over = (texts.get("failover") or "").lower() in TRUE
+        addresses = [sandbox.address, sandbox.backup_address] if fails_over else [sandbox.address]
+        texts |= {"ca_certs": sandbox.ca_certs, "connect_to": ",".join(addresses)}
         config = ProxyConfig.from_texts(texts, key=sandbox.key, more=settings.more)
         more = sandbox.page_rules(settings.route)
         settings = replace(settings, relay=config)
@@ -233,10 +242,9 @@ def _serve_admin(context: ServiceContext, process: SingleProcess | Worker, appli
             down=bits_of([host for backend in backends for host in backend.client.down]),
             buffered_bytes=sum(budget.used for budget in {backend.client.budget for backend in backends}),
         )
-        for backend in backends:
-            if (ledger := backend.ledger_in_use) is not None and ledger.failures:
-                metrics.count_store_failures(ledger.failures)
-                ledger.failures.clear()
+        failures = store_failures(application)
+        metrics.count_store_failures(failures)
+        failures.clear()
         return True
 
     application.metrics = metrics = Metrics(scoreboard, process.slot, context.metrics_directory, application.config)

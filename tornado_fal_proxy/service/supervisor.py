@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tornado_fal_proxy.service.scoreboard import Scoreboard
-from tornado_fal_proxy.service.worker import PID_FORMAT, STOP_SIGNALS, Worker, stop_signals
+from tornado_fal_proxy.service.worker import PID_FORMAT, STOP_SIGNALS, Worker, log_hangup, stop_signals
 
 __all__ = ["CannotStartWorkers", "Supervisor"]
 
@@ -261,6 +261,8 @@ class Supervisor:
             if not self._stopping and self.on_hangup():
                 self._signal_all(signal.SIGHUP)
             return
+        if number == signal.SIGHUP:
+            log_hangup()
         abort = self._stopping or number == signal.SIGQUIT
         self._stop()
         if abort:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from tornado_fal_proxy.service.scoreboard import Scoreboard
 
-__all__ = ["PID_FORMAT", "STOP_SIGNALS", "Shutdown", "SingleProcess", "Worker", "stop_signals"]
+__all__ = ["PID_FORMAT", "STOP_SIGNALS", "Shutdown", "SingleProcess", "Worker", "log_hangup", "stop_signals"]
 
 logger = logging.getLogger("tornado_fal_proxy")
 
@@ -31,6 +31,11 @@ PID_FORMAT = "i"
 def stop_signals() -> list[signal.Signals]:
     """Return the signals that stop the service: without SIGHUP if it was ignored at the start, as nohup does."""
     return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def log_hangup() -> None:
+    """Log that SIGHUP ends the service, which somebody may have sent to have the options read again."""
+    logger.warning("SIGHUP: the service ends, because it has no file to read again (see --config), or is the sandbox")
 
 
 class Shutdown:
@@ -83,11 +88,14 @@ class SingleProcess(_Process):
 
         SIGHUP calls ``on_hangup`` instead, if there is one.
         """
-        loop = asyncio.get_running_loop()
+
+        def end_at_hangup() -> None:
+            log_hangup()
+            shutdown.escalate()
+
+        handlers = {signal.SIGQUIT: shutdown.force, signal.SIGHUP: on_hangup or end_at_hangup}
         for number in stop_signals():
-            loop.add_signal_handler(number, shutdown.force if number == signal.SIGQUIT else shutdown.escalate)
-            if number == signal.SIGHUP and on_hangup is not None:
-                loop.add_signal_handler(number, on_hangup)
+            asyncio.get_running_loop().add_signal_handler(number, handlers.get(number, shutdown.escalate))
 
     def ready(self) -> None:
         """Report that calls are accepted."""

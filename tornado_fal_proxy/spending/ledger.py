@@ -59,15 +59,24 @@ class KnownJob:
 
 
 class Ledger:
-    """Use one store on one loop. Its methods do not raise unless they say so."""
+    """Use one store on one loop. Its methods do not raise unless they say so.
 
-    def __init__(self, rules: SpendingRules, store: Store, now: Callable[[], float] = time.time) -> None:
+    ``failures`` has how often each of OPERATIONS failed, and may be shared with other ledgers. The metrics take the
+    numbers, and clear it.
+    """
+
+    def __init__(
+        self,
+        rules: SpendingRules,
+        store: Store,
+        now: Callable[[], float] = time.time,
+        failures: Counter[str] | None = None,
+    ) -> None:
         self.rules = rules
         self.now = now
         #: The paid calls that are not over yet. A shutdown waits for them.
         self.unfinished = 0
-        #: The failures of each of OPERATIONS so far. The metrics take them, and clear this.
-        self.failures: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter() if failures is None else failures
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._opened = self._closed = False

@@ -27,6 +27,7 @@ from tornado_fal_proxy.spending.store import JOB_KEPT_S, Counter, Reservation
 __all__ = [
     "ALLOW",
     "CALLS",
+    "NEEDS_PRICES",
     "NO_RULES",
     "REFUSE",
     "UNITS",
@@ -41,6 +42,8 @@ COUNTS = CALLS, UNITS = ("calls", "units")
 ON_STORE_FAILURE = REFUSE, ALLOW = ("refuse", "allow")
 # The text that lifts a limit in a plan which the options set for all others.
 NO_LIMIT = "none"
+# Tells where the prices go that a budget needs, in its help and in its error.
+NEEDS_PRICES = "needs prices (--prices=FILE, or [prices] in the file of --config)"
 # Limits unfinished jobs of one user, and days of the account.
 MAX_UNFINISHED, MAX_DAYS = 1_000_000, 3660
 # Limits the endpoints of which is kept what the patterns say: clients may invent any number of them.
@@ -232,7 +235,7 @@ def spending_rules(fields: Mapping[str, Any]) -> SpendingRules | None:
     budgets = ["budget_per_user"] * bool(default.budget) + ["budget"] * bool(own["budget"])
     budgets += ["plans"] * any(plan.budget and plan.budget != default.budget for plan in plans.values())
     if own["prices"] is None and fields["prices"] is None:
-        problems.extend(f"{name}: a budget needs prices" for name in dict.fromkeys(budgets))
+        problems.extend(f"{name}: a budget {NEEDS_PRICES}" for name in dict.fromkeys(budgets))
     if problems:
         raise ConfigError(problems)
     counted = (default.jobs, default.budget, default.max_unfinished, plans, *own.values(), fields["own_jobs_only"])

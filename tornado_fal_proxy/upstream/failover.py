@@ -6,6 +6,9 @@ calls go to the backup at once, and none waits for a time-out of its own. A prob
 without a request, is made every :data:`PROBE_INTERVAL_S` beside the calls, and the first that succeeds ends the outage.
 Where the backup cannot be reached either, a client gets the error of the usual host.
 
+A reload makes another client, which begins with the outages of the one before. Else its first calls would wait for the
+same time-out again. It probes at once, because the options may have ended the outage.
+
 This module uses neither libcurl nor a request. Source: fal's page on reliability.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tornado_fal_proxy.errors import ConnectFailed, NameNotFound, UpstreamError, UpstreamTimeout
 from tornado_fal_proxy.rules.endpoints import BACKUP_HOSTS
@@ -46,6 +49,7 @@ class Failover:
         self._loop = loop
         self._probe = probe
         self._outages: dict[str, _Outage] = {}
+        self._logs = True
 
     @property
     def down(self) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class Failover:
         if host not in BACKUP_HOSTS or not isinstance(failure, NameNotFound | ConnectFailed | UpstreamTimeout):
             return False
         if host not in self._outages:
-            logger.warning(
+            self._log(
                 "failover: %s cannot be reached: %s (%s); its calls go to %s",
                 *(host, failure.detail, type(failure).__name__, BACKUP_HOSTS[host]),
             )
@@ -90,13 +94,28 @@ class Failover:
             outage.timer = self._loop.call_later(PROBE_INTERVAL_S, self._begin_probe, host)
             return
         del self._outages[host]
-        logger.warning("failover: %s can be reached again, after %d s", host, self._loop.time() - outage.since)
+        self._log("failover: %s can be reached again, after %d s", host, self._loop.time() - outage.since)
+
+    def succeed(self, other: Failover) -> None:
+        """Take over the outages of ``other``, whose calls in flight are its last, and probe those hosts now.
+
+        ``other`` keeps its outages for those calls, and logs no more.
+        """
+        self._logs, other._logs = True, False
+        for host, outage in other._outages.items():
+            if host not in self._outages:
+                self._outages[host] = replace(outage, timer=None)
+                self._probe(host)
 
     def close(self) -> None:
         """Stop to probe."""
         for outage in self._outages.values():
             if outage.timer is not None:
                 outage.timer.cancel()
+
+    def _log(self, message: str, *arguments: object) -> None:
+        if self._logs:
+            logger.warning(message, *arguments)
 
     def _begin_probe(self, host: str) -> None:
         outage = self._outages[host]
