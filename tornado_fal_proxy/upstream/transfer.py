@@ -43,8 +43,8 @@ MAX_SENDS = 3
 # Limits which part of a key is searched for in heads: fewer characters may be there by chance. fal's keys have 32 of
 # their secret.
 MIN_SECRET_BYTES = 16
-# Limits the lines of a head. fal sends about thirty, and nginx in front takes 16 kB. libcurl takes 5,000, and to relay so
-# many keeps all other calls waiting for 20 ms.
+# Limits the lines of a head. fal sends about thirty, and nginx in front takes 16 kB. libcurl takes 5,000, and to relay
+# so many keeps all other calls waiting for 20 ms.
 MAX_HEAD_LINES = 1000
 # Limits interim responses (RFC 9110 section 15.2) to one request: more than any server sends. They bring no result, so
 # without a limit a server could keep a call for ever.
