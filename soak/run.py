@@ -146,11 +146,15 @@ class _Soak:
             await client.close()
 
     async def _at_rest(self, expected: dict[str, int] | None = None) -> dict[str, int]:
-        """Return the counts with a new upstream and without calls. Count again while they are not as ``expected``."""
-        await self.upstream.restart(signal.SIGTERM, SETTLE_S)
+        """Return the counts with a new upstream and without calls. Count again while they are not as ``expected``.
+
+        A worker that meets a slow handshake makes a second connection to fal, and keeps it. So each count has an
+        upstream of its own.
+        """
         until = time.monotonic() + REST_TIMEOUT_S
-        await asyncio.sleep(SETTLE_S)
         while True:
+            await self.upstream.restart(signal.SIGTERM, SETTLE_S)
+            await asyncio.sleep(SETTLE_S)
             await self._call_each_process()
             await asyncio.sleep(COUNT_DELAY_S)
             found = await self.service.counts()
