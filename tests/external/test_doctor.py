@@ -11,6 +11,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, create_subprocess_exec
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,9 +24,10 @@ from tests.support.scripted_upstream import Exchange
 from tests.support.service_process import COMMAND, ServiceProcess, environment
 from tests.support.stub_handlers import JSON
 from tests.support.tools import unused_port
+from tornado_fal_proxy.doctor.checks import check_events, check_retries
 from tornado_fal_proxy.doctor.findings import OK, WRONG, Finding, shown
 from tornado_fal_proxy.doctor.route import check_reachable
-from tornado_fal_proxy.doctor.visitor import Seen
+from tornado_fal_proxy.doctor.visitor import Seen, Visitor
 
 PAGE, DEPLOY = Page("docs/troubleshoot.md"), Page("docs/deploy.md")
 
@@ -238,6 +240,63 @@ async def test_plain_http_and_a_silent_server(setup: Setup) -> None:
         closing = server.sockets[0].getsockname()[1]
         report = await doctor(f"http://127.0.0.1:{closing}{ROUTE}")
     assert "closes the connection" in report.told("reachable")
+
+
+HEAD = b"HTTP/1.1 400 Bad\r\ncontent-type: application/json\r\n"
+ODD_SERVERS = {
+    "no HTTP": (b"\x00\xff hello\r\n\r\n", 1, "reachable", "HTTP/0.9"),
+    "a head without end": (b"HTTP/1.1 400 Bad\r\n" + b"x-a: y\r\n" * 100_000, 1, "reachable", "not whole"),
+    "a body without end": (HEAD + b"\r\n" + b"y" * 60_000, 100, "reachable", "more than 1048576 bytes"),
+    "a body that is cut": (HEAD + b'content-length: 500\r\n\r\n{"message": "x"}', 1, "reachable", "not whole"),
+    "deep JSON": (HEAD + b"content-length: 60000\r\n\r\n" + b"[" * 60_000, 1, "route", "no proxy for fal"),
+    "an odd status": (b"HTTP/1.1 999 Odd\r\ncontent-length: 0\r\n\r\n", 1, "route", "999"),
+    "controls": (b"HTTP/1.1 302 F\r\nlocation: /\x1b[31m\r\ncontent-length: 0\r\n\r\n", 1, "route", "redirects"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_SERVERS)
+@pytest.mark.gen_test
+async def test_odd_servers(name: str) -> None:
+    """Whatever a server sends, the doctor ends soon, says what came, and sends what it was given to nobody else."""
+    piece, times, check, words = ODD_SERVERS[name]
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            await reader.readuntil(b"\r\n\r\n")
+            for _ in range(times):
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{ROUTE}"
+        report = await doctor(url, "--header=cookie: session=a-secret")
+    assert (report.code, report.results[check]) == (1, "wrong")
+    assert words in report.told(check)
+    assert "a-secret" not in report.output
+
+
+@pytest.mark.gen_test
+async def test_a_proxy_that_hangs() -> None:
+    """A proxy that stops to answer is no proxy that repeats calls."""
+    statuses = {b"DELETE": 405, b"POST": 412, b"GET": 400, b"OPTIONS": 405}
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if b"diagnostic" not in head:
+                    writer.write(b"HTTP/1.1 %d X\r\ncontent-length: 16\r\n\r\n" % statuses[head.split()[0]])
+                    writer.write(b'{"message": "m"}')
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    async with server:
+        visitor = Visitor(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{ROUTE}")
+        visitor.timeout_s = 2
+        findings = await asyncio.to_thread(lambda: [*check_events(visitor), *check_retries(visitor)])
+        visitor.close()
+    assert [(finding.check, finding.result) for finding in findings] == [("events", "wrong"), ("retries", "skipped")]
 
 
 REFUSED = {"detail": "Cannot access application"}

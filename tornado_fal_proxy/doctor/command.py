@@ -130,7 +130,7 @@ def examine(given: argparse.Namespace, config: ProxyConfig | None) -> Iterator[F
         first = visitor.send()
         yield from check_reachable(first, given.url)
         is_proxy = False
-        if first.status:
+        if first.status and not first.error:
             for finding in check_route(first, visitor):
                 is_proxy = finding.result != WRONG
                 yield finding

@@ -57,7 +57,7 @@ def message_of(seen: Seen) -> str | None:
     """Return the message of a response that the proxy, or nginx with the file of deploy/, has made by itself."""
     try:
         content = json.loads(seen.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     message = content.get("message") if isinstance(content, dict) and len(content) == 1 else None
     return message if isinstance(message, str) else None
@@ -76,6 +76,10 @@ def check_reachable(seen: Seen, url: str) -> Iterator[Finding]:
             "seconds": seen.seconds,
         }
         yield Finding("reachable", WRONG, text.format(**facts), change.replace("{ }", "{{ }}").format(**facts))
+        return
+    if seen.error:
+        text = f"{front_of(seen)} began a response ({seen.status}) that is not whole: {seen.reason}"
+        yield Finding("reachable", WRONG, text, "look at the server, which may be none for HTTP")
         return
     yield Finding("reachable", OK, f"{front_of(seen)} answered over {seen.version} after {seen.seconds:.2f} s")
     if is_tls:

@@ -15,12 +15,10 @@ import pycurl
 
 __all__ = ["Seen", "Visitor"]
 
-# Limits name lookup, TCP and TLS, in seconds.
-CONNECT_TIMEOUT_S = 10
-# Limits a response that does not say how long it takes, in seconds.
-TIMEOUT_S = 20
-# Limits what is kept of a body. A page of a web server is no longer.
-MAX_BODY_BYTES = 64 * 1024
+# Limit, in seconds, name lookup with TCP and TLS, and a response that does not say how long it takes.
+CONNECT_TIMEOUT_S, TIMEOUT_S = 10, 20
+# Limit what is kept of a body, and what is read of it: no response to these requests is as long.
+MAX_BODY_BYTES, MAX_READ_BYTES = 64 * 1024, 1024 * 1024
 
 _VERSIONS = {
     pycurl.CURL_HTTP_VERSION_1_0: "HTTP/1.0",
@@ -32,10 +30,11 @@ _VERSIONS = {
 
 @dataclass
 class Seen:
-    """Hold one response. Times are in seconds since the request was sent.
+    """Hold one response. Times are in seconds since the request began, and ``wait_s`` since it had left.
 
-    ``status`` is 0 where there was none, and then ``error`` and ``reason`` are libcurl's. ``arrivals`` are the times at
-    which pieces of the body came. ``took_body`` is true where the body that was announced would have been taken.
+    ``status`` is 0 where there was none. ``error`` and ``reason`` are libcurl's where it is not whole. ``arrivals`` are
+    the times at which pieces of the body came. ``took_body`` is true where the body that was announced would have been
+    taken.
     """
 
     status: int = 0
@@ -44,6 +43,7 @@ class Seen:
     body: bytes = b""
     arrivals: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    wait_s: float = 0.0
     connect_s: float = 0.0
     tls_s: float = 0.0
     error: int = 0
@@ -70,6 +70,8 @@ class Visitor:
         self._headers = list(headers)
         self._ca_certs, self._connect_to = ca_certs, connect_to
         self._curl = pycurl.Curl()
+        #: Limits a response that does not say how long it takes, in seconds.
+        self.timeout_s: float = TIMEOUT_S
 
     def close(self) -> None:
         """Close the connection."""
@@ -82,7 +84,7 @@ class Visitor:
         *,
         body: bytes | None = None,
         announced_bytes: int | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Seen:
         """Send a request, and return what came.
 
@@ -90,7 +92,7 @@ class Visitor:
         """
         seen, curl = Seen(), self._curl
         curl.reset()
-        self._configure(curl, method, [*self._headers, *headers], timeout_s)
+        self._configure(curl, method, [*self._headers, *headers], timeout_s or self.timeout_s)
         if announced_bytes is not None:
             self._announce(curl, announced_bytes, seen)
         elif body is not None or method == "POST":
@@ -98,9 +100,14 @@ class Visitor:
             curl.setopt(pycurl.CUSTOMREQUEST, method)
         began = time.monotonic()
 
-        def write(data: bytes) -> None:
+        left = MAX_READ_BYTES
+
+        def write(data: bytes) -> int | None:
+            nonlocal left
+            left -= len(data)
             seen.arrivals.append(time.monotonic() - began)
             seen.body += data[: MAX_BODY_BYTES - len(seen.body)]
+            return None if left > 0 else 0  # 0 ends it
 
         def header(line: bytes) -> None:
             if line.startswith(b"HTTP/"):
@@ -116,8 +123,9 @@ class Visitor:
             curl.perform()
         except pycurl.error as exc:
             args: tuple[Any, ...] = exc.args
-            seen.error, seen.reason = args
+            seen.error, seen.reason = args if left > 0 else (args[0], f"it has more than {MAX_READ_BYTES} bytes")
         seen.seconds = time.monotonic() - began
+        seen.wait_s = curl.getinfo(pycurl.TOTAL_TIME) - curl.getinfo(pycurl.PRETRANSFER_TIME)
         seen.status = curl.getinfo(pycurl.RESPONSE_CODE)
         seen.version = _VERSIONS.get(curl.getinfo(pycurl.INFO_HTTP_VERSION), "HTTP")
         seen.connect_s, seen.tls_s = curl.getinfo(pycurl.CONNECT_TIME), curl.getinfo(pycurl.APPCONNECT_TIME)
