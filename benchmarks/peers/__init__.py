@@ -117,6 +117,11 @@ def _ours(setting: Setting) -> Sequence[str]:
     return [sys.executable, "-P", "-m", "tornado_fal_proxy", *options]
 
 
+def _embedded(setting: Setting) -> Sequence[str]:
+    command = [sys.executable, str(HERE / "embedded.py"), str(setting.port), str(setting.ca_file)]
+    return command if setting.isolated else [*command, f"127.0.0.1:{setting.upstream_port}"]
+
+
 def _floor(setting: Setting) -> Sequence[str]:
     return [sys.executable, str(HERE / "floor.py"), str(setting.port)]
 
@@ -191,6 +196,7 @@ NGINX = Peer("nginx", "nginx proxy_pass", _nginx, isolated=False)
 
 PEERS = (
     OURS,
+    Peer("embedded", "tornado_fal_proxy in an application", _embedded, isolated=False, files_per_call=1),
     FLOOR,
     Peer("tornado-curl", "Tornado + curl client as it comes", _tornado_curl),
     Peer("aiohttp", "aiohttp by hand", _python("aiohttp_relay.py", "aiohttp")),
