@@ -148,7 +148,7 @@ async def test_fault(setup: Setup, logs: Logs, protocol: str, method: str, name:
     if protocol not in fault.protocols:
         return
     upstream = await setup.upstream(fine, protocol)
-    port = setup.proxy(upstream, idle_timeout_s=0.3)
+    port = setup.proxy(upstream, idle_timeout_s=1.5 if fault.error == "UpstreamTimeout" else 60)
     if connection == "reused":
         assert (await call(port, method)).status == 200
     upstream.handler = fault.handler
@@ -213,7 +213,7 @@ async def test_broken_event_stream(
 
     go_on = asyncio.Event()
     upstream = await setup.upstream(respond, protocol)
-    client = await RawClient.open(setup.proxy(upstream, idle_timeout_s=0.4))
+    client = await RawClient.open(setup.proxy(upstream, idle_timeout_s=1.5 if how == "stall" else 60))
     await client.send(method, version=version)
     head = await client.head()
     first = b"9\r\ndata: 1\n\n\r\n" if head.header("transfer-encoding") else b"data: 1\n\n"

@@ -114,7 +114,7 @@ async def test_each_call_is_recorded_once(setup: Setup, logs: Logs, name: str) -
     case = CASES[name]
     upstream = await setup.upstream(as_asked)
     port, calls = serve(
-        setup, upstream, max_body_bytes=9999, allowed_endpoints=("a/**", "fal-ai/**"), idle_timeout_s=0.5
+        setup, upstream, max_body_bytes=9999, allowed_endpoints=("a/**", "fal-ai/**"), idle_timeout_s=1.5
     )
     if case.logged:
         logs.expect(case.logged)

@@ -116,7 +116,7 @@ async def play(
         error = error if row.read_error is None else row.read_error
         most = row.reads or (3 if row.want == NOTHING else 1)
     async with BadUpstream(authority.context(), protocol, row.greeting) as upstream, asyncio.timeout(TIMEOUT_S):
-        config = setup.config(upstream.address, idle_timeout_s=0.4 if row.stalls else 60)
+        config = setup.config(upstream.address, idle_timeout_s=1 if row.stalls else 60)
         rule = (ROUTE, Handler, {"config": config})
         port = setup.serve(Application([rule], log_function=lambda handler: None))
         if way == "used":
