@@ -41,8 +41,8 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     """Return the time, which stands still until the test sets it."""
     time = Time()
 
-    def ledger(*args: Any, **kwargs: Any) -> Ledger:
-        return Ledger(*args, **kwargs, now=lambda: time.now)
+    def ledger(rules: Any, store: Any, failures: Any) -> Ledger:
+        return Ledger(rules, store, lambda: time.now, failures)
 
     monkeypatch.setattr("tornado_fal_proxy.relay.backend.Ledger", ledger)
     return time

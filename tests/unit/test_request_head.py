@@ -54,7 +54,7 @@ def tornados(data: bytes) -> Read | None:
 
 def ours(data: bytes) -> Read | None:
     try:
-        start_line, headers = parse_head(data)
+        start_line, headers, _ = parse_head(data)
     except RequestFault:
         return None
     return start_line, list(headers.get_all()), dict(headers)
@@ -102,7 +102,7 @@ def test_any_head_is_refused_or_read_as_tornado_reads_it(first: bytes, lines: li
 )
 def test_an_absolute_target(target: str, path: str, host: str) -> None:
     """A target in absolute form is read as its path, and its host replaces the header's (RFC 9112 section 3.2.2)."""
-    start_line, headers = parse_head(f"GET {target} HTTP/1.1\r\nHost: given\r\n\r\n".encode())
+    start_line, headers, _ = parse_head(f"GET {target} HTTP/1.1\r\nHost: given\r\n\r\n".encode())
     assert (start_line.path, headers.get_list("Host")) == (path, [host])
 
 

@@ -53,7 +53,6 @@ from tornado_fal_proxy.service.request_head import (
     RequestFault,
     RequestTooLarge,
     RequestTooSlow,
-    body_length,
     continues,
     keeps_alive,
     parse_head,
@@ -197,13 +196,13 @@ class Request(HTTP1Connection):
         """
         delegated = False
         try:
-            start_line, headers = await self._read_head()
+            start_line, headers, length = await self._read_head()
             delegated = True
             prepared = delegate.headers_received(start_line, headers)
             if prepared is not None:
                 await prepared
             if not self._read_finished:
-                await self._read_whole_body(start_line, headers, delegate)
+                await self._read_whole_body(length, delegate)
                 self._read_finished = True
             if self._lingering is not None:
                 return False
@@ -226,7 +225,7 @@ class Request(HTTP1Connection):
         await self._discard_rest()
         return False
 
-    async def _read_head(self) -> tuple[RequestStartLine, HTTPHeaders]:
+    async def _read_head(self) -> tuple[RequestStartLine, HTTPHeaders, int | None]:
         connection, stream = self.client_connection, self.stream
         assert isinstance(stream, ClientStream)
         data = await stream.read_head()
@@ -235,7 +234,7 @@ class Request(HTTP1Connection):
         connection.waiting_since = connection.head_since = None
         try:
             stream.check_size(data)
-            start_line, headers = parse_head(data)
+            start_line, headers, length = parse_head(data)
         except RequestFault:
             self._first_word = data[:MAX_CACHED_LINE_CHARS].decode("latin-1").partition(" ")[0]
             raise
@@ -243,15 +242,12 @@ class Request(HTTP1Connection):
         self._request_headers = _NO_HEADERS  # Tornado would only take Connection from them, as write_headers() does
         self._disconnect_on_finish = self.params.no_keep_alive or not keeps_alive(start_line, headers)
         self._waits_for_100 = continues(start_line, headers)
-        self._read_finished = body_length(start_line, headers) == 0  # so a response at once does not end the connection
-        return start_line, headers
+        self._read_finished = length == 0  # so a response at once does not end the connection
+        return start_line, headers, length
 
-    async def _read_whole_body(
-        self, start_line: RequestStartLine, headers: HTTPHeaders, delegate: HTTPMessageDelegate
-    ) -> None:
+    async def _read_whole_body(self, length: int | None, delegate: HTTPMessageDelegate) -> None:
         stream = self.stream
         assert isinstance(stream, ClientStream)
-        length = body_length(start_line, headers)
         if length is not None and length > self._max_body_size:
             raise RequestTooLarge(413, "The body of the request is too large.")
         if self._waits_for_100 and not self._write_finished:

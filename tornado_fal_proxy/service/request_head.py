@@ -32,7 +32,6 @@ __all__ = [
     "RequestTooLarge",
     "RequestTooSlow",
     "UnsupportedRequest",
-    "body_length",
     "continues",
     "keeps_alive",
     "parse_head",
@@ -93,8 +92,11 @@ class UnsupportedRequest(RequestFault):
     """Refuse what is HTTP, but not implemented here."""
 
 
-def parse_head(data: bytes) -> tuple[RequestStartLine, HTTPHeaders]:
-    """Return the start line and the headers of a head that ends with its empty line. Raise RequestFault."""
+def parse_head(data: bytes) -> tuple[RequestStartLine, HTTPHeaders, int | None]:
+    """Return the start line and the headers of a head that ends with its empty line, and the length of the body.
+
+    The length is None if the body is in chunks. Raise RequestFault.
+    """
     if data.translate(None, _ALLOWED) or data.count(b"\r") != data.count(b"\r\n"):
         raise MalformedRequest("The head of the request has a control character.")
     first, *lines = data.decode("latin-1").replace("\r\n", "\n").split("\n")[:-2]
@@ -116,8 +118,7 @@ def parse_head(data: bytes) -> tuple[RequestStartLine, HTTPHeaders]:
             fields[key] = [value]
             combined[key] = value
     _check_host(start_line, headers, authority)
-    body_length(start_line, headers)
-    return start_line, headers
+    return start_line, headers, _body_length(start_line, headers)
 
 
 def _name(name: str) -> str:
@@ -175,21 +176,24 @@ def _is_host(text: str) -> bool:
         return False
 
 
-def body_length(start_line: RequestStartLine, headers: HTTPHeaders) -> int | None:
+def _body_length(start_line: RequestStartLine, headers: HTTPHeaders) -> int | None:
     """Return the length of the request's body, None if the body is in chunks. Raise RequestFault.
 
     RFC 9112 sections 6.1 to 6.3, of which every MAY that a smuggled request could use is refused.
     """
-    lengths = headers.get_list("Content-Length")
-    if "Transfer-Encoding" in headers:
+    fields = headers._as_list  # its names are as parse_head() has written them
+    lengths = fields.get("Content-Length")
+    if "Transfer-Encoding" in fields:
         _check_codings(headers["Transfer-Encoding"])
         if lengths:
             raise MalformedRequest("The request has both Content-Length and Transfer-Encoding.")
         if start_line.version == "HTTP/1.0":
             raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding.")
         return None
-    if not lengths:
+    if lengths is None:
         return 0
+    if len(lengths) == 1 and _DIGITS.fullmatch(lengths[0]) and len(lengths[0]) <= MAX_LENGTH_DIGITS:
+        return int(lengths[0])
     first, *others = (value.strip(" \t") for value in headers["Content-Length"].split(","))
     if not _DIGITS.fullmatch(first) or any(other != first for other in others):
         raise MalformedRequest("The Content-Length of the request is malformed.")
