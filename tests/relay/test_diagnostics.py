@@ -13,7 +13,7 @@ from tornado_fal_proxy.errors import DiagnosticNotAllowed, TargetMissing, TooMan
 from tornado_fal_proxy.relay import diagnostics
 from tornado_fal_proxy.relay.backend import Backend
 from tornado_fal_proxy.relay.diagnostics import MAX_AT_ONCE, MAX_PER_MINUTE, Diagnostics
-from tornado_fal_proxy.rules.diagnostics import DIAGNOSTIC_HEADER, Diagnostic, diagnostic_of
+from tornado_fal_proxy.rules.diagnostics import DIAGNOSTIC_HEADER
 
 
 async def ask(port: int, value: str, method: str = "POST", body: bytes = b"") -> Response:
@@ -24,30 +24,6 @@ async def ask(port: int, value: str, method: str = "POST", body: bytes = b"") ->
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make what takes its time take none."""
     monkeypatch.setattr(diagnostics, "EVENT_S", 0.001)
-
-
-ASKED: list[tuple[list[tuple[str, str]], Diagnostic | None]] = [
-    ([(DIAGNOSTIC_HEADER, "events")], Diagnostic("events")),
-    ([(DIAGNOSTIC_HEADER, "error"), ("content-length", "0")], Diagnostic("error")),
-    ([(DIAGNOSTIC_HEADER, "disconnect")], Diagnostic("disconnect")),
-    ([(DIAGNOSTIC_HEADER, "silence=300")], Diagnostic("silence", 300)),
-    ([(DIAGNOSTIC_HEADER, "silence=301")], None),
-    ([(DIAGNOSTIC_HEADER, "silence=0")], None),
-    ([(DIAGNOSTIC_HEADER, "silence=1.5")], None),
-    ([(DIAGNOSTIC_HEADER, "silence")], None),
-    ([(DIAGNOSTIC_HEADER, "Events")], None),
-    ([(DIAGNOSTIC_HEADER, "")], None),
-    ([(DIAGNOSTIC_HEADER, "events"), (DIAGNOSTIC_HEADER, "events")], None),
-    ([(DIAGNOSTIC_HEADER, "events"), ("content-length", "1")], None),
-    ([(DIAGNOSTIC_HEADER, "events"), ("transfer-encoding", "chunked")], None),
-    ([], None),
-]
-
-
-@pytest.mark.parametrize(("headers", "asked"), ASKED)
-def test_what_is_asked(headers: list[tuple[str, str]], asked: Diagnostic | None) -> None:
-    """One value, in its exact form, without a body; anything else is a request without a target."""
-    assert diagnostic_of(headers) == asked
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
