@@ -45,6 +45,16 @@ def test_counts_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(calls.counts().values()) == 1
 
 
+def test_the_latest_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an error in two workers the later one is shown, though it is later by less than a millisecond."""
+    calls = RecentCalls(2)
+    for slot, now in ((0, 1000.0001), (1, 1000.0), (0, 1000.0003), (1, 1000.0002)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        calls.writer(slot).note(made(502, ConnectFailed(f"at {now}")))
+    [fault] = calls.faults()
+    assert (fault.detail, fault.count) == ("at 1000.0003", 4)
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [

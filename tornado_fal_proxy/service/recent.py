@@ -43,8 +43,10 @@ _CELL = {pair: cell for cell, pair in enumerate((kind, outcome) for kind in KIND
 _PERIOD_CELLS = 1 + len(_CELL)
 _SLOT_CELLS = PERIODS * _PERIOD_CELLS
 _ZEROS = memoryview(bytes(8 * len(_CELL))).cast("q")
-# An entry: its sequence number, odd while it is being written; time in milliseconds; count; length of the text; text.
+# An entry: its sequence number, odd while it is being written; time in microseconds; count; length of the text; text.
 _SEQUENCE, _AT, _COUNT, _LENGTH, _HEAD_CELLS = range(5)
+# Calls that follow each other take less than a millisecond, and the later one is shown.
+_MICRO = 1_000_000
 _FAULT_CELLS = _HEAD_CELLS + TEXT_BYTES // 8
 _SLOT_FAULT_CELLS = MAX_FAULTS * _FAULT_CELLS
 
@@ -180,7 +182,7 @@ class _Entry:
         """Replace what it has. Only the slot's worker does that."""
         sequence = self._head[_SEQUENCE] | 1  # it is odd already where a worker was killed here
         self._head[_SEQUENCE] = sequence
-        self._head[_AT], self._head[_COUNT], self._head[_LENGTH] = int(at * 1000), count, len(text)
+        self._head[_AT], self._head[_COUNT], self._head[_LENGTH] = int(at * _MICRO), count, len(text)
         self._text[: len(text)] = text
         self._head[_SEQUENCE] = sequence + 1
 
@@ -191,4 +193,4 @@ class _Entry:
         if not length or sequence % 2 or self._head[_SEQUENCE] != sequence:
             return None
         name, outcome, kind, status, detail, request_id = json.loads(text)
-        return Fault(name, at / 1000, count, outcome, kind, status, detail, request_id)
+        return Fault(name, at / _MICRO, count, outcome, kind, status, detail, request_id)
